@@ -1,0 +1,81 @@
+# What is made from what. Up-to-date results are not made again; a stopped training goes on where it was.
+#
+#   make                              demo: paints its own data set first
+#   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
+#   make report WIKIART=...           ... and renew report/ and the README's results from that run
+#   make test                         the tests
+#   make clean                        forget the demo's data and results
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+WIKIART ?=
+
+ifeq ($(WIKIART),)
+DATA := data/demo
+RUN ?= runs/demo
+STAGES := -c demo.json
+PAINTINGS := $(DATA)/metadata.csv
+else
+DATA := $(patsubst %/,%,$(WIKIART))
+RUN ?= runs/wikiart
+STAGES :=
+# Folders change their time when files come or go; the outer wildcard drops the pieces of names with spaces.
+PAINTINGS := $(wildcard $(wildcard $(DATA)/train $(DATA)/train/* $(DATA)/test $(DATA)/test/*))
+endif
+
+FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
+SHARED := wikiart.py runs.py config.json cpu.json demo.json
+
+.PHONY: all pipeline report test lint clean
+.DELETE_ON_ERROR:
+
+all: $(VENV)/ready
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
+	    echo 'make: settings for a GPU (config.json)'; $(MAKE) --no-print-directory pipeline; \
+	else \
+	    echo 'make: no GPU here, so cpu.json is laid over config.json'; \
+	    $(MAKE) --no-print-directory pipeline SETTINGS='-c cpu.json'; \
+	fi
+
+# The stages -----------------------------------------------------------------------------------------------------------
+
+pipeline: $(RUN)/report.txt
+	@$(PY) report/build.py --run $(RUN)
+
+data/demo/metadata.csv:
+	$(PY) demo.py --data data/demo
+
+$(RUN)/classifier.pt: train.py $(SHARED) $(PAINTINGS)
+	$(PY) train.py $(FLAGS) $(if $(wildcard $(RUN)/classifier.partial.pt),--resume)
+
+$(RUN)/mlp/classifier.pt: train.py $(SHARED) $(PAINTINGS)
+	$(PY) train.py $(FLAGS) --model MLP --run $(RUN)/mlp --width 256 --lr 0.0005 \
+	    $(if $(wildcard $(RUN)/mlp/classifier.partial.pt),--resume)
+
+$(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
+	$(PY) test.py $(FLAGS)
+
+# The rest -------------------------------------------------------------------------------------------------------------
+
+report: all
+	$(PY) report/build.py --run $(RUN) --publish
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+test: $(VENV)/ready-test
+	$(PY) -m pytest
+
+lint: $(VENV)/ready-test
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean:
+	rm -rf data/demo runs/demo

@@ -1,0 +1,74 @@
+"""Tiny settings and a tiny painted data set, shared by all tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--size", "32", "--seed", "0", "--device", "cpu", "--processes", "1"]
+TINY_TRAIN = [*TINY, "--crop", "32", "--width", "8", "--epochs", "2", "--batch-size", "16", "--per-class", "12"]
+
+
+def script(name, *arguments, **options):
+    """Run a script as a user does; returns the finished process with its output as text."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def clear_line(process) -> str:
+    """The one line of a failed script, after checking that it is one line and no traceback."""
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.strip() and "picture" not in line]
+    assert len(lines) == 1, process.stderr
+    return lines[0]
+
+
+def picture(path, seed=0, size=(24, 20), mode="RGB", **options):
+    """Write a random picture that no other seed gives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A root of three styles, 6, 4 and 2 training pictures, one test picture each."""
+    seed = 0
+    for style, count in (("Cubism", 6), ("Baroque", 4), ("Fauvism", 2)):
+        for split, number in (("train", count), ("test", 1)):
+            for item in range(number):
+                seed += 1
+                picture(tmp_path / "root" / split / style / f"painter-{seed % 3}_work-{seed}.png", seed)
+    return tmp_path / "root"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo data set, tiny."""
+    root = tmp_path_factory.mktemp("demo") / "paintings"
+    done = script("demo.py", "--data", root, "--train-images", 80, "--test-scenes", 4, "--picture", 32)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(demo, tmp_path_factory):
+    """A run folder with a classifier and the MLP, trained for two epochs on the tiny demo."""
+    import train
+
+    run = tmp_path_factory.mktemp("run")
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run)])
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run / "mlp"), "--model", "MLP"])
+    return run

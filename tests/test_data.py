@@ -1,0 +1,333 @@
+"""The data set: formats, bad input, the cache, classes, splits and the sampler."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, picture
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import wikiart
+from wikiart import BalancedSampler, DataError, WikiArt, find_copies, hold_out, read_picture
+
+RED = (200, 30, 40)
+
+
+def load(root, split="train", **options):
+    return WikiArt(root, split, **{"size": 16, "processes": 1} | options)
+
+
+# Reading pictures
+
+
+def solid(mode, color):
+    return Image.new(mode, (40, 30), color)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("grey.png", solid("L", 90), (90, 90, 90)),
+        ("bilevel.png", solid("1", 1), (255, 255, 255)),
+        ("palette.gif", solid("RGB", RED).quantize(4), RED),
+        ("rgba.png", solid("RGBA", (*RED, 255)), RED),
+        ("transparent.png", solid("RGBA", (0, 0, 0, 0)), (255, 255, 255)),
+        ("grey-alpha.png", solid("LA", (0, 0)), (255, 255, 255)),
+        ("cmyk.jpg", solid("RGB", RED).convert("CMYK"), RED),
+        ("sixteen.png", Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), (90, 90, 90)),
+        ("sixteen.tif", Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), (90, 90, 90)),
+        ("plain.webp", solid("RGB", RED), RED),
+    ],
+)
+def test_odd_formats_become_rgb(tmp_path, name, image, expected):
+    image.save(tmp_path / name)
+    pixels = read_picture(tmp_path / name, 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.reshape(3, -1).mean(1) - expected).max() < 4
+
+
+def test_palette_with_transparency_lies_on_white(tmp_path):
+    solid("RGB", RED).quantize(4).save(tmp_path / "a.png", transparency=0)
+    assert read_picture(tmp_path / "a.png", 8).min() == 255
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    solid("RGB", RED).save(tmp_path / "a.gif", save_all=True, append_images=[solid("RGB", "blue")])
+    assert np.abs(read_picture(tmp_path / "a.gif", 8).mean((1, 2)) - RED).max() < 4
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255  # white above black ...
+    exif = Image.Exif()
+    exif[0x0112] = 6  # ... to be turned clockwise: black left, white right
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    turned = read_picture(tmp_path / "a.jpg", 16)
+    assert turned[:, :, :6].max() < 30
+    assert turned[:, :, 10:].min() > 225
+
+
+def test_squash_keeps_the_borders_and_crop_the_proportions(tmp_path):
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[:, 50:150] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert read_picture(tmp_path / "wide.png", 16, "squash")[0, 8, 0] == 0
+    assert read_picture(tmp_path / "wide.png", 16, "crop").min() > 200
+
+
+# Bad input
+
+
+def test_broken_files_are_left_out_and_named(folder, capsys):
+    style = folder / "train" / "Cubism"
+    (style / "a_text.jpg").write_text("not a picture")
+    (style / "a_empty.png").write_bytes(b"")
+    whole = picture(style / "a_whole.jpg", 99, (200, 200)).read_bytes()
+    (style / "a_truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (20_000, 20_000)).save(style / "a_bomb.png")
+    (style / ".hidden").write_text("ignored")
+    (folder / "train" / "README.txt").write_text("beside the styles: ignored")
+    data = load(folder)
+    assert data.counts().tolist() == [4, 7, 2]
+    said = capsys.readouterr().err
+    assert "4 of 17 files" in said
+    listed = open(said.split("see ")[1].strip()).read()
+    for name in ("a_text.jpg", "a_empty.png", "a_truncated.jpg", "a_bomb.png"):
+        assert f"Cubism/{name}" in listed
+    assert "DecompressionBomb" in listed
+    load(folder)
+    assert "4 of 17 files" in capsys.readouterr().err  # said again when nothing is decoded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "no folder"),
+        (lambda root: (shutil.rmtree(root), root.mkdir()), "no style folders"),
+        (lambda root: (root / "train" / "Empty").mkdir(), "Empty holds no picture"),
+        (lambda root: shutil.rmtree(root / "train" / "Cubism"), "Cubism is not one of the styles"),
+        (lambda root: shutil.rmtree(root / "test"), "no test/"),
+    ],
+)
+def test_bad_folders_get_one_clear_line(folder, change, message):
+    change(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        load(folder)
+        load(folder, "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_gets_one_clear_line(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wikiart, "build_cache", full)
+    with pytest.raises(DataError, match="could not write the pixel cache .* No space left"):
+        load(folder)
+
+
+# Classes, labels, paths
+
+
+def test_classes_are_the_sorted_folders_of_train(folder):
+    shutil.rmtree(folder / "test" / "Baroque")
+    training, test = load(folder), load(folder, "test")
+    assert training.classes == test.classes == ["Baroque", "Cubism", "Fauvism"]
+    for data in (training, test):
+        for path, label in zip(data.paths, data.labels, strict=True):
+            assert path.split("/")[1] == data.classes[label]
+    assert test.counts().tolist() == [0, 1, 1]
+
+
+def test_the_classes_of_a_checkpoint_keep_their_order(folder):
+    data = load(folder, "test", classes=["Fauvism", "Cubism", "Baroque"])
+    assert {path.split("/")[1]: int(label) for path, label in zip(data.paths, data.labels, strict=True)} == {
+        "Fauvism": 0, "Cubism": 1, "Baroque": 2}  # fmt: skip
+
+
+def test_pixels_belong_to_their_paths(folder):
+    data = load(folder)
+    for item in range(len(data)):
+        pixels, label = data[item]
+        assert np.array_equal(pixels, read_picture(folder / data.paths[item], 16))
+        assert label == data.labels[item]
+
+
+def test_same_name_in_two_styles_is_two_paintings(tmp_path):
+    picture(tmp_path / "train" / "A" / "x_same.png", 1)
+    picture(tmp_path / "train" / "B" / "x_same.png", 2)
+    data = load(tmp_path)
+    assert len(data) == 2
+    assert not torch.equal(data[0][0], data[1][0])
+
+
+def test_artists_titles_and_metadata(folder):
+    path = load(folder).paths[0]
+    (folder / "metadata.csv").write_text(f"path,genre,year\n{path},landscape,1899\n")
+    data = load(folder)
+    assert (data.genres[0], data.years[0], data.genres[1]) == ("landscape", "1899", "")
+    assert data.artists[0].startswith("painter-")
+    assert wikiart.artist_of("train/A/noname.jpg") == ""
+    assert wikiart.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
+
+
+def test_twenty_seven_styles_some_missing_from_test(tmp_path):
+    for number in range(27):
+        picture(tmp_path / "train" / f"Style_{number:02}" / "a_b.png", number)
+        if number % 4:
+            picture(tmp_path / "test" / f"Style_{number:02}" / "a_c.png", 100 + number)
+    assert len(load(tmp_path).classes) == 27
+    assert (load(tmp_path, "test").counts() == 0).sum() == 7
+
+
+# The cache
+
+
+def test_the_second_start_decodes_nothing_and_a_change_rebuilds(folder, monkeypatch):
+    before = load(folder)
+    built = []
+    build = wikiart.build_cache
+    monkeypatch.setattr(wikiart, "build_cache", lambda *a: (built.append(a), build(*a)))
+    load(folder)
+    assert not built
+    added = picture(folder / "train" / "Cubism" / "new_one.png", 77)
+    assert len(load(folder)) == len(before) + 1
+    picture(added, 78)
+    os.utime(added, ns=(1, 1))
+    data = load(folder)
+    assert np.array_equal(data[list(data.paths).index("train/Cubism/new_one.png")][0], read_picture(added, 16))
+    load(folder, size=24)
+    load(folder, resize="crop")
+    assert len(built) == 4
+    assert len(list((folder / ".cache").glob("train-squash-16-*"))) == 1  # the old ones are gone
+
+
+def test_a_read_only_folder_puts_the_cache_elsewhere(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    folder.chmod(0o555)
+    try:
+        assert len(load(folder)) == 12
+    finally:
+        folder.chmod(0o755)
+    assert not (folder / ".cache").exists()
+    assert list((tmp_path / "home" / "wikiart").glob("*/train-*"))
+
+
+LOAD = "import sys; from wikiart import WikiArt; d = WikiArt(sys.argv[1], size=64, processes=2); print(len(d), d.pixels.sum())"
+
+
+def start_loading(root):
+    return subprocess.Popen([sys.executable, "-c", LOAD, str(root)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def many(tmp_path):
+    for number in range(300):
+        picture(tmp_path / "root" / "train" / f"S{number % 3}" / f"a_{number}.png", number, (300, 300))
+    return tmp_path / "root"
+
+
+def test_two_programs_at_once_both_get_a_good_cache(many):
+    first, second = start_loading(many), start_loading(many)
+    out = {first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]}
+    assert len(out) == 1
+    assert out.pop().split()[0] == "300"
+    assert len(list((many / ".cache").glob("*train-*"))) == 1
+
+
+def test_kill_9_during_a_build_leaves_nothing_behind(many):
+    victim = start_loading(many)
+    deadline = time.monotonic() + 60
+    while not list((many / ".cache").glob("building-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    victim.stdout.close()
+    assert not list((many / ".cache").glob("train-*"))  # it was killed in time
+    data = WikiArt(many, size=64, processes=1)
+    assert np.array_equal(data[0][0], read_picture(many / data.paths[0], 64))
+    assert len(list((many / ".cache").glob("*train-*"))) == 1
+
+
+# Splits
+
+
+def test_style_folders_alone_are_split(tmp_path):
+    for style in "AB":
+        for number in range(20):
+            picture(tmp_path / style / f"x_{number}.png", number + 100 * ord(style))
+    training, test = load(tmp_path), load(tmp_path, "test")
+    assert test.counts().tolist() == [4, 4]
+    assert set(training.paths) | set(test.paths) == {f"{s}/x_{n}.png" for s in "AB" for n in range(20)}
+    assert not set(training.paths) & set(test.paths)
+    assert set(load(tmp_path, "test", split_seed=1).paths) != set(test.paths)
+
+
+def test_copies_are_found(tmp_path):
+    paths = ["A/m_x_jpg.rf.11.jpg", "A/m_x_jpg.rf.22.jpg", "A/m_y.jpg", "B/m_z.jpg", "B/m_y.png"]
+    groups = find_copies(paths, ["1", "2", "3", "3", "4"])
+    assert groups[0] == groups[1]
+    assert groups[2] == groups[3] == groups[4]
+    assert groups[0] != groups[2]
+
+
+labelled = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=120)
+
+
+@given(labelled, st.floats(0.05, 0.9), st.integers(0, 5))
+def test_holding_out_divides_no_group_and_empties_no_class(items, fraction, seed):
+    labels = np.array([label for label, _ in items])
+    groups = np.array([label * 100 + group for label, group in items])
+    held_out = hold_out(labels, groups, fraction, seed)
+    assert np.array_equal(held_out, hold_out(labels, groups, fraction, seed))
+    for group in np.unique(groups):
+        assert len(set(held_out[groups == group])) == 1
+    for label in np.unique(labels):
+        own = held_out[labels == label]
+        sizes = np.unique(groups[labels == label], return_counts=True)[1]
+        assert not own.all()
+        assert own.any() == (len(sizes) > 1)
+        assert own.sum() <= max(fraction * len(own) + 1e-9, sizes.min())
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(0, 3))
+def test_groups_across_classes_stay_whole(labels, seed):
+    labels = np.array(labels)
+    groups = np.arange(len(labels)) // 2
+    held_out = hold_out(labels, groups, 0.3, seed)
+    assert all(len(set(held_out[groups == group])) == 1 for group in groups)
+
+
+# The sampler
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 40), st.integers(0, 9))
+def test_the_resampler_brings_every_class_to_the_same_count(labels, per_class, epoch):
+    labels = torch.tensor(labels)
+    sampler = BalancedSampler(labels, "resample", per_class, seed=1)
+    sampler.set_epoch(epoch)
+    drawn = torch.tensor(list(sampler))
+    assert len(drawn) == len(sampler) == per_class * len(labels.unique())
+    for label in labels.unique():
+        assert (labels[drawn] == label).sum() == per_class
+        times = torch.bincount(drawn, minlength=len(labels))[labels == label]
+        assert times.max() - times.min() <= 1
+    assert drawn.tolist() == list(sampler)
+
+
+def test_draws_are_new_each_epoch_and_none_shows_everything_once():
+    labels = torch.tensor([0] * 30 + [1] * 3)
+    sampler = BalancedSampler(labels, "resample", 10)
+    first = sorted(sampler)
+    sampler.set_epoch(1)
+    assert sorted(sampler) != first
+    assert sorted(BalancedSampler(labels, "none")) == list(range(33))
