@@ -6,6 +6,7 @@ matplotlib.use("Agg")  # files only: GPU servers have no screen
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 
 plt.rcParams.update(
     {
@@ -38,7 +39,7 @@ def look(number: int) -> dict:
 
 def plain(name: str) -> str:
     """A folder's name as people write it."""
-    return name.replace("_", " ")
+    return name.replace("Ukiyo_e", "Ukiyo-e").replace("_", " ")
 
 
 def save(figure, path) -> None:
@@ -46,6 +47,9 @@ def save(figure, path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
     plt.close(figure)
+    if temporary.stat().st_size > 450_000:  # many paintings: 256 colours make a third of the size for a web page
+        with Image.open(temporary) as picture:
+            picture.convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
     temporary.replace(path)
 
 
@@ -77,7 +81,7 @@ def confusion(path, counts: np.ndarray, classes: list[str], title: str, normalis
     axis.set(xlabel="predicted", ylabel="true (pictures)", title=title)
     axis.grid(False)
     for row, column in np.ndindex(shown.shape):
-        if shown[row, column] >= 0.5:
+        if shown[row, column] > 0.5:
             dark = shown[row, column] > 0.6 * image.get_clim()[1]
             axis.text(column, row, f"{shown[row, column]:.0f}", ha="center", va="center",
                       fontsize=10 if len(names) < 15 else 8, color="white" if dark else "0.2")  # fmt: skip
@@ -127,5 +131,23 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="lanczos")
         axis.set_title(caption, y=0, va="top", fontsize=9, pad=-4)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None = None, title: str = "") -> None:
+    """A table of pictures uint8 (rows, columns, 3, S, S) with column titles, and row titles where given."""
+    height, width = pictures.shape[:2]
+    figure, axes = plt.subplots(height, width, figsize=(1.25 * width, 1.25 * height + 0.7), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for (row, column), axis in np.ndenumerate(axes):
+        axis.imshow(pictures[row, column].transpose(1, 2, 0), interpolation="lanczos")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if row == 0:
+            axis.set_title(columns[column], fontsize=10)
+        if column == 0 and rows:
+            axis.set_ylabel(rows[row], fontsize=10)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     figure.suptitle(title)
     save(figure, path)

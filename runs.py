@@ -1,4 +1,4 @@
-"""How a run works, whatever it computes: settings, devices, checkpoints, facts, and a clean end when something is wrong.
+"""How a run works, whatever it computes: settings, devices, checkpoints, facts, and a clean end when things go wrong.
 
 Nothing here knows of paintings. Every script opens with the same two lines:
 
@@ -31,7 +31,7 @@ SHARED_HELP = {
     "seed": "seed of weights, draws and augmentation",
     "split_seed": "seed of the parts that are held out (validation; the test part of a root without train/ and test/)",
     "processes": "processes that decode pictures; 0 takes every core",
-    "hide_genres": "genres (of metadata.csv) that no figure shows",
+    "hide": "what no figure shows: genres of metadata.csv, or parts of file names",
 }
 
 
@@ -169,6 +169,18 @@ def replacing(path):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def claim(run) -> object:
+    """Lock the run folder until the returned file is closed or the program ends: two trainings in it would mix."""
+    path = Path(run) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Problem(f"another training is writing into {run}: wait for it, or give another --run") from None
+    return lock
 
 
 def save_checkpoint(path, checkpoint: dict) -> None:

@@ -149,7 +149,7 @@ def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> di
     figures.roc(run / f"roc{suffix}.png", lines, f"One style against the rest: {config.split} paintings")
 
     sure = probabilities[np.arange(len(truth)), guesses]
-    shown = (guesses != truth) & ~np.isin(data.genres, config.hide_genres)
+    shown = (guesses != truth) & data.fit_to_show(config.hide)
     chosen = [row for row in np.argsort(-sure, kind="stable") if shown[row]][: config.mistakes]
     captions = [
         f"{data.artists[row].replace('-', ' ')[:26]}\n{title_of(data.paths[row])[:26]}\n"

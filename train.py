@@ -44,6 +44,7 @@ def main(argv=None):
     device = runs.pick_device(config.device)
     run = Path(config.run)
     partial, final = run / "classifier.partial.pt", run / "classifier.pt"
+    lock = runs.claim(run)
     torch.manual_seed(config.seed)
 
     data = WikiArt(config.data, "train", config.size, config.resize, config.split_seed, processes=config.processes)
@@ -76,14 +77,11 @@ def main(argv=None):
         "largest_class": int(data.counts().argmax()),
         "history": [],
     }
-    if config.resume and final.exists() and not partial.exists():
-        print(f"{final} is finished; without --resume it is trained anew")
-        return
     if config.resume and partial.exists():
         state = resume(partial, state, model, optimizer, schedule)
-    final.unlink(missing_ok=True)  # from here on the run is unfinished
+    elif config.resume:
+        raise runs.Problem(f"nothing to resume: {partial} is not there (a finished run leaves only {final.name})")
 
-    run.mkdir(parents=True, exist_ok=True)
     print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     try:
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
@@ -112,6 +110,7 @@ def main(argv=None):
     report(run, state, training, validation, drawn)
     runs.save_checkpoint(final, state)
     partial.unlink(missing_ok=True)
+    lock.close()
     print(f"{final}: epoch {state['epoch']} kept, the best on {len(validation)} validation paintings")
 
 
@@ -170,9 +169,9 @@ def resume(partial, fresh: dict, model, optimizer, schedule) -> dict:
     for key, value in state["config"].items():
         if key not in ("data", "run", "device", "processes") and fresh["config"].get(key) != value:
             raise runs.Problem(f"{partial} was trained with {key} = {value}, now it is {fresh['config'].get(key)}: "
-                               "give the old setting, or leave out --resume to train anew")  # fmt: skip
+                               f"give the old setting, or delete the file to train anew")  # fmt: skip
     if state["fingerprint"] != fresh["fingerprint"]:
-        raise runs.Problem(f"the paintings have changed since {partial} was written: leave out --resume to train anew")
+        raise runs.Problem(f"the paintings have changed since {partial} was written: delete it to train anew")
     model.load_state_dict(state["resume"]["weights"])
     optimizer.load_state_dict(state["resume"]["optimizer"])
     schedule.load_state_dict(state["resume"]["schedule"])

@@ -93,10 +93,11 @@ def cache_folder(root: Path) -> Path:
 def pixel_cache(folder: Path, where: Path, size: int, resize: str, processes: int = 0) -> tuple[np.ndarray, dict]:
     """Decode every file below `folder` once; from then on map the pixels from disk.
 
-    Returns the pixels, uint8 (N, 3, size, size), and an index: `files` (N paths), `hashes` (of each one's pixels) and
-    `broken` (path to reason) and `fingerprint`. The cache is named after the files' names, sizes and times of change, so that a changed
-    folder gets a new one. It is built in a temporary folder under a lock, then renamed: a second program waits and
-    finds it whole, and what a killed build left behind goes. Raises DataError where it cannot be written.
+    Returns the pixels, uint8 (N, 3, size, size), and an index: `files` (N paths), `hashes` (of each one's pixels),
+    `broken` (path to reason) and `fingerprint`. The cache is named after the files' names, sizes and times of change,
+    so that a changed folder gets a new one. It is built in a temporary folder under a lock, then renamed: a second
+    program waits and finds it whole, and what a killed build left behind goes. Raises DataError where it cannot be
+    written.
     """
     files = list_files(folder)
     key = hashlib.sha256()
@@ -238,6 +239,11 @@ class WikiArt(Dataset):
     def counts(self) -> np.ndarray:
         """Paintings per class, int64 (classes,)."""
         return np.bincount(self.labels, minlength=len(self.classes))
+
+    def fit_to_show(self, hide: list[str]) -> np.ndarray:
+        """Which paintings may appear in figures, a mask (N,): none of a hidden genre or with a hidden part of a name."""
+        pairs = zip(self.genres, self.paths, strict=True)
+        return np.array([not any(word == genre or word in path for word in hide) for genre, path in pairs])
 
     def batches(self, order, batch_size: int, device):
         """Pictures uint8 (B, 3, S, S) and labels (B,) in the given order, on the device."""

@@ -48,7 +48,7 @@ def folder(tmp_path):
     seed = 0
     for style, count in (("Cubism", 6), ("Baroque", 4), ("Fauvism", 2)):
         for split, number in (("train", count), ("test", 1)):
-            for item in range(number):
+            for _ in range(number):
                 seed += 1
                 picture(tmp_path / "root" / split / style / f"painter-{seed % 3}_work-{seed}.png", seed)
     return tmp_path / "root"

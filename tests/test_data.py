@@ -222,7 +222,12 @@ def test_a_read_only_folder_puts_the_cache_elsewhere(folder, tmp_path, monkeypat
     assert list((tmp_path / "home" / "wikiart").glob("*/train-*"))
 
 
-LOAD = "import sys; from wikiart import WikiArt; d = WikiArt(sys.argv[1], size=64, processes=2); print(len(d), d.pixels.sum())"
+LOAD = """
+import sys
+from wikiart import WikiArt
+data = WikiArt(sys.argv[1], size=64, processes=2)
+print(len(data), data.pixels.sum())
+"""
 
 
 def start_loading(root):

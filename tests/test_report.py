@@ -1,0 +1,50 @@
+"""The committed report and README are what the templates and the committed facts make; their links resolve."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, clear_line, script
+
+PAGES = ["README.md", "report/README.md"]
+
+
+def test_the_committed_documents_are_up_to_date():
+    done = script("report/build.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_images_resolve(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    assert all(alternative for alternative in re.findall(r"!\[([^\]]*)\]", text))
+
+
+def test_pictures_are_small_enough_for_a_page():
+    for picture in (ROOT / "report").glob("*.png"):
+        assert picture.stat().st_size <= 500_000, picture.name
+
+
+def test_no_number_in_the_results_was_typed_by_hand():
+    bare = re.sub(r"\{[^{}]*\}", "", (ROOT / "report/results.md").read_text())
+    assert not re.search(r"\d", bare.replace("F1", ""))
+
+
+def test_a_report_of_ones_own_run_and_a_missing_fact(tmp_path):
+    facts = json.loads((ROOT / "report/facts.json").read_text())
+    facts["test"]["accuracy"] = 0.123456
+    for picture in (ROOT / "report").glob("*.png"):
+        shutil.copy(picture, tmp_path)
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    assert script("report/build.py", "--run", tmp_path).returncode == 0
+    assert "12.3%" in (tmp_path / "report.md").read_text()
+    del facts["test"]["accuracy"]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    assert "test.accuracy" in clear_line(script("report/build.py", "--run", tmp_path))
+    (tmp_path / "facts.json").unlink()
+    assert "run make first" in clear_line(script("report/build.py", "--run", tmp_path))

@@ -1,0 +1,123 @@
+"""Settings, facts and files that are whole or absent."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import runs
+
+HELP = {key: "text" for key in json.loads((ROOT / "config.json").read_text())["train"]}
+SCRIPTS = [key for key, value in json.loads((ROOT / "config.json").read_text()).items() if isinstance(value, dict)]
+
+
+def configure(*argv):
+    return runs.configure("train", "doc", HELP, list(argv))
+
+
+def test_flags_lie_over_files_over_defaults(tmp_path):
+    over = tmp_path / "over.json"
+    over.write_text('{"size": 64, "train": {"epochs": 7, "lr": 1}}')
+    config = configure("-c", str(over), "--epochs", "9")
+    assert (config.size, config.epochs, config.lr) == (64, 9, 1.0)
+    assert isinstance(config.lr, float)
+
+
+def test_later_files_lie_over_earlier_ones(tmp_path):
+    for name, size in (("a", 64), ("b", 32)):
+        (tmp_path / name).write_text(json.dumps({"size": size}))
+    assert configure("-c", str(tmp_path / "a"), "-c", str(tmp_path / "b")).size == 32
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"sizes": 3}', "sets sizes, which config.json does not have"),
+        ('{"train": {"epoch": 3}}', r"sets train\.epoch, which"),
+        ('{"size": "big"}', "size to 'big', but config.json has a int"),
+        ('{"size": 1.5}', "has a int"),
+        ('{"train": 3}', "has a dict"),
+        ('{"resize": "stretch"}', "must be one of squash, crop"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_wrong_settings_file_is_named(tmp_path, content, message):
+    (tmp_path / "wrong.json").write_text(content)
+    with pytest.raises(runs.Problem, match=message):
+        configure("-c", str(tmp_path / "wrong.json"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_key_is_explained(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as done:
+        module.main(["--help"])
+    assert done.value.code == 0
+    assert f"    python {name}.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cpu.json", "demo.json"])
+def test_the_settings_that_come_with_us_are_valid(name):
+    configure("-c", str(ROOT / name))
+
+
+def test_facts_of_scripts_stand_side_by_side(tmp_path):
+    runs.add_facts(tmp_path, "train", {"a": 1})
+    runs.add_facts(tmp_path, "test", {"b": 2})
+    runs.add_facts(tmp_path, "train", {"c": 3})
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"train": {"c": 3}, "test": {"b": 2}}
+
+
+def test_two_programs_adding_facts_lose_none(tmp_path):
+    code = "import runs, sys; [runs.add_facts(sys.argv[1], f'{sys.argv[2]}{n}', {'n': n}) for n in range(40)]"
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert len(json.loads((tmp_path / "facts.json").read_text())) == 80
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), runs.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_kill_9_during_a_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "classifier.pt"
+    runs.save_checkpoint(path, {"model": "old", "weights": torch.zeros(3)})
+    code = (
+        "import runs, sys, torch\n"
+        "while True: runs.save_checkpoint(sys.argv[1], {'model': 'new', 'weights': torch.ones(8_000_000)})"
+    )
+    for delay in (0.0, 0.02, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while len(os.listdir(tmp_path)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)  # until the temporary file is there
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        checkpoint = runs.load_checkpoint(path)
+        assert checkpoint["weights"].unique().numel() == 1
+        for leftover in tmp_path.glob(".*"):
+            leftover.unlink()
+
+
+def test_a_full_disk_gets_one_clear_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(runs.Problem, match="disk full"):
+        runs.save_checkpoint(tmp_path / "a.pt", {})
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,240 @@
+"""Every script end to end on the tiny demo set, and what happens when something is wrong or stops halfway."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_TRAIN, clear_line, script
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+import runs
+import test as evaluation
+import train
+import wikiart
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# demo.py
+
+
+def test_the_demo_is_deterministic_and_says_when_it_is_there(demo, tmp_path):
+    again = tmp_path / "again"
+    settings = ("--train-images", 80, "--test-scenes", 4, "--picture", 32)
+    script("demo.py", "--data", again, *settings, "--processes", 1)
+    files = sorted(path.relative_to(demo) for path in demo.rglob("*.jpg"))
+    assert len(files) >= 80 + 8 * 4
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*.jpg"))
+    assert all((demo / path).read_bytes() == (again / path).read_bytes() for path in files)
+    assert script("demo.py", "--data", again, *settings).returncode == 0
+    assert "other settings" in clear_line(script("demo.py", "--data", again, "--seed", 9, *settings))
+
+
+def test_the_demo_leaves_foreign_folders_alone(folder):
+    before = sorted(folder.rglob("*"))
+    assert str(folder) in clear_line(script("demo.py", "--data", folder))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_demo_paints_the_same_test_scenes_in_every_manner_and_imbalances_training(demo):
+    data = wikiart.WikiArt(demo, "train", 16, processes=1)
+    test = wikiart.WikiArt(demo, "test", 16, processes=1)
+    assert len(data.classes) == 8
+    assert data.counts().max() >= 5 * data.counts().min()
+    scenes = [{wikiart.title_of(path) for path in test.paths[test.labels == label]} for label in range(8)]
+    assert all(scene == scenes[0] for scene in scenes)
+    assert not scenes[0] & {wikiart.title_of(path) for path in data.paths}
+    unseen = ~np.isin(test.artists, data.artists)
+    assert [unseen[test.labels == label].sum() for label in range(8)] == [2] * 8
+
+
+# train.py
+
+
+def test_training_writes_everything(trained, demo):
+    for name in ("curves.png", "classes.png"):
+        assert np.asarray(Image.open(trained / name).convert("L")).std() > 5  # not blank
+    lines = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    facts = json.loads((trained / "facts.json").read_text())["train"]
+    assert facts["model"] == "CNN"
+    assert facts["training_images"] + facts["validation_images"] == len(list((demo / "train").rglob("*.jpg")))
+    assert not (trained / "classifier.partial.pt").exists()
+
+
+def test_a_checkpoint_is_tensors_and_primitives_and_rebuilds_the_model(trained, demo):
+    checkpoint = torch.load(trained / "classifier.pt", weights_only=True)
+    assert checkpoint["classes"] == sorted(folder.name for folder in (demo / "train").iterdir())
+    model = wikiart.build_model(checkpoint)
+    assert set(model.state_dict()) == set(checkpoint["weights"])
+    pixels = torch.from_numpy(wikiart.WikiArt(demo, "test", 32, processes=1).pixels[:5])
+    probabilities = wikiart.predict(model, pixels, checkpoint["crop"])
+    assert torch.allclose(probabilities.sum(1), torch.ones(5), atol=1e-5)
+    one_by_one = torch.cat([wikiart.predict(model, picture[None], checkpoint["crop"]) for picture in pixels])
+    assert torch.allclose(probabilities, one_by_one, atol=1e-5)
+
+
+def test_same_command_same_numbers(trained, demo, tmp_path):
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
+    assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
+
+
+def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, tmp_path, monkeypatch):
+    arguments = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)]
+    whole = train.train_epoch
+
+    def stopped(*arguments):
+        if arguments[5] == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(train, "train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* --resume"):
+        train.main(arguments)
+    monkeypatch.undo()
+    assert not (tmp_path / "classifier.pt").exists()
+    with pytest.raises(runs.Problem, match=r"trained with lr = .* now it is 0\.5"):
+        train.main([*arguments, "--resume", "--lr", "0.5"])
+    train.main([*arguments, "--resume"])
+    assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
+
+
+def test_resuming_on_changed_paintings_is_refused(demo, trained, tmp_path):
+    checkpoint = torch.load(trained / "classifier.pt", weights_only=True) | {"fingerprint": "other"}
+    torch.save(checkpoint, tmp_path / "classifier.partial.pt")
+    with pytest.raises(runs.Problem, match="paintings have changed"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--resume"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(demo, tmp_path):
+    with pytest.raises(runs.Problem, match=r"loss is (nan|inf) at step \d+ of epoch 1"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--lr", "1e30"])
+
+
+def test_sigterm_keeps_the_finished_epochs_and_says_how_to_go_on(demo, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *TINY_TRAIN, "--data", demo, "--run", tmp_path, "--epochs", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "classifier.partial.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert runs.load_checkpoint(tmp_path / "classifier.partial.pt")["history"]
+
+
+# test.py
+
+
+def test_evaluation_writes_tables_and_figures(trained, demo):
+    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "50"])
+    for name in ("confusion.png", "confusion_counts.png", "roc.png", "mistakes.png"):
+        assert np.asarray(Image.open(trained / name).convert("L")).std() > 5
+    rows = list(csv.DictReader((trained / "predictions.csv").open()))
+    facts = json.loads((trained / "facts.json").read_text())["test"]
+    hits = [row["style"] == row["predicted"] for row in rows]
+    assert facts["images"] == len(rows) == 32
+    assert facts["accuracy"] == pytest.approx(np.mean(hits), abs=1e-4)
+    for name in evaluation.MEASURES:
+        assert facts[f"{name}_low"] <= facts[name] <= facts[f"{name}_high"]
+    assert facts["majority_accuracy"] == pytest.approx(1 / 8)
+    assert "baseline_accuracy" in facts
+    assert len((trained / "report.csv").read_text().splitlines()) == 9
+
+
+def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
+    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "20", "--split", "train"])
+    assert (trained / "confusion_train.png").exists()
+    assert json.loads((trained / "facts.json").read_text())["test_train"]["images"] >= 80
+
+
+def test_measures_agree_with_scikit_learn():
+    random = np.random.default_rng(0)
+    truth, guesses = random.integers(5, size=200), random.integers(5, size=200)
+    accuracy, balanced, f1 = evaluation.measures(truth, guesses, 5)
+    assert accuracy == pytest.approx((truth == guesses).mean())
+    assert balanced == pytest.approx(balanced_accuracy_score(truth, guesses))
+    assert f1 == pytest.approx(f1_score(truth, guesses, average="macro"))
+
+
+def test_a_class_missing_from_the_truth_counts_for_nothing():
+    truth, guesses = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
+    assert evaluation.measures(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
+
+
+def test_figures_are_readable_at_27_classes(tmp_path):
+    random = np.random.default_rng(0)
+    classes = [f"Style_number_{number}" for number in range(27)]
+    data = wikiart.WikiArt.__new__(wikiart.WikiArt)
+    data.paths, data.artists = np.array(["test/a/b_c.jpg"] * 300), np.array(["b"] * 300)
+    data.genres, data.labels, data.rows = np.array(["nude"] * 300), torch.zeros(300), np.arange(300)
+    data.pixels = random.integers(0, 256, (300, 3, 8, 8), dtype=np.uint8)
+    config = SimpleNamespace(split="test", mistakes=4, hide=["nude"])
+    truth, probabilities = random.integers(26, size=300), random.dirichlet(np.ones(27), 300)  # the last one is missing
+    evaluation.draw_figures(tmp_path, "", data, truth, probabilities, classes, config)
+    assert min(Image.open(tmp_path / "confusion.png").size) > 1000
+    assert not (tmp_path / "mistakes.png").exists()  # every picture has a genre that is not to be shown
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.py", "--data", "nowhere"), "no folder nowhere"),
+        (("train.py", "--epochz", "3"), "unrecognized arguments: --epochz"),
+        (("train.py", "--epochs", "many"), "invalid int value"),
+        (("train.py", "-c", "missing.json"), "no settings file missing.json"),
+        (("train.py", "--device", "cuda:99"), "no device 'cuda:99'"),
+        (("test.py", "--run", "nowhere"), "no checkpoint nowhere/classifier.pt"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(tmp_path, arguments, message):
+    process = script(*arguments, cwd=tmp_path)
+    assert process.returncode != 0
+    assert "Traceback" not in process.stderr
+    assert message in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half a zip"])
+def test_a_damaged_checkpoint_gets_one_clear_line(tmp_path, content):
+    (tmp_path / "classifier.pt").write_bytes(content)
+    with pytest.raises(runs.Problem, match="not a checkpoint of ours"):
+        runs.load_checkpoint(tmp_path / "classifier.pt")
+
+
+def test_loading_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    torch.save({"model": Evil()}, tmp_path / "classifier.pt")
+    with pytest.raises(runs.Problem):
+        runs.load_checkpoint(tmp_path / "classifier.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_two_trainings_in_one_run_folder(demo, tmp_path):
+    code = f"import runs, sys, time; lock = runs.claim({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(runs.Problem, match="another training is writing"):
+            train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
+        other.kill()
