@@ -12,23 +12,23 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 WIKIART ?=
 
+ifneq ($(words x$(WIKIART) x$(RUN)),2)
+$(error WIKIART and RUN must be paths without spaces; a link to the folder will do)
+endif
 ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
 STAGES := -c demo.json
-PAINTINGS := $(DATA)/metadata.csv
 else
 DATA := $(patsubst %/,%,$(WIKIART))
-RUN ?= runs/wikiart
+RUN ?= runs/$(notdir $(DATA))
 STAGES :=
-# Folders change their time when files come or go; the outer wildcard drops the pieces of names with spaces.
-PAINTINGS := $(wildcard $(wildcard $(DATA)/train $(DATA)/train/* $(DATA)/test $(DATA)/test/*))
 endif
 
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
-SHARED := wikiart.py runs.py config.json cpu.json demo.json
+SHARED := wikiart.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline report test lint clean
+.PHONY: all pipeline report test lint clean FORCE
 .DELETE_ON_ERROR:
 
 all: $(VENV)/ready
@@ -47,11 +47,17 @@ pipeline: $(RUN)/report.txt
 data/demo/metadata.csv:
 	$(PY) demo.py --data data/demo
 
-$(RUN)/classifier.pt: train.py $(SHARED) $(PAINTINGS)
+# The flags and every folder of paintings with its time of change: what is trained again when it changes.
+$(RUN)/inputs.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
+	@mkdir -p $(RUN); echo '$(FLAGS)' > $@.new; \
+	find -L $(DATA) -name '.*' -prune -o -type d -printf '%P %T@\n' 2>/dev/null | sed 1d | sort >> $@.new; \
+	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(RUN)/classifier.pt: train.py $(SHARED)
 	$(PY) train.py $(FLAGS) $(if $(wildcard $(RUN)/classifier.partial.pt),--resume)
 
-$(RUN)/mlp/classifier.pt: train.py $(SHARED) $(PAINTINGS)
-	$(PY) train.py $(FLAGS) --model MLP --run $(RUN)/mlp --width 256 --lr 0.0005 \
+$(RUN)/mlp/classifier.pt: train.py mlp.json $(SHARED)
+	$(PY) train.py $(FLAGS) -c mlp.json --run $(RUN)/mlp \
 	    $(if $(wildcard $(RUN)/mlp/classifier.partial.pt),--resume)
 
 $(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
@@ -59,8 +65,13 @@ $(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier
 
 # The rest -------------------------------------------------------------------------------------------------------------
 
+ifeq ($(WIKIART),)
+report:
+	@echo 'make report publishes a run on real paintings: give WIKIART=/path'; exit 1
+else
 report: all
 	$(PY) report/build.py --run $(RUN) --publish
+endif
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

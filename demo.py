@@ -440,7 +440,7 @@ def draw_sheet(folder, config, rows):
 
 
 def main(argv=None):
-    config = runs.configure("demo", __doc__, HELP, argv)
+    config = runs.configure("demo", __doc__, ("data", "seed", "processes"), HELP, argv)
     data, settings = Path(config.data), json.dumps({key: getattr(config, key) for key in ("seed", *HELP)})
     if (data / "demo.json").exists() and (data / "demo.json").read_text() == settings:
         return print(f"{data} is already there, made with the same settings")

@@ -11,6 +11,7 @@ from PIL import Image  # noqa: E402
 plt.rcParams.update(
     {
         "figure.dpi": 100,
+        "text.parse_math": False,  # a "$" in a title is a dollar
         "figure.facecolor": "white",  # an opaque ground reads on light and on dark pages
         "savefig.bbox": "tight",
         "font.size": 11,
@@ -122,8 +123,8 @@ def class_bars(path, groups: dict[str, np.ndarray], classes: list[str], title: s
 
 def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, title: str) -> None:
     """Pictures uint8 (N, 3, S, S) in rows, a caption of a few lines below each."""
-    rows = -(-len(images) // columns)
-    lines = max(caption.count("\n") + 1 for caption in captions)
+    rows = max(1, -(-len(images) // columns))
+    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
     figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, (2 + 0.19 * lines) * rows + 0.4),
                                 squeeze=False, layout="constrained")  # fmt: skip
     for axis in axes.flat:

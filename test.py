@@ -1,7 +1,7 @@
 """Evaluate a trained classifier on test paintings: tables, confusion matrix, ROC curves, its surest mistakes.
 
     python test.py                       # classifier.pt of the run folder on the test paintings
-    python test.py --split train         # on training paintings: how much is learned by heart?
+    python test.py --split train         # on all training paintings, the validation part among them
     python test.py --run runs/wikiart --data /scratch/wikiart
 
 Writes into the run folder: report.txt and report.csv (per style), confusion.png, confusion_counts.png, roc.png,
@@ -18,60 +18,105 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import WikiArt, build_model, predict, title_of
+from wikiart import WikiArt, build_model, name_of, predict, title_of
 
+SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {
     "split": ("which paintings", ("test", "train")),
     "checkpoint": "checkpoint to evaluate, in the run folder",
     "baseline": "folder inside the run folder whose classifier.pt is the baseline (train.py --model MLP)",
     "batch_size": "pictures at a time",
     "bootstrap": "resamples behind each 95 % interval",
-    "mistakes": "pictures on the contact sheet of mistakes",
+    "mistakes": "pictures on the contact sheet of mistakes; 0: none",
 }
 
 
 def main(argv=None):
-    config = runs.configure("test", __doc__, HELP, argv)
+    config = runs.configure("test", __doc__, SHARED, HELP, argv)
     device = runs.pick_device(config.device)
     run = Path(config.run)
-    checkpoint = runs.load_checkpoint(run / config.checkpoint)
+    checkpoint = load_classifier(run / config.checkpoint)
     classes = checkpoint["classes"]
     data = WikiArt(config.data, config.split, classes=classes, processes=config.processes, **checkpoint["data"])
+    if data.pooled and data.fingerprint != checkpoint["fingerprint"]:
+        raise runs.Problem("the paintings have changed since training, so that its test part is no longer known: "
+                           "train again")  # fmt: skip
     truth = data.labels.numpy()
     probabilities = classify(checkpoint, data, config, device)
 
-    facts = {"images": len(data), "classes": len(classes)}
-    facts |= scores(truth, probabilities.argmax(1), len(classes), config.bootstrap, config.seed)
-    # Always the class that training has most of: what a classifier must beat.
+    def score(guesses):
+        return scores(truth, guesses, len(classes), config.bootstrap, config.seed)
+
+    facts = {"images": len(data), "classes": len(classes), "left_out": data.left_out} | score(probabilities.argmax(1))
+    # What a classifier must beat: always naming the class that training has most of, and the baseline.
     largest = checkpoint["largest_class"]
-    facts |= {"majority_class": classes[largest], "majority_accuracy": (truth == largest).mean()}
+    others = {"majority": score(np.full(len(truth), largest))}
+    facts["majority_class"] = classes[largest]
     baseline = run / config.baseline / "classifier.pt"
     if baseline.exists():
-        other = runs.load_checkpoint(baseline)
-        if other["classes"] != classes:
-            raise runs.Problem(f"{baseline} knows other styles than {run / config.checkpoint}: train it again")
-        if other["data"] != checkpoint["data"]:
-            data = WikiArt(config.data, config.split, classes=classes, processes=config.processes, **other["data"])
-        guesses = classify(other, data, config, device).argmax(1)
-        named = scores(truth, guesses, len(classes), config.bootstrap, config.seed)
-        facts |= {f"baseline_{name}": value for name, value in named.items()}
+        others["baseline"] = score(judge_baseline(baseline, checkpoint, data, config, device).argmax(1))
+    else:
+        print(f"no baseline in {baseline.parent}: python train.py -c mlp.json --run {baseline.parent} trains one")
+    facts |= {f"{who}_{name}": value for who, named in others.items() for name, value in named.items()}
+    facts |= seen_and_unseen(checkpoint, data, probabilities.argmax(1))
 
     suffix = "" if config.split == "test" else "_train"
-    facts |= write_tables(run, suffix, data, truth, probabilities, classes)
     facts |= draw_figures(run, suffix, data, truth, probabilities, classes, config)
-    runs.add_facts(run, "test" + suffix, {k: round(v, 5) if isinstance(v, float) else v for k, v in facts.items()})
-    print_summary(facts, run, suffix, config.split)
+    lines, best_and_worst = write_tables(run, suffix, data, truth, probabilities, classes)
+    facts = {
+        key: round(value, 5) if isinstance(value, float) else value for key, value in (facts | best_and_worst).items()
+    }
+    runs.add_facts(run, "test" + suffix, facts)
+    print_summary(facts, lines, run, suffix, config.split)
+    runs.write_text(run / f"report{suffix}.txt", "\n".join(lines) + "\n")  # last: it tells make that all is there
+
+
+def load_classifier(path) -> dict:
+    checkpoint = runs.load_checkpoint(path)
+    if "windows" not in checkpoint:
+        raise runs.Problem(f"{path} holds a {checkpoint['model']}, not a classifier of train.py")
+    return checkpoint
+
+
+def judge_baseline(path, checkpoint, data, config, device) -> np.ndarray:
+    """The baseline's class probabilities on the same paintings."""
+    other = load_classifier(path)
+    if other["classes"] != checkpoint["classes"]:
+        raise runs.Problem(f"{path} knows other classes than the classifier: train it again")
+    if other["data"] != checkpoint["data"]:
+        same = WikiArt(config.data, config.split, classes=other["classes"], processes=config.processes, **other["data"])
+        if list(same.paths) != list(data.paths):
+            raise runs.Problem(f"{path} was trained with another split than the classifier: train it again")
+        data = same
+    return classify(other, data, config, device)
+
+
+def seen_and_unseen(checkpoint, data, guesses) -> dict:
+    """Accuracy on paintings by artists that training knows, and by artists that it does not.
+
+    The first is style recognition helped by painter recognition; the second is what style recognition alone can do.
+    """
+    facts, right = {}, guesses == data.labels.numpy()
+    seen = np.isin(data.artists, checkpoint["artists"])
+    for name, chosen in (("seen", seen), ("unseen", ~seen & (data.artists != ""))):
+        if chosen.any():
+            recalls = [right[chosen & (data.labels.numpy() == label)] for label in np.unique(data.labels[chosen])]
+            facts[f"{name}_artists_images"] = int(chosen.sum())
+            facts[f"{name}_artists_accuracy"] = float(right[chosen].mean())
+            facts[f"{name}_artists_balanced_accuracy"] = float(np.mean([recall.mean() for recall in recalls]))
+    return facts
 
 
 def classify(checkpoint, data, config, device) -> np.ndarray:
     """Class probabilities, float (N, classes), of every painting as it is: not resampled, not augmented."""
-    model = build_model(checkpoint).to(device)
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     outputs = []
     with tqdm(total=len(data), desc=f"{checkpoint['model']} on {data.split}", unit="picture") as bar:
-        for pixels, _ in data.batches(np.arange(len(data)), config.batch_size, device):
+        for items in torch.arange(len(data)).split(config.batch_size):
             with runs.autocast(device):
-                outputs.append(predict(model, pixels, checkpoint["crop"]).float().cpu())
-            bar.update(len(pixels))
+                pixels, _ = data.batch(items, device)
+                outputs.append(predict(model, pixels, checkpoint["crop"], checkpoint["windows"]).float().cpu())
+            bar.update(len(items))
     return torch.cat(outputs).numpy()
 
 
@@ -104,33 +149,31 @@ def count_pairs(truth, guesses, classes: int) -> np.ndarray:
     return np.bincount(truth * classes + guesses, minlength=classes**2).reshape(classes, classes)
 
 
-def write_tables(run, suffix, data, truth, probabilities, classes) -> dict:
-    """Precision, recall and F1 per class as text and CSV, and every prediction; returns the best and worst class."""
+def write_tables(run, suffix, data, truth, probabilities, classes) -> tuple[list[str], dict]:
+    """Scores per class and every prediction, as CSV; returns the first as lines, and its best and worst class."""
     guesses = probabilities.argmax(1)
-    labels = np.arange(len(classes))
-    columns = precision_recall_fscore_support(truth, guesses, labels=labels, zero_division=0)
+    columns = precision_recall_fscore_support(truth, guesses, labels=np.arange(len(classes)), zero_division=0)
     rows = [(name, *values) for name, *values in zip(classes, *columns, strict=True)]
-    lines = [f"{'style':28} {'precision':>9} {'recall':>9} {'F1':>9} {'pictures':>9}"]
+    lines = [f"{'class':28} {'precision':>9} {'recall':>9} {'F1':>9} {'pictures':>9}"]
     lines += [f"{name:28} {p:9.3f} {r:9.3f} {f:9.3f} {n:9}" for name, p, r, f, n in rows]
-    runs.write_text(run / f"report{suffix}.txt", "\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines) + "\n")
-    with runs.replacing(run / f"report{suffix}.csv") as path, open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("style", "precision", "recall", "f1", "pictures"))
-        writer.writerows((name, f"{p:.4f}", f"{r:.4f}", f"{f:.4f}", n) for name, p, r, f, n in rows)
-    with runs.replacing(run / f"predictions{suffix}.csv") as path, open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "style", "predicted", "probability"))
-        for path, label, guess, row in zip(data.paths, truth, guesses, probabilities, strict=True):
-            writer.writerow((path, classes[label], classes[guess], f"{row[guess]:.4f}"))
+    with runs.replacing(run / f"report{suffix}.csv") as path:
+        write_csv(path, ("class", "precision", "recall", "f1", "pictures"), rows)
+    said = ((classes[label], classes[guess], row[guess]) for label, guess, row in
+            zip(truth, guesses, probabilities, strict=True))  # fmt: skip
+    with runs.replacing(run / f"predictions{suffix}.csv") as path:
+        named = ((file, *rest) for file, rest in zip(data.paths, said, strict=True))
+        write_csv(path, ("path", "class", "predicted", "probability"), named)
     there = [row for row in rows if row[4]]
     best, worst = max(there, key=lambda row: row[2]), min(there, key=lambda row: row[2])
-    return {
-        "best_class": best[0],
-        "best_recall": float(best[2]),
-        "worst_class": worst[0],
-        "worst_recall": float(worst[2]),
-    }
+    extremes = {"best_class": best[0], "best_recall": best[2], "worst_class": worst[0], "worst_recall": worst[2]}
+    return lines, {key: value if isinstance(value, str) else float(value) for key, value in extremes.items()}
+
+
+def write_csv(path, header, rows) -> None:
+    with open(path, "w", newline="", errors="surrogateescape") as file:  # file names need not be UTF-8
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
 
 
 def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> dict:
@@ -152,27 +195,30 @@ def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> di
     shown = (guesses != truth) & data.fit_to_show(config.hide)
     chosen = [row for row in np.argsort(-sure, kind="stable") if shown[row]][: config.mistakes]
     captions = [
-        f"{data.artists[row].replace('-', ' ')[:26]}\n{title_of(data.paths[row])[:26]}\n"
+        f"{data.artists[row].replace('-', ' ')[:26]}\n{(title_of(data.paths[row]) or name_of(data.paths[row]))[:26]}\n"
         f"is {figures.plain(classes[truth[row]])}\nsaid {figures.plain(classes[guesses[row]])} {sure[row]:.0%}"
         for row in chosen
     ]
-    if chosen:
-        pictures = data.pixels[data.rows[chosen]]
-        title = f"The surest mistakes on {config.split} paintings"
-        figures.contact_sheet(run / f"mistakes{suffix}.png", pictures, captions, 6, title)
+    title = f"The surest mistakes on {config.split} paintings" if chosen else "No mistakes to show"
+    figures.contact_sheet(run / f"mistakes{suffix}.png", data.pixels[data.rows[chosen]], captions, 6, title)
     return {"roc_auc": float(np.mean([area for *_, area in lines.values()])) if lines else 0.0}
 
 
-def print_summary(facts, run, suffix, split) -> None:
-    print(f"{'':18} {'accuracy':>24} {'balanced accuracy':>24} {'macro-F1':>24}")
-    for name, prefix in (("classifier", ""), ("baseline", "baseline_")):
+def print_summary(facts, lines, run, suffix, split) -> None:
+    print("\n" + "\n".join(lines) + "\n")
+    print(f"{'':28} {'accuracy':>24} {'balanced accuracy':>24} {'macro-F1':>24}")
+    rows = {"classifier": "", "baseline": "baseline_", f"always {facts['majority_class']}": "majority_"}
+    for name, prefix in rows.items():
         if prefix + "accuracy" in facts:
             cells = [
                 "{:.1%} ({:.1%} to {:.1%})".format(*(facts[f"{prefix}{key}{end}"] for end in ("", "_low", "_high")))
                 for key in MEASURES
             ]
-            print(f"{name:18} " + " ".join(f"{cell:>24}" for cell in cells))
-    print(f"{'always ' + facts['majority_class']:18} {facts['majority_accuracy']:24.1%}")
+            print(f"{name:28} " + " ".join(f"{cell:>24}" for cell in cells))
+    for name in ("seen", "unseen"):
+        if f"{name}_artists_accuracy" in facts:
+            print(f"artists {name} in training: {facts[f'{name}_artists_accuracy']:.1%} of "
+                  f"{facts[f'{name}_artists_images']} pictures")  # fmt: skip
     print(f"\n{split} accuracy {facts['accuracy']:.1%}; tables and figures are in {run}/ (confusion{suffix}.png, "
           f"roc{suffix}.png, mistakes{suffix}.png, report{suffix}.txt)")  # fmt: skip
 

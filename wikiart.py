@@ -11,20 +11,27 @@ into floats between 0 and 1. The networks take those floats and normalise them t
 import copy
 import csv
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -56,8 +63,11 @@ def read_picture(path, size: int, resize: str = "squash") -> np.ndarray:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Grey, palette, CMYK and 16-bit pictures as RGB; transparent ones on white; of animations the first frame."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which convert() would clip at 255
+        pixels = np.asarray(image, np.float32)
+        tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)  # what white may be
+        white = next((top for top in tops if pixels.max() <= top), pixels.max())
+        return Image.fromarray((255 * pixels / white).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -67,17 +77,28 @@ def as_rgb(image: Image.Image) -> Image.Image:
 # The pixel cache ------------------------------------------------------------------------------------------------------
 
 
-def list_files(folder: Path) -> dict[str, os.stat_result]:
-    """Every file below the style folders of `folder`, by its path `<Style>/<name>`, sorted; hidden ones left out."""
-    files = {}
-    for directory, names, leaves in os.walk(folder, followlinks=True):
-        names[:] = [name for name in names if not name.startswith(".")]
-        if Path(directory) == folder:
-            continue  # files beside the style folders (a README, say) are not paintings
+def list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file below the style folders of `folder`, by its path `<Style>/<name>`, sorted.
+
+    Hidden files are left out. What cannot be looked at, such as a broken link, has 0 and 0.
+    """
+
+    def stop(error):
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    files, visited = {}, set()
+    for directory, names, leaves in os.walk(folder, followlinks=True, onerror=stop):
+        place = os.path.realpath(directory)
+        names[:] = [name for name in names if not name.startswith(".") and place not in visited]
+        if Path(directory) == folder or place in visited:  # a link may lead back up; and files beside the style
+            visited.add(place)  # folders (a README, say) are not paintings
+            continue
+        visited.add(place)
         for leaf in leaves:
             path = Path(directory, leaf)
-            if not leaf.startswith(".") and path.exists():
-                files[path.relative_to(folder).as_posix()] = path.stat()
+            if not leaf.startswith("."):
+                stat = path.stat() if path.is_file() else None
+                files[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
     return dict(sorted(files.items()))
 
 
@@ -102,29 +123,37 @@ def pixel_cache(folder: Path, where: Path, size: int, resize: str, processes: in
     files = list_files(folder)
     key = hashlib.sha256()
     for path, stat in files.items():
-        key.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        key.update(os.fsencode(path) + f"\0{stat}\n".encode())
     prefix = f"{folder.name}-{resize}-{size}-"
     ready = where / (prefix + key.hexdigest()[:16])
     try:
         where.mkdir(parents=True, exist_ok=True)
         with open(where / "lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # not flock, which forked children would go on holding
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked children would go on holding
+            except BlockingIOError:
+                print(f"waiting for another program that decodes into {where}", file=sys.stderr)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
             if not ready.exists():
-                for stale in where.glob(f"*{prefix}*"):
+                for stale in where.glob(f"*{glob.escape(prefix)}*"):
                     shutil.rmtree(stale, ignore_errors=True)
                 building = where / f"building-{prefix}"
                 building.mkdir()
-                build_cache(folder, list(files), building, size, resize, processes)
-                building.rename(ready)
+                try:
+                    build_cache(folder, list(files), building, size, resize, processes)
+                    building.rename(ready)
+                finally:
+                    shutil.rmtree(building, ignore_errors=True)
+            index = json.loads((ready / "index.json").read_text()) | {"fingerprint": ready.name}
+            pixels = np.empty((0, 3, size, size), np.uint8)
+            if files:
+                pixels = np.memmap(ready / "pixels.uint8", np.uint8, "r", shape=(len(files), 3, size, size))
     except OSError as error:
         raise DataError(f"could not write the pixel cache in {where}: {error.strerror or error}") from None
-    index = json.loads((ready / "index.json").read_text()) | {"fingerprint": ready.name}
     if index["broken"]:
         names = ready / "left_out.txt"
         print(f"{len(index['broken'])} of {len(files)} files in {folder} are left out: see {names}", file=sys.stderr)
-    if not files:
-        return np.empty((0, 3, size, size), np.uint8), index
-    return np.memmap(ready / "pixels.uint8", np.uint8, "r", shape=(len(files), 3, size, size)), index
+    return pixels, index
 
 
 def build_cache(folder: Path, files: list[str], target: Path, size: int, resize: str, processes: int) -> None:
@@ -133,20 +162,39 @@ def build_cache(folder: Path, files: list[str], target: Path, size: int, resize:
     loader = DataLoader(
         Decoder(folder, files, size, resize),
         batch_size=32,
-        num_workers=processes or torch.get_num_threads(),
+        num_workers=processes or len(os.sched_getaffinity(0)),
         collate_fn=list,  # lists of arrays come through a pipe; tensors would need a large /dev/shm
         multiprocessing_context="fork",  # children that start at once: all they need is Pillow and numpy
+        worker_init_fn=partial(end_with, os.getpid()),
     )
-    with open(target / "pixels.uint8", "wb") as file, tqdm(total=len(files), desc=f"decoding {folder.name}") as bar:
-        for path, (picture, reason) in zip(files, itertools.chain.from_iterable(loader), strict=True):
-            if reason:
-                broken[path] = reason
-                picture = np.zeros((3, size, size), np.uint8)
-            hashes.append(hashlib.sha256(picture).hexdigest()[:16])
-            file.write(picture)
-            bar.update()
-    (target / "left_out.txt").write_text("".join(f"{path}\t{reason}\n" for path, reason in broken.items()))
+    decoded = itertools.chain.from_iterable(loader)
+    try:
+        with open(target / "pixels.uint8", "wb") as file:
+            for path, (picture, reason) in zip(
+                files, tqdm(decoded, f"decoding {folder.name}", len(files)), strict=True
+            ):
+                if reason:
+                    broken[path] = reason
+                pixels = np.zeros((3, size, size), np.uint8) if reason else picture
+                hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
+                file.write(pixels)
+    except RuntimeError as error:  # a child was killed, for its memory most likely
+        raise DataError(f"a decoding process died, try --processes 1 ({str(error).splitlines()[0]})") from None
+    names = "".join(f"{path}\t{reason}\n" for path, reason in broken.items())
+    (target / "left_out.txt").write_text(names, errors="surrogateescape")  # names need not be UTF-8
     (target / "index.json").write_text(json.dumps({"files": files, "hashes": hashes, "broken": broken}))
+
+
+def end_with(parent: int, _) -> None:
+    """In a decoding process: stop when the program that started it is gone, and leave Ctrl-C and SIGTERM to that."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Decoder(Dataset):
@@ -160,6 +208,8 @@ class Decoder(Dataset):
 
     def __getitem__(self, row):
         try:
+            if not (self.folder / self.files[row]).is_file():
+                raise FileNotFoundError("no regular file")  # a broken link, or a pipe that would never end
             picture = read_picture(self.folder / self.files[row], self.size, self.resize)
             return np.ascontiguousarray(picture), None
         except Exception as error:  # Pillow's readers raise almost anything on damaged files
@@ -173,54 +223,83 @@ class WikiArt(Dataset):
     """A folder of paintings, one sub-folder a style, in the manner of torchvision's ImageFolder.
 
     `root` holds train/ and test/ with style folders, or style folders alone, which are then split 80/20 by
-    `split_seed`. `classes` are the sorted folder names of train/; for a trained model give the checkpoint's.
+    `split_seed`. With `holdout="artists"` all paintings are split so, and no artist is in both parts. The label is the
+    `target`: style, artist or genre. Paintings without one, or (artist, genre) of a class with fewer than
+    `min_images`, are left out and counted. For a trained model give the checkpoint's `classes`; else they are the
+    sorted folder names of train/ (or the sorted names of artists or genres).
 
     pixels: uint8 (M, 3, size, size), mapped from the cache; rows: int64 (N,), which of them are in this set;
-    labels: int64 (N,); paths (below `root`), artists, groups (equal for copies of one painting), genres, years: N each.
+    labels: int64 (N,); paths (below `root`), styles, artists, genres, years, groups (equal for copies): N each.
 
     Raises DataError for a missing or empty folder, a class without a picture, and a test class that train/ lacks.
     """
 
-    def __init__(self, root, split="train", size=128, resize="squash", split_seed=0, classes=None, processes=0):
+    PER_PAINTING = ("rows", "paths", "styles", "artists", "genres", "years", "groups", "labels")
+
+    def __init__(self, root, split="train", *, size=128, resize="squash", split_seed=0, holdout="none",
+                 target="style", min_images=1, classes=None, processes=0):  # fmt: skip
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"no folder {root}: give the folder that holds train/ and test/ with --data")
-        whole = not (root / "train").is_dir()  # style folders alone
-        folder = root if whole else root / split
+        bare = not (root / "train").is_dir()  # style folders alone
+        pooled = bare or holdout == "artists"
+        folder = root if pooled else root / split
         if not folder.is_dir():
             raise DataError(f"{root} has a folder train/ but no {split}/")
-        known = [entry.name for entry in sorted((root if whole else root / "train").iterdir())
+        known = [entry.name for entry in sorted((root if bare else root / "train").iterdir())
                  if entry.is_dir() and not entry.name.startswith(".")]  # fmt: skip
-        if not known:
-            raise DataError(f"{root} holds no style folders: expected train/<Style>/*, test/<Style>/* or <Style>/*")
-        self.classes = list(classes or known)
+        odd = [name for name in known if name.lower() in ("train", "test", "val", "valid", "validation")]
+        if not known or odd:
+            raise DataError(f"{root} holds {'a folder ' + odd[0] if odd else 'no style folders'}: expected "
+                            "train/<Style>/*, test/<Style>/*, or <Style>/* alone")  # fmt: skip
+        for style in [] if bare or not (root / "test").is_dir() else sorted((root / "test").iterdir()):
+            if style.is_dir() and not style.name.startswith(".") and style.name not in known:
+                raise DataError(f"{style} is not one of the styles of train: {', '.join(known)}")
 
         self.pixels, index = pixel_cache(folder, cache_folder(root), size, resize, processes)
-        files = [(row, path) for row, path in enumerate(index["files"]) if path not in index["broken"]]
-        for _, path in files:
-            if path.split("/")[0] not in self.classes:
-                raise DataError(f"{folder / path.split('/')[0]} is not one of the styles trained on: "
-                                f"{', '.join(self.classes)}")  # fmt: skip
-        styles = [path.split("/")[0] for _, path in files]
-        if split == "train" or whole:
-            for style in known:
-                if style not in styles:
-                    raise DataError(f"{folder / style} holds no picture: fill the folder or remove it")
-        if not files:
+        level = int(pooled and not bare)  # where a path names the style
+        good = [(row, path) for row, path in enumerate(index["files"])
+                if path not in index["broken"] and path.count("/") > level]  # fmt: skip
+        if not good:
             raise DataError(f"{folder} holds no picture")
-
-        self.root, self.split, self.size, self.fingerprint = root, split, size, index["fingerprint"]
-        self.rows = np.array([row for row, _ in files])
-        self.paths = np.array([path if whole else f"{split}/{path}" for _, path in files])
-        self.labels = torch.tensor([self.classes.index(style) for style in styles])
+        self.root, self.split, self.pooled, self.fingerprint = root, split, pooled, index["fingerprint"]
+        self.rows = np.array([row for row, _ in good])
+        self.paths = np.array([path if pooled else f"{split}/{path}" for _, path in good])
+        self.styles = np.array([path.split("/")[level] for _, path in good])
         self.artists = np.array([artist_of(path) for path in self.paths])
-        self.groups = find_copies(self.paths, [index["hashes"][row] for row in self.rows])
         metadata = read_metadata(root / "metadata.csv")
         self.genres = np.array([metadata.get(path, {}).get("genre", "") for path in self.paths])
         self.years = np.array([metadata.get(path, {}).get("year", "") for path in self.paths])
-        if whole:
+        names = [f"{style}/{name_of(path)}" for style, path in zip(self.styles, self.paths, strict=True)]
+        same = [names, [index["hashes"][row] for row in self.rows]]
+        self.groups = join(*same, self.artists) if holdout == "artists" else join(*same)
+
+        for style in np.unique(self.styles):
+            if style not in (classes if classes and target == "style" else known):
+                raise DataError(f"{folder / style} is not one of the styles trained on: {', '.join(classes or known)}")
+        for style in known if split == "train" or pooled else ():
+            if style not in self.styles:
+                raise DataError(f"{folder / style} holds no picture: fill the folder or remove it")
+
+        self.labels = torch.tensor([known.index(style) for style in self.styles])
+        if pooled:
             held_out = hold_out(self.labels.numpy(), self.groups, 0.2, split_seed)
-            vars(self).update(vars(self.subset(held_out if split == "test" else ~held_out)))
+            self.keep(held_out if split == "test" else ~held_out)
+        values = {"style": self.styles, "artist": self.artists, "genre": self.genres}[target]
+        if not classes:
+            names, counts = np.unique(values[values != ""], return_counts=True)
+            classes = known if target == "style" else names[counts >= min_images].tolist()
+        self.classes = list(classes)
+        if not np.isin(values, self.classes).any():
+            raise DataError(f"no painting in {folder} has a known {target} with --min-images {min_images}")
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = torch.tensor([number.get(value, -1) for value in values])
+        self.left_out = int((self.labels < 0).sum())
+        if self.left_out:
+            print(f"{self.left_out} of {len(self)} paintings in {folder} have no {target} to learn: left out",
+                  file=sys.stderr)  # fmt: skip
+            self.keep((self.labels >= 0).numpy())
+        self.on_device = None
 
     def __len__(self):
         return len(self.rows)
@@ -228,29 +307,38 @@ class WikiArt(Dataset):
     def __getitem__(self, item):
         return torch.from_numpy(self.pixels[self.rows[item]].copy()), int(self.labels[item])
 
+    def keep(self, chosen) -> None:
+        """Drop the paintings that are not `chosen`, a boolean mask or indices."""
+        for name in self.PER_PAINTING:
+            setattr(self, name, getattr(self, name)[chosen])
+
     def subset(self, chosen) -> "WikiArt":
-        """The same pixels with fewer rows; `chosen` is a boolean mask or indices."""
+        """The same pixels with fewer paintings; `chosen` is a boolean mask or indices."""
         part = copy.copy(self)
-        part.labels = self.labels[torch.as_tensor(chosen)]
-        for name in ("rows", "paths", "artists", "groups", "genres", "years"):
-            setattr(part, name, getattr(self, name)[chosen])
+        part.keep(chosen)
         return part
+
+    def move_to(self, device) -> None:
+        """Hold all pixels, as bytes, in a GPU's memory, where they take less than half of what is free."""
+        needed = len(self) * self.pixels[0].nbytes
+        if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
+            self.on_device = torch.from_numpy(self.pixels[self.rows]).to(device)
+
+    def batch(self, items, device):
+        """Pictures uint8 (B, 3, S, S) and labels (B,) of the given paintings (B,), on the device."""
+        if self.on_device is not None:
+            return self.on_device[items.to(device)], self.labels[items].to(device)
+        pixels = torch.from_numpy(self.pixels[self.rows[items.numpy()]])
+        return pixels.to(device, non_blocking=True), self.labels[items].to(device)
 
     def counts(self) -> np.ndarray:
         """Paintings per class, int64 (classes,)."""
         return np.bincount(self.labels, minlength=len(self.classes))
 
     def fit_to_show(self, hide: list[str]) -> np.ndarray:
-        """Which paintings may appear in figures, a mask (N,): none of a hidden genre or with a hidden part of a name."""
+        """Which paintings may appear in figures, a mask (N,): none of a hidden genre or with a hidden piece of path."""
         pairs = zip(self.genres, self.paths, strict=True)
         return np.array([not any(word == genre or word in path for word in hide) for genre, path in pairs])
-
-    def batches(self, order, batch_size: int, device):
-        """Pictures uint8 (B, 3, S, S) and labels (B,) in the given order, on the device."""
-        order = torch.as_tensor(order)
-        for chosen in order.split(batch_size):
-            pixels = torch.from_numpy(self.pixels[self.rows[chosen]])
-            yield pixels.to(device, non_blocking=True), self.labels[chosen].to(device)
 
 
 def artist_of(path: str) -> str:
@@ -259,124 +347,169 @@ def artist_of(path: str) -> str:
     return artist if underscore else ""
 
 
+def name_of(path: str) -> str:
+    """A file's name without its ending; Roboflow calls its augmented copies <name>_jpg.rf.<hash>.jpg."""
+    return Path(path).stem.partition("_jpg.rf.")[0]
+
+
 def title_of(path: str) -> str:
     """The title in a file name, in plain words."""
-    return Path(path).stem.partition("_jpg.rf.")[0].partition("_")[2].replace("-", " ")
+    return name_of(path).partition("_")[2].replace("-", " ")
 
 
 def read_metadata(path: Path) -> dict[str, dict]:
     """The rows of metadata.csv by their column `path`; nothing where there is no such file."""
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["path"]: row for row in csv.DictReader(file)}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["path"]: row for row in csv.DictReader(file)}
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
 
 
-def find_copies(paths, hashes) -> np.ndarray:
-    """Number the paintings, int64 (N,), so that copies of one get the same number.
+def channel_statistics(data: WikiArt) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each colour channel, in [0, 1], over some 500 of the pictures."""
+    moments = []
+    for row in data.rows[:: -(-len(data) // 500)]:
+        picture = data.pixels[row].reshape(3, -1) / np.float32(255)
+        moments.append((picture.mean(1), (picture**2).mean(1)))
+    mean, square = np.mean(moments, 0)
+    return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 1e-4)).tolist()
 
-    Copies have the same pixels, or the same name; Roboflow's augmented copies are named <name>_jpg.rf.<hash>.jpg.
+
+def join(*keys) -> np.ndarray:
+    """Number the items, int64 (N,), so that those that share a value in any of the keys (N each) get the same number.
+
+    Copies of a painting share their name or their pixels. "" is no value.
     """
-    number = list(range(len(paths)))
+    number = list(range(len(keys[0])))
 
-    def first(item):  # follows a chain of copies to its first member
+    def first(item):  # follows a chain to its first member
         while number[item] != item:
             item = number[item]
         return item
 
-    seen = {}
-    for item, (path, pixels) in enumerate(zip(paths, hashes, strict=True)):
-        for key in (("name", Path(path).stem.partition("_jpg.rf.")[0]), ("pixels", pixels)):
-            other = first(seen.setdefault(key, item))
-            number[max(first(item), other)] = min(first(item), other)
-    return np.array([first(item) for item in range(len(paths))])
+    for key in keys:
+        seen = {}
+        for item, value in enumerate(key):
+            if value:
+                one, other = first(item), first(seen.setdefault(value, item))
+                number[max(one, other)] = min(one, other)
+    return np.array([first(item) for item in range(len(number))])
 
 
 def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose about `fraction` of every class, as a mask (N,), without dividing a group.
 
-    A group counts as its first member's class. Of every class with two groups or more some are chosen and some are
-    not; one with a single group stays where it is (in training).
+    A group counts as its first member's class. Of every class with two groups or more of its own some are chosen; of
+    no class are all.
     """
     shuffled = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), bool)
     _, leaders, group = np.unique(groups, return_index=True, return_inverse=True)
-    sizes = np.bincount(group)
+    table = np.zeros((len(leaders), labels.max() + 1), int)  # members of each group in each class
+    np.add.at(table, (group, labels), 1)
+    sizes, left, chosen = table.sum(1), table.sum(0), np.zeros(len(leaders), bool)
     for label in np.unique(labels[leaders]):
         own = shuffled.permutation(np.flatnonzero(labels[leaders] == label))
-        wanted, chosen = fraction * sizes[own].sum(), []
-        for candidate in own:
-            if sizes[chosen].sum() + sizes[candidate] <= wanted:
-                chosen.append(candidate)
-        if not chosen and len(own) > 1 and fraction > 0:
-            chosen = [own[np.argmin(sizes[own])]]
-        held_out |= np.isin(group, chosen)
-    return held_out
+        wanted, taken = fraction * sizes[own].sum(), 0
+        smallest = own[np.argmin(sizes[own])]  # goes where none is small enough
+        for candidate in (*own, smallest):
+            fits = taken + sizes[candidate] <= wanted or (candidate == smallest and not taken)
+            if fits and not chosen[candidate] and (left > table[candidate])[table[candidate] > 0].all():
+                chosen[candidate] = True
+                taken += sizes[candidate]
+                left = left - table[candidate]
+    return chosen[group]
 
 
 class BalancedSampler(Sampler):
     """Which paintings an epoch shows, in random order; for training only.
 
     `resample` brings every class to `per_class` draws by dropping and repeating, anew each epoch; within an epoch no
-    painting of a class comes more than once oftener than another. `none` shows every painting once. The draws depend
-    on (seed, epoch) alone, so that a resumed run goes on as if it had never stopped.
+    painting of a class comes more than once oftener than another. `sampler` draws as many as there are, each class
+    with the same chance. Anything else shows every painting once. The draws depend on (seed, epoch) alone, so that a
+    resumed run goes on as if it had never stopped.
     """
 
     def __init__(self, labels: torch.Tensor, balance: str = "resample", per_class: int = 400, seed: int = 0):
+        self.labels, self.balance, self.per_class, self.seed, self.epoch = labels, balance, per_class, seed, 0
         self.members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
-        self.balance, self.per_class, self.seed, self.epoch = balance, per_class, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self):
-        if self.balance == "none":
-            return sum(len(members) for members in self.members)
-        return self.per_class * len(self.members)
+        return self.per_class * len(self.members) if self.balance == "resample" else len(self.labels)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        drawn = []
-        for members in self.members:
-            whole, rest = divmod(len(members) if self.balance == "none" else self.per_class, len(members))
-            some = members[torch.randperm(len(members), generator=generator)[:rest]]
-            drawn.append(torch.cat([members.repeat(whole), some]))
-        drawn = torch.cat(drawn)
+        if self.balance == "sampler":
+            chances = 1 / torch.bincount(self.labels)[self.labels]
+            return iter(torch.multinomial(chances, len(self), replacement=True, generator=generator).tolist())
+        drawn = torch.arange(len(self))
+        if self.balance == "resample":
+            drawn = torch.cat([self.bring(members, generator) for members in self.members])
         return iter(drawn[torch.randperm(len(drawn), generator=generator)].tolist())
+
+    def bring(self, members, generator):
+        """`per_class` draws of one class's members: all of them as often as they go in, and a random rest."""
+        whole, rest = divmod(self.per_class, len(members))
+        return torch.cat([members.repeat(whole), members[torch.randperm(len(members), generator=generator)[:rest]]])
 
 
 # From pixels to the network's input -----------------------------------------------------------------------------------
 
 
-def random_crops(images, crop: int, smallest: float = 0.4, generator=None) -> torch.Tensor:
+def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2) -> torch.Tensor:
     """Training: of each picture another window, mirrored half of the time.
 
-    uint8 (B, 3, S, S) to float (B, 3, crop, crop) in [0, 1]. A window covers between `smallest` and all of the
-    picture's area. Colours and brushwork are left alone: they are what tells the styles apart.
+    uint8 (B, 3, S, S) and random numbers in [0, 1) (7, B) to float (B, 3, crop, crop) in [0, 1]. A window covers
+    between `smallest` and all of the area, up to a third wider or higher than the picture's proportions: small ones
+    show the brushwork as it is, large ones the composition. Exposure and contrast vary a little; hues do not, for
+    they help to tell styles apart.
     """
-    count = len(images)
-    random = torch.rand(4, count, generator=generator)  # on the CPU: the same numbers whatever the device
-    side = (smallest + (1 - smallest) * random[0]).sqrt()
-    across, down = (2 * random[1:3] - 1) * (1 - side)  # the window's centre, in affine_grid's [-1, 1]
-    flip = torch.where(random[3] < 0.5, -1.0, 1.0)
-    zero = torch.zeros(count)
-    theta = torch.stack([side * flip, zero, across, zero, side, down], dim=1).view(count, 2, 3).to(images.device)
-    grid = F.affine_grid(theta, (count, 3, crop, crop), align_corners=False)
-    return F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
+    area, stretch = smallest + (1 - smallest) * random[0], torch.exp(0.3 * (random[1] - 0.5))
+    width, height = ((area.sqrt() * ratio).clamp(max=1) for ratio in (stretch, 1 / stretch))
+    across, down = (2 * random[2] - 1) * (1 - width), (2 * random[3] - 1) * (1 - height)  # in affine_grid's [-1, 1]
+    flip, zero = torch.where(random[4] < 0.5, -1.0, 1.0), torch.zeros_like(width)
+    theta = torch.stack([width * flip, zero, across, zero, height, down], dim=1).view(-1, 2, 3).to(images.device)
+    grid = F.affine_grid(theta, (len(images), 3, crop, crop), align_corners=False)
+
+    # A large window has several pixels for one of the crop's, of which grid_sample would skip most: average them first.
+    level = (torch.maximum(width, height) * images.shape[-1] / crop).log2().round().clamp(min=0)
+    crops = torch.empty(len(images), 3, crop, crop, device=images.device)
+    for each in level.unique():
+        chosen = torch.nonzero(level == each).flatten().to(images.device)
+        source = F.avg_pool2d(images[chosen].float() / 255, int(2**each))
+        crops[chosen] = F.grid_sample(source, grid[chosen], padding_mode="reflection", align_corners=False)
+    contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
+    return 0.5 + (crops - 0.5) * (1 + contrast) + 0.25 * exposure
 
 
-def views(images, crop: int) -> list[torch.Tensor]:
-    """Evaluation: the whole picture and its mirror image, float (B, 3, crop, crop) in [0, 1] each."""
-    whole = images.float() / 255
-    if whole.shape[-1] != crop:
-        whole = F.interpolate(whole, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
-    return [whole, whole.flip(3)]
+def views(images, crop: int, window: float = 1.0) -> list[torch.Tensor]:
+    """Evaluation: the four corner windows of `window` times the picture's side, and their mirror images.
+
+    uint8 (B, 3, S, S) to a list of float (B, 3, crop, crop) in [0, 1]. 1 stands for the whole picture, 1.5 for the
+    whole picture at 1.5 times the crop's size.
+    """
+    if window > 1:
+        return views(images, round(crop * window))
+    side = round(images.shape[-1] * window)
+    starts = (0,) if window == 1 else (0, images.shape[-1] - side)
+    shown = []
+    for top, left in itertools.product(starts, starts):
+        part = images[:, :, top : top + side, left : left + side].float() / 255
+        part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
+        shown += [part, part.flip(3)]
+    return shown
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images, crop: int) -> torch.Tensor:
-    """Class probabilities (B, classes) of uint8 pictures, averaged over their views; call model.eval() first."""
-    return torch.stack([model(view).float().softmax(1) for view in views(images, crop)]).mean(0)
+def predict(model: nn.Module, images, crop: int, windows=(1.0,)) -> torch.Tensor:
+    """Class probabilities (B, classes) of uint8 pictures: the mean over the windows of the mean over their views."""
+    each = [torch.stack([model(view).float().softmax(1) for view in views(images, crop, side)]) for side in windows]
+    return torch.stack([probabilities.mean(0) for probabilities in each]).mean(0)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -392,6 +525,23 @@ class Normalise(nn.Module):
 
     def forward(self, images):
         return (images - self.mean) / self.std
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the whole batch of all processes (nn.SyncBatchNorm does so on GPUs only)."""
+
+    def forward(self, x):
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        count = x.numel() / x.shape[1] * dist.get_world_size()
+        sums = all_reduce(torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])) / count
+        mean, variance = sums[0], sums[1] - sums[0].square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
 
 
 class MLP(nn.Module):
@@ -413,13 +563,14 @@ class Block(nn.Module):
     def __init__(self, before: int, after: int, stride: int = 1):
         super().__init__()
         self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(after)
+        self.norm1 = BatchNorm(after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(after)
+        self.norm2 = BatchNorm(after)
         self.shortcut = nn.Identity()
         if stride > 1 or before != after:
-            pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-            self.shortcut = nn.Sequential(pool, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+            self.shortcut = nn.Sequential(
+                nn.AvgPool2d(stride, ceil_mode=True), nn.Conv2d(before, after, 1, bias=False), BatchNorm(after)
+            )
 
     def forward(self, x):
         y = F.relu(self.norm1(self.conv1(x)))
@@ -427,35 +578,53 @@ class Block(nn.Module):
 
 
 class CNN(nn.Module):
-    """Our classifier: a small residual net. Images (B, 3, any, any) in [0, 1] to logits (B, classes)."""
+    """Our classifier: a small residual net. Images (B, 3, any, any) in [0, 1] to logits (B, classes).
 
-    def __init__(self, classes: int, width: int = 48, **normalisation):
+    In training the logits of `extra` more classes follow (the artists and genres that training names too).
+    """
+
+    def __init__(self, classes: int, width: int = 48, depth: int = 1, extra: int = 0, **normalisation):
         super().__init__()
+        self.classes = classes
         self.normalise = Normalise(**normalisation)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        self.blocks = nn.Sequential(
-            Block(width, width),
-            Block(width, 2 * width, stride=2),
-            Block(2 * width, 4 * width, stride=2),
-            Block(4 * width, 6 * width, stride=2),
-        )
-        self.out = nn.Linear(6 * width, classes)
+        # The first layer sees patches of 4 x 4: brushwork is local, and a stride of 4 pays for a larger picture.
+        stem = [nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()]
+        blocks, before = [], width
+        for after, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            blocks += [Block(before, after, stride)] + [Block(after, after) for _ in range(depth - 1)]
+            before = after
+        self.body = nn.Sequential(*stem, *blocks)
+        self.norm = BatchNorm(2 * before)
+        self.out = nn.Linear(2 * before, classes + extra)
 
     def features(self, images):
-        """What the last layer sees: the mean over all places, (B, 6 * width)."""
-        return self.blocks(self.stem(self.normalise(images))).mean((2, 3))
+        """What the last layer sees, (B, 8 * width): mean and deviation of each map, its statistics as a texture."""
+        maps = self.body(self.normalise(images))
+        deviation = (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return self.norm(torch.cat([maps.mean((2, 3), keepdim=True), deviation], 1)).flatten(1)
 
     def forward(self, images):
-        return self.out(self.features(images))
+        logits = self.out(self.features(images))
+        return logits if self.training else logits[:, : self.classes]
 
 
 MODELS = {"MLP": MLP, "CNN": CNN}
 
 
+def make_model(name: str, arguments: dict) -> nn.Module:
+    """A network with fresh weights: one of ours, or a classifier of torchvision.models by its name there."""
+    if name in MODELS:
+        return MODELS[name](**arguments)
+    from torchvision import models  # takes seconds, and only this needs it
+
+    if name not in models.list_models(models):
+        raise ValueError(f"no model {name}: give {', '.join(MODELS)} or a classifier of torchvision.models")
+    normalise = Normalise(arguments["mean"], arguments["std"])
+    return nn.Sequential(normalise, models.get_model(name, weights=None, num_classes=arguments["classes"]))
+
+
 def build_model(checkpoint: dict) -> nn.Module:
     """The trained network that a checkpoint describes, in evaluation mode, on the CPU."""
-    model = MODELS[checkpoint["model"]](**checkpoint["arguments"])
+    model = make_model(checkpoint["model"], checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])
     return model.eval()

@@ -10,8 +10,22 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--size", "32", "--seed", "0", "--device", "cpu", "--processes", "1"]
-TINY_TRAIN = [*TINY, "--crop", "32", "--width", "8", "--epochs", "2", "--batch-size", "16", "--per-class", "12"]
+TINY = ["--seed", "0", "--device", "cpu", "--processes", "1"]
+TINY_TRAIN = [
+    *TINY,
+    "--size",
+    "32",
+    "--crop",
+    "32",
+    "--width",
+    "8",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "16",
+    "--per-class",
+    "12",
+]
 
 
 def script(name, *arguments, **options):
@@ -70,5 +84,5 @@ def trained(demo, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("run")
     train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run)])
-    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run / "mlp"), "--model", "MLP"])
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run / "mlp"), "--model", "MLP", "--windows", "1"])
     return run

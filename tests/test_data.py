@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import wikiart
-from wikiart import BalancedSampler, DataError, WikiArt, find_copies, hold_out, read_picture
+from wikiart import BalancedSampler, DataError, WikiArt, hold_out, join, read_picture
 
 RED = (200, 30, 40)
 
@@ -44,6 +44,8 @@ def solid(mode, color):
         ("cmyk.jpg", solid("RGB", RED).convert("CMYK"), RED),
         ("sixteen.png", Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), (90, 90, 90)),
         ("sixteen.tif", Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), (90, 90, 90)),
+        ("thirtytwo.tif", Image.fromarray(np.full((30, 40), 90, np.int32)), (90, 90, 90)),
+        ("float.tif", Image.fromarray(np.full((30, 40), 0.5, np.float32)), (127, 127, 127)),
         ("plain.webp", solid("RGB", RED), RED),
     ],
 )
@@ -116,14 +118,42 @@ def test_broken_files_are_left_out_and_named(folder, capsys):
         (lambda root: (root / "train" / "Empty").mkdir(), "Empty holds no picture"),
         (lambda root: shutil.rmtree(root / "train" / "Cubism"), "Cubism is not one of the styles"),
         (lambda root: shutil.rmtree(root / "test"), "no test/"),
+        (lambda root: shutil.rmtree(root / "train"), "holds a folder test"),
+        (lambda root: (root / "metadata.csv").write_text("file,genre\n"), "column path"),
+        (lambda root: (root / "metadata.csv").write_bytes(b"path,genre\n\xe9,a\n"), "must be UTF-8"),
     ],
 )
 def test_bad_folders_get_one_clear_line(folder, change, message):
     change(folder)
+    if (folder / "metadata.csv").exists():
+        (folder / "metadata.csv").open("a").write("train/Cubism/x.png,a\n")
     with pytest.raises(DataError, match=message) as caught:
         load(folder)
         load(folder, "test")
     assert "\n" not in str(caught.value)
+
+
+def test_links_pipes_and_names_that_are_not_utf8(folder):
+    style = folder / "train" / "Cubism"
+    os.symlink("nowhere", style / "a_broken-link.png")
+    os.symlink("..", style / "loop")
+    os.mkfifo(style / "a_pipe.png")
+    named = os.fsencode(style) + b"/a_caf\xe9.png"
+    shutil.copy(next(style.glob("painter*.png")), named)
+    (style / "deeper").mkdir()
+    picture(style / "deeper" / "a_nested.png", 55)
+    data = load(folder)
+    assert data.counts().tolist() == [4, 8, 2]
+    listed = next((folder / ".cache").glob("train*/left_out.txt")).read_text(errors="surrogateescape")
+    assert "a_broken-link.png" in listed
+    assert "a_pipe.png" in listed
+
+
+def test_a_decoder_that_dies_gets_one_clear_line(folder, monkeypatch):
+    monkeypatch.setattr(wikiart, "read_picture", lambda *_: os._exit(9))
+    with pytest.raises(DataError, match="decoding process died"):
+        load(folder)
+    assert not list((folder / ".cache").glob("*train-*"))
 
 
 def test_a_full_disk_gets_one_clear_line(folder, monkeypatch):
@@ -177,6 +207,7 @@ def test_artists_titles_and_metadata(folder):
     assert (data.genres[0], data.years[0], data.genres[1]) == ("landscape", "1899", "")
     assert data.artists[0].startswith("painter-")
     assert wikiart.artist_of("train/A/noname.jpg") == ""
+    assert wikiart.name_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
     assert wikiart.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
 
 
@@ -277,12 +308,16 @@ def test_style_folders_alone_are_split(tmp_path):
     assert set(load(tmp_path, "test", split_seed=1).paths) != set(test.paths)
 
 
-def test_copies_are_found(tmp_path):
+def test_copies_are_found():
     paths = ["A/m_x_jpg.rf.11.jpg", "A/m_x_jpg.rf.22.jpg", "A/m_y.jpg", "B/m_z.jpg", "B/m_y.png"]
-    groups = find_copies(paths, ["1", "2", "3", "3", "4"])
+    groups = join([wikiart.name_of(path) for path in paths], ["1", "2", "3", "3", "4"])
     assert groups[0] == groups[1]
     assert groups[2] == groups[3] == groups[4]
     assert groups[0] != groups[2]
+
+
+def test_joining_is_transitive_and_empty_values_join_nothing():
+    assert join(["a", "b", "", ""], ["1", "1", "2", "3"], ["x", "y", "y", ""]).tolist() == [0, 0, 0, 3]
 
 
 labelled = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=120)
@@ -304,12 +339,12 @@ def test_holding_out_divides_no_group_and_empties_no_class(items, fraction, seed
         assert own.sum() <= max(fraction * len(own) + 1e-9, sizes.min())
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(0, 3))
-def test_groups_across_classes_stay_whole(labels, seed):
-    labels = np.array(labels)
-    groups = np.arange(len(labels)) // 2
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=60), st.integers(0, 3))
+def test_groups_across_classes_stay_whole_and_empty_no_class(items, seed):
+    labels, groups = np.array(items).T
     held_out = hold_out(labels, groups, 0.3, seed)
     assert all(len(set(held_out[groups == group])) == 1 for group in groups)
+    assert all((~held_out[labels == label]).any() for label in labels)
 
 
 # The sampler
@@ -336,3 +371,58 @@ def test_draws_are_new_each_epoch_and_none_shows_everything_once():
     sampler.set_epoch(1)
     assert sorted(sampler) != first
     assert sorted(BalancedSampler(labels, "none")) == list(range(33))
+
+
+def test_drawing_at_inverse_frequency_gives_every_class_the_same_chance():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    sampler = BalancedSampler(labels, "sampler")
+    drawn = labels[list(sampler)]
+    assert len(drawn) == 1000
+    assert torch.bincount(drawn).sub(1000 / 3).abs().max() < 75  # five standard deviations
+
+
+# Other labels, other splits
+
+
+@pytest.fixture
+def labelled_folder(tmp_path):
+    """Two styles, three artists; one genre is known only of some."""
+    rows = []
+    for seed, (split, style, artist, genre) in enumerate([
+        ("train", "A", "ann", "portrait"), ("train", "A", "ann", "portrait"), ("train", "A", "bob", "landscape"),
+        ("train", "B", "cyd", ""), ("train", "B", "ann", "portrait"), ("test", "A", "ann", "landscape"),
+        ("test", "B", "cyd", "still_life"), ("test", "B", "dan", "portrait"),
+    ]):  # fmt: skip
+        path = picture(tmp_path / split / style / f"{artist}_{seed}.png", seed).relative_to(tmp_path)
+        rows.append(f"{path},{genre}")
+    (tmp_path / "metadata.csv").write_text("\n".join(["path,genre", *rows]))
+    return tmp_path
+
+
+def test_artists_as_labels_leave_out_the_rare_ones(labelled_folder, capsys):
+    data = load(labelled_folder, target="artist", min_images=2)
+    assert (data.classes, len(data), data.left_out) == (["ann"], 3, 2)
+    assert "2 of 5 paintings" in capsys.readouterr().err
+    test = load(labelled_folder, "test", target="artist", classes=["ann", "cyd"])
+    assert test.labels.tolist() == [0, 1]
+    assert test.left_out == 1  # dan is nobody that was learned
+
+
+def test_genres_as_labels_leave_out_the_unknown(labelled_folder):
+    data = load(labelled_folder, target="genre")
+    assert data.classes == ["landscape", "portrait"]
+    assert data.labels.tolist() == [1, 1, 0, 1]
+    assert data.left_out == 1
+    with pytest.raises(DataError, match="known genre"):
+        load(labelled_folder, target="genre", min_images=99)
+
+
+def test_holding_out_artists_shares_none(tmp_path):
+    for number in range(60):
+        split = "train" if number % 3 else "test"
+        picture(tmp_path / split / f"S{number % 2}" / f"artist-{number % 14}_{number}.png", number)
+    training, test = (load(tmp_path, split, holdout="artists") for split in ("train", "test"))
+    assert len(training) + len(test) == 60
+    assert not set(training.artists) & set(test.artists)
+    assert {path.split("/")[0] for path in (*training.paths, *test.paths)} == {"train", "test"}
+    assert all(test.counts() > 0)

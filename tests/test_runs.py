@@ -13,13 +13,14 @@ import torch
 from conftest import ROOT
 
 import runs
+import train
 
-HELP = {key: "text" for key in json.loads((ROOT / "config.json").read_text())["train"]}
+HELP = {key: "text; 0: off" for key in json.loads((ROOT / "config.json").read_text())["train"]}
 SCRIPTS = [key for key, value in json.loads((ROOT / "config.json").read_text()).items() if isinstance(value, dict)]
 
 
 def configure(*argv):
-    return runs.configure("train", "doc", HELP, list(argv))
+    return runs.configure("train", "doc", ("size", "resize", "seed"), HELP, list(argv))
 
 
 def test_flags_lie_over_files_over_defaults(tmp_path):
@@ -46,12 +47,24 @@ def test_later_files_lie_over_earlier_ones(tmp_path):
         ('{"train": 3}', "has a dict"),
         ('{"resize": "stretch"}', "must be one of squash, crop"),
         ("{", "not valid JSON"),
+        ("[]", "must hold settings"),
     ],
 )
 def test_a_wrong_settings_file_is_named(tmp_path, content, message):
     (tmp_path / "wrong.json").write_text(content)
     with pytest.raises(runs.Problem, match=message):
         configure("-c", str(tmp_path / "wrong.json"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--batch-size", "0"), ("--epochs", "-1"), ("--lr", "nan"), ("--validation", "1.5"), ("--size", "0"),
+     ("--seed", "-1"), ("--windows", "0")],
+)  # fmt: skip
+def test_a_number_that_makes_no_sense_is_named(flag, value):
+    name = flag.strip("-").replace("-", "_")
+    with pytest.raises(runs.Problem, match=f"{name} is "):
+        runs.configure("train", "doc", train.SHARED, train.HELP, [flag, value])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -63,7 +76,7 @@ def test_every_key_is_explained(name, capsys):
     assert f"    python {name}.py" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cpu.json", "demo.json"])
+@pytest.mark.parametrize("name", ["cpu.json", "demo.json", "mlp.json"])
 def test_the_settings_that_come_with_us_are_valid(name):
     configure("-c", str(ROOT / name))
 
