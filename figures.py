@@ -104,20 +104,20 @@ def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str
     save(figure, path)
 
 
-def class_bars(path, groups: dict[str, np.ndarray], classes: list[str], title: str, ylabel: str) -> None:
-    """Bars per class, side by side for each group: {"before": (classes,), "after": (classes,)}; largest first."""
-    order = np.argsort(-next(iter(groups.values())), kind="stable")
-    figure, axis = plt.subplots(figsize=(max(7, 0.45 * len(classes)), 3.8))
+def bars(path, groups: dict[str, list], labels: list[str], title: str, ylabel: str, values: bool = False) -> None:
+    """Bars side by side: for each label one of every group, {"before": (labels,), "after": (labels,)}."""
+    figure, axis = plt.subplots(figsize=(max(7.5, 0.3 * len(labels) * min(len(groups), 4)), 4))
     width = 0.8 / len(groups)
-    for number, (label, values) in enumerate(groups.items()):
-        places = np.arange(len(classes)) + (number - (len(groups) - 1) / 2) * width
-        bars = axis.bar(places, values[order], width, label=label, color=HUES[number])
-        axis.bar_label(bars, fmt="%d", fontsize=8, rotation=90, padding=2)
-    axis.set_xticks(range(len(classes)), [plain(classes[label]) for label in order], rotation=45, ha="right")
+    for number, (name, heights) in enumerate(groups.items()):
+        places = np.arange(len(labels)) + (number - (len(groups) - 1) / 2) * width
+        drawn = axis.bar(places, heights, width, label=plain(name), color=HUES[number % len(HUES)])
+        if values:
+            axis.bar_label(drawn, fmt="%d", fontsize=8, rotation=90, padding=2)
+    axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axis.set(title=title, ylabel=ylabel)
-    axis.margins(y=0.18)
+    axis.margins(x=0.01, y=0.18 if values else 0.05)
     axis.grid(False, axis="x")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save(figure, path)
 
 

@@ -245,17 +245,38 @@ def orthogonal(matrix):
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
-def make_optimizers(model, config, steps: int):
-    """Optimizers and their schedules: up for a fifth of the steps, then down to 0, in straight lines."""
-    filters = [p for p in model.parameters() if p.ndim == 4 and config.optimizer == "muon"]
-    matrices = [p for p in model.parameters() if p.ndim > 1 and not (p.ndim == 4 and filters)]
-    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms: decaying them helps nobody
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, config.lr)]
-    if filters:
-        optimizers.append(Muon(filters, config.muon_lr, weight_decay=config.weight_decay))
-    shape = lambda step: min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))  # noqa: E731
-    return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
+class Optimizers:
+    """Muon for the convolutions, AdamW for the rest, and their learning rates: up for a fifth of the steps, then
+    down to 0 in a straight line."""
+
+    def __init__(self, model, config, steps: int):
+        filters = [p for p in model.parameters() if p.ndim == 4 and config.optimizer == "muon"]
+        matrices = [p for p in model.parameters() if p.ndim > 1 and not (p.ndim == 4 and filters)]
+        vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms: decaying them helps nobody
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.parts = [torch.optim.AdamW(groups, config.lr)]
+        if filters:
+            self.parts.append(Muon(filters, config.muon_lr, weight_decay=config.weight_decay))
+
+        def shape(step):
+            return min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
+
+        self.parts += [torch.optim.lr_scheduler.LambdaLR(part, shape) for part in self.parts]
+
+    def zero_grad(self):
+        for part in self.parts[: len(self.parts) // 2]:
+            part.zero_grad()
+
+    def step(self):
+        for part in self.parts:  # the optimizers, then their schedules
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 # Files that are whole or absent ---------------------------------------------------------------------------------------

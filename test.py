@@ -165,8 +165,10 @@ def write_tables(run, suffix, data, truth, probabilities, classes) -> tuple[list
         write_csv(path, ("path", "class", "predicted", "probability"), named)
     there = [row for row in rows if row[4]]
     best, worst = max(there, key=lambda row: row[2]), min(there, key=lambda row: row[2])
+    recalls = {name: round(float(recall), 4) for name, _, recall, _, number in rows if number}
     extremes = {"best_class": best[0], "best_recall": best[2], "worst_class": worst[0], "worst_recall": worst[2]}
-    return lines, {key: value if isinstance(value, str) else float(value) for key, value in extremes.items()}
+    extremes = {key: value if isinstance(value, str) else float(value) for key, value in extremes.items()}
+    return lines, extremes | {"recalls": recalls}
 
 
 def write_csv(path, header, rows) -> None:

@@ -99,7 +99,7 @@ def main(argv=None):
     except ValueError as error:
         raise runs.Problem(str(error)) from None
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average), use_buffers=True)
-    optimizers, schedules = runs.make_optimizers(model, config, config.epochs * (len(order) // config.batch_size))
+    optimizers = runs.Optimizers(model, config, config.epochs * (len(order) // config.batch_size))
 
     state = {
         "model": config.model,
@@ -115,7 +115,7 @@ def main(argv=None):
         "history": [],
     }
     if config.resume and partial.exists():
-        state = resume(partial, state, model, averaged, optimizers, schedules)
+        state = resume(partial, state, model, averaged, optimizers)
     elif config.resume:
         raise runs.Problem(f"nothing to resume: {partial} is not there (a finished run leaves only {final.name})")
     elif partial.exists():
@@ -128,8 +128,7 @@ def main(argv=None):
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             order.set_epoch(epoch)
             started, cpu = time.perf_counter(), time.process_time()
-            loss, accuracy = train_epoch(trained, training, order, names, optimizers, schedules, epoch, config, device,
-                                         after_step=lambda: averaged.update_parameters(model))  # fmt: skip
+            loss, accuracy = train_epoch(trained, averaged, training, order, names, optimizers, epoch, config, device)
             spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
             if not first:
                 continue
@@ -145,8 +144,8 @@ def main(argv=None):
             print(json.dumps(state["history"][-1]), flush=True)
             if best_epoch(state["history"]) == epoch:
                 state |= {"epoch": epoch, "weights": copy.deepcopy(averaged.module).cpu().state_dict()}
-            state["resume"] = {"weights": model.state_dict(), "averaged": averaged.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                               "schedules": [s.state_dict() for s in schedules]}  # fmt: skip
+            parts = {"model": model, "averaged": averaged, "optimizers": optimizers}
+            state["resume"] = {name: part.state_dict() for name, part in parts.items()}
             runs.save_checkpoint(partial, state)
             runs.write_text(run / "train.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
     except KeyboardInterrupt:
@@ -207,7 +206,7 @@ class Names:
         return loss, own.detach()
 
 
-def train_epoch(model, data, order, names, optimizers, schedules, epoch, config, device, after_step):
+def train_epoch(model, averaged, data, order, names, optimizers, epoch, config, device):
     """One pass; returns the mean loss and the accuracy on the (augmented) training pictures."""
     model.train()
     random = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # its own for each epoch: see resume()
@@ -226,13 +225,10 @@ def train_epoch(model, data, order, names, optimizers, schedules, epoch, config,
             raise runs.Problem(
                 f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower the learning rates"
             )
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizers.zero_grad()
         loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        after_step()
+        optimizers.step()
+        averaged.update_parameters(model)
         right = outputs[:, : names.classes].argmax(1) == labels
         total += torch.stack([own * len(labels), right.sum()]).cpu()
     return (runs.sum_over_processes(total) / (len(batches) * config.batch_size)).tolist()
@@ -262,7 +258,7 @@ def best_epoch(history: list[dict]) -> int:
     return min(history, key=lambda record: record["val_loss"])["epoch"]
 
 
-def resume(partial, fresh: dict, model, averaged, optimizers, schedules) -> dict:
+def resume(partial, fresh: dict, model, averaged, optimizers) -> dict:
     """Load what a stopped run left; it must have had the same settings and paintings.
 
     Draws and augmentation depend on (seed, epoch) alone, so the weights end as those of an uninterrupted run.
@@ -274,11 +270,8 @@ def resume(partial, fresh: dict, model, averaged, optimizers, schedules) -> dict
                                "give the old setting, or delete the file to train anew")  # fmt: skip
     if state["fingerprint"] != fresh["fingerprint"]:
         raise runs.Problem(f"the paintings have changed since {partial} was written: delete it to train anew")
-    model.load_state_dict(state["resume"]["weights"])
-    averaged.load_state_dict(state["resume"]["averaged"])
-    for kind, parts in (("optimizers", optimizers), ("schedules", schedules)):
-        for part, saved in zip(parts, state["resume"][kind], strict=True):
-            part.load_state_dict(saved)
+    for name, part in (("model", model), ("averaged", averaged), ("optimizers", optimizers)):
+        part.load_state_dict(state["resume"][name])
     if runs.rank() == 0:
         print(f"resuming after epoch {len(state['history'])}")
     return state
@@ -304,8 +297,11 @@ def report(run, state, training, validation, drawn) -> None:
         },
         state["epoch"],
     )  # fmt: skip
-    counts = {"paintings": training.counts(), "drawn in an epoch": drawn}
-    figures.class_bars(run / "classes.png", counts, state["classes"], "Training paintings per style", "paintings")
+    largest_first = np.argsort(-training.counts(), kind="stable")
+    counts = {"paintings": training.counts()[largest_first], "drawn in an epoch": drawn[largest_first]}
+    names = [figures.plain(state["classes"][label]) for label in largest_first]
+    title = f"Training paintings per {state['config']['target']}"
+    figures.bars(run / "classes.png", counts, names, title, "paintings", values=True)
     facts = {
         "model": state["model"],
         "epochs": len(history),
@@ -317,6 +313,7 @@ def report(run, state, training, validation, drawn) -> None:
         "classes": len(state["classes"]),
         "largest_class": int(training.counts().max()),
         "smallest_class": int(training.counts().min()),
+        "class_sizes": dict(zip(state["classes"], training.counts().tolist(), strict=True)),
         "val_accuracy": best["val_accuracy"],
         "val_balanced_accuracy": best["val_balanced_accuracy"],
         "cpu_minutes": round(sum(record["cpu_seconds"] for record in history) / 60, 2),

@@ -99,7 +99,7 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, t
     whole = train.train_epoch
 
     def stopped(*arguments):
-        if arguments[6] == 2:
+        if arguments[6] == 2:  # the epoch
             raise KeyboardInterrupt
         return whole(*arguments)
 
@@ -149,7 +149,7 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
         assert np.asarray(Image.open(trained / name).convert("L")).std() > 5
     rows = list(csv.DictReader((trained / "predictions.csv").open()))
     facts = json.loads((trained / "facts.json").read_text())["test"]
-    hits = [row["style"] == row["predicted"] for row in rows]
+    hits = [row["class"] == row["predicted"] for row in rows]
     assert facts["images"] == len(rows) == 32
     assert facts["accuracy"] == pytest.approx(np.mean(hits), abs=1e-4)
     for name in evaluation.MEASURES:

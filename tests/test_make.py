@@ -1,0 +1,81 @@
+"""The pipeline: what is up to date is not done again, what is stale is. Python is a stub that notes its calls."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+STUB = """#!/bin/bash
+echo "$@" >> calls
+while [ $# -gt 0 ]; do case $1 in --run) run=$2;; esac; script=${script:-$1}; shift; done
+case $script in
+  train.py) mkdir -p $run; touch $run/classifier.pt;;
+  test.py) touch $run/report.txt;;
+  demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
+  -c) exit 1;;  # no accelerator
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "Makefile", ROOT / "requirements.txt"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").write_text(STUB)
+    (tmp_path / "venv/bin/python").chmod(0o755)
+    (tmp_path / "venv/ready").touch()
+    (tmp_path / "paintings/train/A").mkdir(parents=True)
+    (tmp_path / "others/train/A").mkdir(parents=True)
+    return tmp_path
+
+
+def make(project, *arguments):
+    """Run make; returns the scripts that it ran, in order, and the whole output."""
+    (project / "calls").unlink(missing_ok=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    done = subprocess.run(["make", "VENV=venv", *arguments], cwd=project, capture_output=True, text=True,
+                          env=environment, check=False)  # fmt: skip
+    calls = [line.split() for line in (project / "calls").read_text().splitlines()] if done.returncode == 0 else []
+    return [call[0] for call in calls if call[0] != "-c"], done.stdout + done.stderr
+
+
+def test_the_demo_runs_every_stage_once(project):
+    ran, said = make(project)
+    assert ran == ["demo.py", "train.py", "train.py", "test.py", "report/build.py"]
+    assert "no GPU here, so cpu.json is laid over config.json" in said
+    assert make(project)[0] == ["report/build.py"]
+
+
+def test_changed_folders_settings_and_code_are_noticed(project):
+    everything = ["train.py", "train.py", "test.py", "report/build.py"]
+    arguments = (f"WIKIART={project}/paintings",)
+    assert make(project, *arguments)[0] == everything
+    assert make(project, *arguments)[0] == ["report/build.py"]
+    (project / "paintings/train/B").mkdir()
+    assert make(project, *arguments)[0] == everything
+    (project / "paintings/train/B/new.png").touch()
+    assert make(project, *arguments)[0] == everything
+    (project / "test.py").touch()
+    assert make(project, *arguments)[0] == ["test.py", "report/build.py"]
+    assert make(project, f"WIKIART={project}/others")[0] == everything  # a run folder of its own
+    assert make(project, *arguments)[0] == ["report/build.py"]
+
+
+def test_a_stopped_training_goes_on(project):
+    make(project)
+    (project / "runs/demo/classifier.partial.pt").touch()
+    (project / "train.py").touch()
+    make(project)
+    trainings = [line for line in (project / "calls").read_text().splitlines() if line.startswith("train.py")]
+    assert ["--resume" in line for line in trainings] == [True, False]
+
+
+def test_spaces_in_paths_get_one_clear_line(project):
+    assert "paths without spaces" in make(project, "WIKIART=/a b")[1]
+
+
+def test_the_report_is_only_published_from_real_paintings(project):
+    assert "give WIKIART=" in make(project, "report")[1]
