@@ -28,16 +28,21 @@ endif
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
 SHARED := wikiart.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline report test lint clean FORCE
+.PHONY: all pipeline report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
+# torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
+define with_settings
+@if $(PY) -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
+    echo 'make: settings for a GPU (config.json)'; $(MAKE) --no-print-directory $(1); \
+else \
+    echo 'make: no GPU here, so cpu.json is laid over config.json'; \
+    $(MAKE) --no-print-directory $(1) SETTINGS='-c cpu.json'; \
+fi
+endef
+
 all: $(VENV)/ready
-	@if $(PY) -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
-	    echo 'make: settings for a GPU (config.json)'; $(MAKE) --no-print-directory pipeline; \
-	else \
-	    echo 'make: no GPU here, so cpu.json is laid over config.json'; \
-	    $(MAKE) --no-print-directory pipeline SETTINGS='-c cpu.json'; \
-	fi
+	$(call with_settings,pipeline)
 
 # The stages -----------------------------------------------------------------------------------------------------------
 
@@ -69,9 +74,12 @@ ifeq ($(WIKIART),)
 report:
 	@echo 'make report publishes a run on real paintings: give WIKIART=/path'; exit 1
 else
-report: all
-	$(PY) report/build.py --run $(RUN) --publish
+report: $(VENV)/ready
+	$(call with_settings,publish)
 endif
+
+publish: pipeline
+	$(PY) report/build.py --run $(RUN) --publish
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -78,6 +78,8 @@ def main(argv=None):
     if not len(validation) or config.batch_size > len(training):
         raise runs.Problem(f"{len(training)} paintings to train on and {len(validation)} to validate with are too few: "
                            "add paintings, raise --validation or lower --batch-size")  # fmt: skip
+    if config.batch_size % runs.world():
+        raise runs.Problem(f"--batch-size must be a multiple of the {runs.world()} processes")
     order = BalancedSampler(training.labels, config.balance, config.per_class, config.seed)
     drawn = np.bincount(training.labels[list(order)], minlength=len(data.classes))
     if first:

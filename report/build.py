@@ -67,7 +67,10 @@ def main():
         sys.exit(f"build.py: out of date: {', '.join(stale)}; run make report" if stale else 0)
 
     facts = read_facts(options.run)
-    text = fill(REPORT / "template.md", facts)
+    for script in ("train", "test"):
+        if script not in facts:
+            sys.exit(f"build.py: {options.run} has no facts of {script}.py yet: run it first")
+    text = fill(REPORT / ("template.md" if options.publish else "run.md"), facts)
     for figure in FIGURE.findall(text):
         if not (options.run / figure).exists():
             sys.exit(f"build.py: the report shows {figure}, which {options.run} does not have")

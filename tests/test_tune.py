@@ -1,0 +1,42 @@
+"""A list of settings becomes trainings, one table, one figure and facts; finished ones are not trained again."""
+
+import json
+
+import pytest
+from conftest import TINY_TRAIN
+
+import runs
+import tune
+
+
+def test_settings_are_combined_and_named():
+    assert tune.read_settings('{"seed": [0, 1]}') == {"0": {"seed": 0}, "1": {"seed": 1}}
+    grid = tune.read_settings('{"seed": [0, 1], "lr": [0.1]}')
+    assert list(grid) == ["seed-0_lr-0.1", "seed-1_lr-0.1"]
+    listed = tune.read_settings('[{}, {"windows": [1.0, 0.5]}, {"artist_weight": 0}]')
+    assert list(listed) == ["as-is", "windows-1.0-0.5", "artist_weight-0"]
+
+
+@pytest.mark.parametrize("given", ["", "{", "[]", "3", '{"seed": 1}', "missing.json"])
+def test_settings_that_are_none_get_one_clear_line(given):
+    with pytest.raises(runs.Problem):
+        tune.read_settings(given)
+
+
+def test_a_list_of_settings_is_trained_evaluated_and_tabled_once(demo, tmp_path, capsys):
+    arguments = ['{"balance": ["none", "logit"]}', "--name", "balance", "--jobs", "2", "--device", "cpu",
+                 "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]  # fmt: skip
+    tune.main(arguments)
+    assert "| logit |" in capsys.readouterr().out
+    assert (tmp_path / "balance.png").exists()
+    facts = json.loads((tmp_path / "facts.json").read_text())["balance"]
+    assert facts["balanced_accuracy"] == [facts[name]["balanced_accuracy"] for name in ("none", "logit")]
+    made = (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns
+    tune.main(arguments)
+    assert (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns == made
+
+
+def test_a_setting_that_fails_is_named(demo, tmp_path):
+    arguments = ['[{"model": "resnet19"}]', "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]
+    with pytest.raises(runs.Problem, match=r"train.py failed in .*no model resnet19"):
+        tune.main(arguments)
