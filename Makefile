@@ -86,7 +86,7 @@ $(VENV)/ready: requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/ready-test: $(VENV)/ready requirements-test.txt
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-download.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
