@@ -131,7 +131,7 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="lanczos")
-        axis.set_title(caption, y=0, va="top", fontsize=9, pad=-4)
+        axis.set_title(caption, y=0, va="top", fontsize=8, pad=-4)
     figure.suptitle(title)
     save(figure, path)
 

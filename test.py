@@ -197,13 +197,17 @@ def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> di
     shown = (guesses != truth) & data.fit_to_show(config.hide)
     chosen = [row for row in np.argsort(-sure, kind="stable") if shown[row]][: config.mistakes]
     captions = [
-        f"{data.artists[row].replace('-', ' ')[:26]}\n{(title_of(data.paths[row]) or name_of(data.paths[row]))[:26]}\n"
+        f"{short(data.artists[row].replace('-', ' '))}\n{short(title_of(data.paths[row]) or name_of(data.paths[row]))}\n"
         f"is {figures.plain(classes[truth[row]])}\nsaid {figures.plain(classes[guesses[row]])} {sure[row]:.0%}"
         for row in chosen
     ]
     title = f"The surest mistakes on {config.split} paintings" if chosen else "No mistakes to show"
     figures.contact_sheet(run / f"mistakes{suffix}.png", data.pixels[data.rows[chosen]], captions, 6, title)
     return {"roc_auc": float(np.mean([area for *_, area in lines.values()])) if lines else 0.0}
+
+
+def short(text: str) -> str:
+    return text if len(text) < 28 else text[:26].rstrip() + "…"
 
 
 def print_summary(facts, lines, run, suffix, split) -> None:
