@@ -197,7 +197,8 @@ def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> di
     shown = (guesses != truth) & data.fit_to_show(config.hide)
     chosen = [row for row in np.argsort(-sure, kind="stable") if shown[row]][: config.mistakes]
     captions = [
-        f"{short(data.artists[row].replace('-', ' '))}\n{short(title_of(data.paths[row]) or name_of(data.paths[row]))}\n"
+        f"{short(data.artists[row].replace('-', ' '))}\n"
+        f"{short(title_of(data.paths[row]) or name_of(data.paths[row]))}\n"
         f"is {figures.plain(classes[truth[row]])}\nsaid {figures.plain(classes[guesses[row]])} {sure[row]:.0%}"
         for row in chosen
     ]
