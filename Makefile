@@ -33,7 +33,7 @@ SHARED := wikiart.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
 define with_settings
-@if $(PY) -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
++@if $(PY) -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
     echo 'make: settings for a GPU (config.json)'; $(MAKE) --no-print-directory $(1); \
 else \
     echo 'make: no GPU here, so cpu.json is laid over config.json'; \
