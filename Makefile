@@ -49,13 +49,15 @@ all: $(VENV)/ready
 pipeline: $(RUN)/report.txt
 	@$(PY) report/build.py --run $(RUN)
 
-data/demo/metadata.csv:
+data/demo/metadata.csv: demo.py
+	rm -rf data/demo
 	$(PY) demo.py --data data/demo
 
-# The flags and every folder of paintings with its time of change: what is trained again when it changes.
+# The flags, and every folder of paintings and metadata.csv with its time of change: what is trained again when it changes.
 $(RUN)/inputs.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
 	@mkdir -p $(RUN); echo '$(FLAGS)' > $@.new; \
 	find -L $(DATA) -name '.*' -prune -o -type d -printf '%P %T@\n' 2>/dev/null | sed 1d | sort >> $@.new; \
+	find -L $(DATA)/metadata.csv -printf '%f %T@\n' 2>/dev/null >> $@.new; \
 	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 $(RUN)/classifier.pt: train.py $(SHARED)

@@ -24,7 +24,7 @@ SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {
     "split": ("which paintings", ("test", "train")),
     "checkpoint": "checkpoint to evaluate, in the run folder",
-    "baseline": "folder inside the run folder whose classifier.pt is the baseline (train.py --model MLP)",
+    "baseline": "folder inside the run folder whose classifier.pt is the baseline (train.py -c mlp.json)",
     "batch_size": "pictures at a time",
     "bootstrap": "resamples behind each 95 % interval",
     "mistakes": "pictures on the contact sheet of mistakes; 0: none",
@@ -56,7 +56,8 @@ def main(argv=None):
     if baseline.exists():
         others["baseline"] = score(judge_baseline(baseline, checkpoint, data, config, device).argmax(1))
     else:
-        print(f"no baseline in {baseline.parent}: python train.py -c mlp.json --run {baseline.parent} trains one")
+        command = f"python train.py -c mlp.json --data {config.data} --run {baseline.parent}"
+        print(f"no baseline in {baseline.parent}: {command} trains one")
     facts |= {f"{who}_{name}": value for who, named in others.items() for name, value in named.items()}
     facts |= seen_and_unseen(checkpoint, data, probabilities.argmax(1))
 
@@ -94,7 +95,7 @@ def judge_baseline(path, checkpoint, data, config, device) -> np.ndarray:
 def seen_and_unseen(checkpoint, data, guesses) -> dict:
     """Accuracy on paintings by artists that training knows, and by artists that it does not.
 
-    The first is style recognition helped by painter recognition; the second is what style recognition alone can do.
+    The first may be painter recognition in part, the second cannot be. The two groups hold different paintings.
     """
     facts, right = {}, guesses == data.labels.numpy()
     seen = np.isin(data.artists, checkpoint["artists"])

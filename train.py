@@ -6,7 +6,7 @@
     python train.py --model resnet18                    # any classifier of torchvision.models, for comparison
     python train.py -c mlp.json --run runs/demo/mlp     # the baseline that test.py holds the classifier against
     python train.py --resume                            # go on after Ctrl-C, a kill or a power cut
-    torchrun --nproc-per-node=2 -- train.py             # several GPUs: the same result, sooner
+    torchrun --nproc-per-node=2 -- train.py             # several GPUs: the same result with CNN and MLP, sooner
 
 A validation part of the training paintings chooses the checkpoint; test paintings are never looked at. Writes into
 the run folder: classifier.pt (when finished; classifier.partial.pt until then), train.jsonl with a line an epoch,
@@ -81,9 +81,14 @@ def main(argv=None):
     if config.batch_size % runs.world():
         raise runs.Problem(f"--batch-size must be a multiple of the {runs.world()} processes")
     order = BalancedSampler(training.labels, config.balance, config.per_class, config.seed)
+    if config.batch_size > len(order):
+        raise runs.Problem(f"an epoch of {len(order)} pictures is less than a batch: raise --per-class or lower "
+                           "--batch-size")  # fmt: skip
     drawn = np.bincount(training.labels[list(order)], minlength=len(data.classes))
     if first:
         print_classes(data.classes, training.counts(), drawn, validation.counts())
+    if not config.windows:
+        raise runs.Problem("--windows needs at least one number")
     if config.model == "MLP" and max(config.windows) > 1:
         raise runs.Problem("the MLP knows pictures of one size only: train it with -c mlp.json")
     training.move_to(device)

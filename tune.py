@@ -39,7 +39,8 @@ def main(argv=None):
     config = runs.configure("tune", __doc__, SHARED, HELP, flags)
     settings = read_settings(given)
     folder = Path(config.run) / config.name
-    common = ["--data", config.data, "--device", config.device]
+    layers = [part for path in config.config or [] for part in ("-c", path)]
+    common = [*layers, "--data", config.data, "--device", config.device]
 
     def one(name):
         train_and_test(folder / name, settings[name], common, more)
@@ -92,6 +93,11 @@ def train_and_test(run: Path, setting: dict, common: list, more: list) -> None:
         flag = f"--{key.replace('_', '-')}"
         flags += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [
             flag, *map(str, value if isinstance(value, list) else [value])]  # fmt: skip
+    wanted = json.dumps(list(map(str, [*common, *more, *flags])))
+    noted = run / "flags.json"
+    if noted.exists() and noted.read_text() != wanted:
+        raise runs.Problem(f"{run} was made with other flags, see {noted}: remove it, or give another --name")
+    runs.write_text(noted, wanted)
     resume = ["--resume"] if (run / "classifier.partial.pt").exists() else []
     if resume or not (run / "classifier.pt").exists():
         call("train.py", run, [*common, *more, *flags, *resume])
