@@ -216,7 +216,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, so that every direction of a layer learns at the same rate.
 
     Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon; here for convolutions, as out x (in * height * width)
-    matrices. It reached in 10 epochs what AdamW or SGD did not in 30.
+    matrices.
     """
 
     def __init__(self, parameters, lr, momentum=0.9, weight_decay=0.0):

@@ -259,8 +259,8 @@ def evaluate(model, data, config, device) -> dict:
 def best_epoch(history: list[dict]) -> int:
     """The epoch with the best balanced accuracy on the validation part; of equals the last.
 
-    Not the one with the lowest loss: that picks early epochs, for a net that grows surer is punished hard for its
-    mistakes while it still makes fewer of them.
+    The lowest loss would pick an earlier one, for a net that grows surer is punished hard for its mistakes while it
+    still makes fewer of them. On test paintings the two came out alike.
     """
     return max(history, key=lambda record: (record["val_balanced_accuracy"], record["epoch"]))["epoch"]
 

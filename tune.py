@@ -49,7 +49,7 @@ def main(argv=None):
         list(tqdm(pool.map(one, settings), config.name, len(settings), unit="training"))
     facts = {name: json.loads((folder / name / "facts.json").read_text()) for name in settings}
     write_table(Path(config.run) / f"{config.name}.md", facts)
-    draw_recalls(Path(config.run) / f"{config.name}.png", folder, facts, config.name)
+    draw_recalls(Path(config.run) / f"{config.name}.png", facts, config.name)
     summary = {name: {key: found["test"][key] for key in MEASURES} for name, found in facts.items()}
     for key in MEASURES:
         values = [found["test"][key] for found in facts.values()]
@@ -129,7 +129,7 @@ def write_table(path: Path, facts: dict) -> None:
     print("\n".join(lines))
 
 
-def draw_recalls(path: Path, folder: Path, facts: dict, title: str) -> None:
+def draw_recalls(path: Path, facts: dict, title: str) -> None:
     """Recall of every class under every setting, the classes in order of their training pictures."""
     sizes = next(iter(facts.values()))["train"]["class_sizes"]
     classes = sorted(sizes, key=sizes.get, reverse=True)
