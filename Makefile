@@ -26,7 +26,7 @@ STAGES :=
 endif
 
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
-SHARED := wikiart.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
+SHARED := wikiart.py pixels.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
 .PHONY: all pipeline report publish test lint clean FORCE
 .DELETE_ON_ERROR:
@@ -80,7 +80,19 @@ report: $(VENV)/ready
 	$(call with_settings,publish)
 endif
 
-publish: pipeline
+# Only the report needs these, several trainings each. What is finished stays, unless the paintings have changed.
+seeds := {"seed": [0, 1, 2]}
+balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
+balance_flags := --epochs 12 --per-class 0
+ablation := report/ablation.json
+ablation_flags := --epochs 12
+COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md)
+
+$(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt | $(RUN)/report.txt
+	@mkdir -p $(RUN)/$*; find $(RUN)/$* -name classifier.pt ! -newer $< -delete
+	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
+
+publish: pipeline $(COMPARISONS)
 	$(PY) report/build.py --run $(RUN) --publish
 
 $(VENV)/ready: requirements.txt

@@ -28,8 +28,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import pixels
 import runs
-import wikiart
 
 COLUMNS = ("path", "split", "style", "artist", "genre", "title", "year", "hash")
 EVERY = 100  # rows from one saving of download.json to the next
@@ -132,7 +132,7 @@ def picture(content: bytes, size: int) -> tuple[bytes, str]:
             image.load()
             if keep:
                 return content, ending
-            image = wikiart.as_rgb(ImageOps.exif_transpose(image))
+            image = pixels.as_rgb(ImageOps.exif_transpose(image))
     sides = [max(size, round(length * size / min(image.size))) for length in image.size]
     file = io.BytesIO()
     image.resize(sides, Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)

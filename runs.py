@@ -327,6 +327,17 @@ def save_checkpoint(path, checkpoint: dict) -> None:
             raise Problem(f"could not write {path}: is the disk full? ({str(error).splitlines()[0]})") from None
 
 
+def halved(weights: dict) -> dict:
+    """Weights to keep or hand out: matrices and filters in half precision, which changes no result that matters."""
+    return {name: value.half() if value.is_floating_point() and value.ndim > 1 else value
+            for name, value in weights.items()}  # fmt: skip
+
+
+def find_checkpoint(run, name: str) -> Path:
+    """A bare file name lies in the run folder; anything with a slash is a path of its own."""
+    return Path(name) if "/" in name else Path(run) / name
+
+
 def load_checkpoint(path) -> dict:
     """Read a checkpoint onto the CPU; `weights_only` means that no code in the file can run."""
     path = Path(path)

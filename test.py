@@ -1,6 +1,7 @@
 """Evaluate a trained classifier on test paintings: tables, confusion matrix, ROC curves, its surest mistakes.
 
     python test.py                       # classifier.pt of the run folder on the test paintings
+    python test.py --checkpoint report/classifier.pt      # the weights that the report speaks of
     python test.py --split train         # on all training paintings, the validation part among them
     python test.py --run runs/wikiart --data /scratch/wikiart
 
@@ -23,7 +24,7 @@ from wikiart import WikiArt, build_model, name_of, predict, title_of
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {
     "split": ("which paintings", ("test", "train")),
-    "checkpoint": "checkpoint to evaluate, in the run folder",
+    "checkpoint": "checkpoint to evaluate: a file in the run folder, or a path such as report/classifier.pt",
     "baseline": "folder inside the run folder whose classifier.pt is the baseline (train.py -c mlp.json)",
     "batch_size": "pictures at a time",
     "bootstrap": "resamples behind each 95 % interval",
@@ -35,7 +36,7 @@ def main(argv=None):
     config = runs.configure("test", __doc__, SHARED, HELP, argv)
     device = runs.pick_device(config.device)
     run = Path(config.run)
-    checkpoint = load_classifier(run / config.checkpoint)
+    checkpoint = load_classifier(runs.find_checkpoint(run, config.checkpoint))
     classes = checkpoint["classes"]
     data = WikiArt(config.data, config.split, classes=classes, processes=config.processes, **checkpoint["data"])
     if data.pooled and data.fingerprint != checkpoint["fingerprint"]:

@@ -37,6 +37,8 @@ HELP = {
     "crop": "side of the network's input, in pixels",
     "width": "channels of the first layer (CNN), or hidden units (MLP)",
     "depth": "residual blocks at each of the CNN's three scales",
+    "pooling": ("what the CNN's last layer sees of each feature map", ("mean", "mean-deviation")),
+    "dropout": "share of the CNN's features that are dropped at random in training; 0: none",
     "epochs": "passes over the training set",
     "batch_size": "pictures a step, over all processes",
     "optimizer": ("Muon for the convolutions and AdamW for the rest, or AdamW for all", ("muon", "adamw")),
@@ -56,7 +58,7 @@ HELP = {
         ("none", "resample", "sampler", "weights", "logit"),
     ),
     "tau": "strength of --balance logit: 1 as the theory has it",
-    "per_class": "pictures of each class in an epoch of --balance resample",
+    "per_class": "pictures of each class in an epoch of --balance resample; 0: the mean size of the classes",
     "validation": "share of the training paintings that chooses the checkpoint",
     "resume": "go on from classifier.partial.pt in the run folder",
 }
@@ -97,7 +99,8 @@ def main(argv=None):
     mean, std = channel_statistics(training)
     arguments = {"classes": len(data.classes), "mean": mean, "std": std}
     if config.model == "CNN":
-        arguments |= {"width": config.width, "depth": config.depth, "extra": names.extra}
+        arguments |= {key: getattr(config, key) for key in ("width", "depth", "pooling", "dropout")}
+        arguments["extra"] = names.extra
     elif config.model == "MLP":
         arguments |= {"width": config.width, "crop": config.crop}
     torch.manual_seed(config.seed)  # only now: building the cache draws random numbers, a second start does not
@@ -162,6 +165,7 @@ def main(argv=None):
 
     if first:
         del state["resume"]
+        state["weights"] = runs.halved(state["weights"])
         runs.save_checkpoint(final, state)
         partial.unlink(missing_ok=True)
         report(run, state, training, validation, drawn)
@@ -216,13 +220,13 @@ class Names:
 def train_epoch(model, averaged, data, order, names, optimizers, epoch, config, device):
     """One pass; returns the mean loss and the accuracy on the (augmented) training pictures."""
     model.train()
-    random = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # its own for each epoch: see resume()
+    torch.manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see resume()
     mine = slice(runs.rank(), None, runs.world())  # every process takes its share of each batch
     batches = torch.tensor(list(order)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]  # equal ones, for equal shares
     total = torch.zeros(2, dtype=torch.float64)
     for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=runs.rank() > 0)):
-        numbers = torch.rand(7, len(batch), generator=random)[:, mine]
+        numbers = torch.rand(7, len(batch))[:, mine]
         pixels, labels = data.batch(batch[mine], device)
         images = random_crops(pixels, config.crop, numbers, config.smallest)
         with runs.autocast(device):
@@ -268,7 +272,7 @@ def best_epoch(history: list[dict]) -> int:
 def resume(partial, fresh: dict, model, averaged, optimizers) -> dict:
     """Load what a stopped run left; it must have had the same settings and paintings.
 
-    Draws and augmentation depend on (seed, epoch) alone, so the weights end as those of an uninterrupted run.
+    Draws, augmentation and dropout depend on (seed, epoch) alone, so the weights end as those of an uninterrupted run.
     """
     state = runs.load_checkpoint(partial)
     for key, value in fresh["config"].items():

@@ -4,7 +4,8 @@
     python tune.py '{"seed": [0, 1, 2]}' --name seeds
     python tune.py grid.json --jobs 2 -- -c cpu.json --epochs 10    # what follows -- goes to every train.py
 
-The settings are JSON, or a file of JSON: {key: [values]} for every combination, or a list [{key: value, ...}, ...].
+The settings are JSON, or a file of JSON: {key: [values]} for every combination, a list [{key: value, ...}, ...], or
+{name: {key: value, ...}, ...}.
 Each is trained in <run>/<name>/<setting>; what is finished there is not done again, what was stopped goes on. Writes
 <run>/<name>.md (sorted by balanced accuracy on the validation part, which is what to choose by), <name>.png (recall of
 every class) and facts.json.
@@ -71,10 +72,12 @@ def read_settings(given: str) -> dict[str, dict]:
         found = json.loads(Path(given).read_text() if given.endswith(".json") else given)
     except (OSError, ValueError) as error:
         raise runs.Problem(f"{given} is neither a file of JSON nor JSON: {error}") from None
+    if isinstance(found, dict) and found and all(isinstance(setting, dict) for setting in found.values()):
+        return found
     if isinstance(found, dict) and all(isinstance(values, list) for values in found.values()):
         found = [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
     if not (isinstance(found, list) and found and all(isinstance(setting, dict) for setting in found)):
-        raise runs.Problem("settings must be {key: [values]} or [{key: value}, ...]")
+        raise runs.Problem("settings must be {key: [values]}, [{key: value}, ...] or {name: {key: value}}")
     varied = {key for setting in found for key in setting}
     return {name_of(setting, varied): setting for setting in found}
 

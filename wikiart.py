@@ -10,211 +10,19 @@ into floats between 0 and 1. The networks take those floats and normalise them t
 
 import copy
 import csv
-import fcntl
-import glob
-import hashlib
 import itertools
-import json
-import os
-import shutil
-import signal
 import sys
-import threading
-import time
-import warnings
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
+from torch.utils.data import Dataset, Sampler
 
-
-class DataError(OSError):
-    """The folder of paintings is not what it should be; the message is one line that says what to do."""
-
-
-# Reading pictures -----------------------------------------------------------------------------------------------------
-
-
-def read_picture(path, size: int, resize: str = "squash") -> np.ndarray:
-    """Any file that Pillow reads, as uint8 (3, size, size) RGB.
-
-    The whole picture is squashed into the square, or its centre is cropped out. Raises OSError, ValueError and
-    others for what is no picture, and Image.DecompressionBombError for more than 179 million pixels.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # big scans and odd metadata only warn; what can't be read still raises
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # JPEGs decode at an eighth to the whole of their size
-            image = as_rgb(ImageOps.exif_transpose(image))
-    if resize == "crop":
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    else:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK and 16-bit pictures as RGB; transparent ones on white; of animations the first frame."""
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which convert() would clip at 255
-        pixels = np.asarray(image, np.float32)
-        tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)  # what white may be
-        white = next((top for top in tops if pixels.max() <= top), pixels.max())
-        return Image.fromarray((255 * pixels / white).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-# The pixel cache ------------------------------------------------------------------------------------------------------
-
-
-def list_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file below the style folders of `folder`, by its path `<Style>/<name>`, sorted.
-
-    Hidden files are left out. What cannot be looked at, such as a broken link, has 0 and 0.
-    """
-
-    def stop(error):
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    files, visited = {}, set()
-    for directory, names, leaves in os.walk(folder, followlinks=True, onerror=stop):
-        place = os.path.realpath(directory)
-        names[:] = [name for name in names if not name.startswith(".") and place not in visited]
-        if Path(directory) == folder or place in visited:  # a link may lead back up; and files beside the style
-            visited.add(place)  # folders (a README, say) are not paintings
-            continue
-        visited.add(place)
-        for leaf in leaves:
-            path = Path(directory, leaf)
-            if not leaf.startswith("."):
-                stat = path.stat() if path.is_file() else None
-                files[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
-    return dict(sorted(files.items()))
-
-
-def cache_folder(root: Path) -> Path:
-    """`<root>/.cache`, or a folder in the user's own cache where `root` may not be written to."""
-    # A folder without any write bit is meant to stay as it is, even for root, whom os.access always lets through.
-    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
-        return root / ".cache"
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return home / "wikiart" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-
-
-def pixel_cache(folder: Path, where: Path, size: int, resize: str, processes: int = 0) -> tuple[np.ndarray, dict]:
-    """Decode every file below `folder` once; from then on map the pixels from disk.
-
-    Returns the pixels, uint8 (N, 3, size, size), and an index: `files` (N paths), `hashes` (of each one's pixels),
-    `broken` (path to reason) and `fingerprint`. The cache is named after the files' names, sizes and times of change,
-    so that a changed folder gets a new one. It is built in a temporary folder under a lock, then renamed: a second
-    program waits and finds it whole, and what a killed build left behind goes. Raises DataError where it cannot be
-    written.
-    """
-    files = list_files(folder)
-    key = hashlib.sha256()
-    for path, stat in files.items():
-        key.update(os.fsencode(path) + f"\0{stat}\n".encode())
-    prefix = f"{folder.name}-{resize}-{size}-"
-    ready = where / (prefix + key.hexdigest()[:16])
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-        with open(where / "lock", "w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked children would go on holding
-            except BlockingIOError:
-                print(f"waiting for another program that decodes into {where}", file=sys.stderr)
-                fcntl.lockf(lock, fcntl.LOCK_EX)
-            if not ready.exists():
-                for stale in where.glob(f"*{glob.escape(prefix)}*"):
-                    shutil.rmtree(stale, ignore_errors=True)
-                building = where / f"building-{prefix}"
-                building.mkdir()
-                try:
-                    build_cache(folder, list(files), building, size, resize, processes)
-                    building.rename(ready)
-                finally:
-                    shutil.rmtree(building, ignore_errors=True)
-            index = json.loads((ready / "index.json").read_text()) | {"fingerprint": ready.name}
-            pixels = np.empty((0, 3, size, size), np.uint8)
-            if files:
-                pixels = np.memmap(ready / "pixels.uint8", np.uint8, "r", shape=(len(files), 3, size, size))
-    except OSError as error:
-        raise DataError(f"could not write the pixel cache in {where}: {error.strerror or error}") from None
-    if index["broken"]:
-        names = ready / "left_out.txt"
-        print(f"{len(index['broken'])} of {len(files)} files in {folder} are left out: see {names}", file=sys.stderr)
-    return pixels, index
-
-
-def build_cache(folder: Path, files: list[str], target: Path, size: int, resize: str, processes: int) -> None:
-    """Decode `files`, in several processes, into target/pixels.uint8, and write index.json and left_out.txt there."""
-    hashes, broken = [], {}
-    loader = DataLoader(
-        Decoder(folder, files, size, resize),
-        batch_size=32,
-        num_workers=processes or len(os.sched_getaffinity(0)),
-        collate_fn=list,  # lists of arrays come through a pipe; tensors would need a large /dev/shm
-        multiprocessing_context="fork",  # children that start at once: all they need is Pillow and numpy
-        worker_init_fn=partial(end_with, os.getpid()),
-    )
-    decoded = itertools.chain.from_iterable(loader)
-    try:
-        with open(target / "pixels.uint8", "wb") as file:
-            for path, (picture, reason) in zip(
-                files, tqdm(decoded, f"decoding {folder.name}", len(files)), strict=True
-            ):
-                if reason:
-                    broken[path] = reason
-                pixels = np.zeros((3, size, size), np.uint8) if reason else picture
-                hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
-                file.write(pixels)
-    except RuntimeError as error:  # a child was killed, for its memory most likely
-        raise DataError(f"a decoding process died, try --processes 1 ({str(error).splitlines()[0]})") from None
-    names = "".join(f"{path}\t{reason}\n" for path, reason in broken.items())
-    (target / "left_out.txt").write_text(names, errors="surrogateescape")  # names need not be UTF-8
-    (target / "index.json").write_text(json.dumps({"files": files, "hashes": hashes, "broken": broken}))
-
-
-def end_with(parent: int, _) -> None:
-    """In a decoding process: stop when the program that started it is gone, and leave Ctrl-C and SIGTERM to that."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class Decoder(Dataset):
-    """The files as (pixels, None), or (None, the reason) where a file cannot be read."""
-
-    def __init__(self, folder: Path, files: list[str], size: int, resize: str):
-        self.folder, self.files, self.size, self.resize = folder, files, size, resize
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, row):
-        try:
-            if not (self.folder / self.files[row]).is_file():
-                raise FileNotFoundError("no regular file")  # a broken link, or a pipe that would never end
-            picture = read_picture(self.folder / self.files[row], self.size, self.resize)
-            return np.ascontiguousarray(picture), None
-        except Exception as error:  # Pillow's readers raise almost anything on damaged files
-            return None, f"{type(error).__name__}: {error}".replace("\n", " ")
-
+from pixels import DataError, cache_folder, pixel_cache
 
 # The data set ---------------------------------------------------------------------------------------------------------
 
@@ -427,14 +235,16 @@ class BalancedSampler(Sampler):
     """Which paintings an epoch shows, in random order; for training only.
 
     `resample` brings every class to `per_class` draws by dropping and repeating, anew each epoch; within an epoch no
-    painting of a class comes more than once oftener than another. `sampler` draws as many as there are, each class
+    painting of a class comes more than once oftener than another; 0 stands for the mean size of the classes, so that
+    an epoch is as long as without balancing. `sampler` draws as many as there are, each class
     with the same chance. Anything else shows every painting once. The draws depend on (seed, epoch) alone, so that a
     resumed run goes on as if it had never stopped.
     """
 
     def __init__(self, labels: torch.Tensor, balance: str = "resample", per_class: int = 400, seed: int = 0):
-        self.labels, self.balance, self.per_class, self.seed, self.epoch = labels, balance, per_class, seed, 0
+        self.labels, self.balance, self.seed, self.epoch = labels, balance, seed, 0
         self.members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+        self.per_class = per_class or round(len(labels) / len(self.members))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -544,6 +354,22 @@ class BatchNorm(nn.BatchNorm2d):
         return x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
 
 
+class Dropout(nn.Module):
+    """Drops this share of the features (Srivastava et al. 2014), drawn for all processes' pictures by each of them, so
+    that several processes train like one."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        if not self.training or not self.share:
+            return x
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        kept = torch.rand(len(x) * world, *x.shape[1:])[rank::world] >= self.share  # picture i is process i % world's
+        return x * kept.to(x.device) / (1 - self.share)
+
+
 class MLP(nn.Module):
     """The baseline: one hidden layer on the bare pixels. Images (B, 3, crop, crop) in [0, 1] to logits (B, classes)."""
 
@@ -583,7 +409,7 @@ class CNN(nn.Module):
     In training the logits of `extra` more classes follow (the artists and genres that training names too).
     """
 
-    def __init__(self, classes: int, width: int = 48, depth: int = 1, extra: int = 0, **normalisation):
+    def __init__(self, classes, width=48, depth=1, pooling="mean-deviation", dropout=0.0, extra=0, **normalisation):
         super().__init__()
         self.classes = classes
         self.normalise = Normalise(**normalisation)
@@ -594,17 +420,22 @@ class CNN(nn.Module):
             blocks += [Block(before, after, stride)] + [Block(after, after) for _ in range(depth - 1)]
             before = after
         self.body = nn.Sequential(*stem, *blocks)
-        self.norm = BatchNorm(2 * before)
-        self.out = nn.Linear(2 * before, classes + extra)
+        self.pooling = pooling.split("-")
+        before *= len(self.pooling)
+        self.norm = BatchNorm(before)
+        self.dropout = Dropout(dropout)
+        self.out = nn.Linear(before, classes + extra)
 
     def features(self, images):
         """What the last layer sees, (B, 8 * width): mean and deviation of each map, its statistics as a texture."""
         maps = self.body(self.normalise(images))
-        deviation = (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return self.norm(torch.cat([maps.mean((2, 3), keepdim=True), deviation], 1)).flatten(1)
+        pooled = [maps.mean((2, 3), keepdim=True)]
+        if "deviation" in self.pooling:
+            pooled.append((maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt())
+        return self.norm(torch.cat(pooled, 1)).flatten(1)
 
     def forward(self, images):
-        logits = self.out(self.features(images))
+        logits = self.out(self.dropout(self.features(images)))
         return logits if self.training else logits[:, : self.classes]
 
 

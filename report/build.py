@@ -1,7 +1,7 @@
 """Fill the report's templates with what a run measured.
 
     python report/build.py --run runs/demo                # writes runs/demo/report.md
-    python report/build.py --run runs/wikiart --publish   # renews report/ and the README's results from that run
+    python report/build.py --run runs/wikiart --publish   # renews report/ (weights too) and the README's results from that run
     python report/build.py --check                        # are they what the templates and report/facts.json give?
 
 A template holds {script.fact} or {script.fact:format}, e.g. {test.accuracy:.1%}, for every number; a fact that the
@@ -77,7 +77,8 @@ def main():
         if options.publish:
             shutil.copyfile(options.run / figure, REPORT / figure)
     if options.publish:
-        shutil.copyfile(options.run / "facts.json", REPORT / "facts.json")
+        for file in ("facts.json", "classifier.pt"):  # numbers, and the weights they speak of
+            shutil.copyfile(options.run / file, REPORT / file)
         for path, filled in documents(facts).items():
             path.write_text(filled)
         print(f"renewed: {REPORT / 'README.md'}, {README}")

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import pixels
 import wikiart
-from wikiart import BalancedSampler, DataError, WikiArt, hold_out, join, read_picture
+from pixels import DataError, read_picture
+from wikiart import BalancedSampler, WikiArt, hold_out, join
 
 RED = (200, 30, 40)
 
@@ -150,7 +152,7 @@ def test_links_pipes_and_names_that_are_not_utf8(folder):
 
 
 def test_a_decoder_that_dies_gets_one_clear_line(folder, monkeypatch):
-    monkeypatch.setattr(wikiart, "read_picture", lambda *_: os._exit(9))
+    monkeypatch.setattr(pixels, "read_picture", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="decoding process died"):
         load(folder)
     assert not list((folder / ".cache").glob("*train-*"))
@@ -160,7 +162,7 @@ def test_a_full_disk_gets_one_clear_line(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(wikiart, "build_cache", full)
+    monkeypatch.setattr(pixels, "build_cache", full)
     with pytest.raises(DataError, match="could not write the pixel cache .* No space left"):
         load(folder)
 
@@ -226,8 +228,8 @@ def test_twenty_seven_styles_some_missing_from_test(tmp_path):
 def test_the_second_start_decodes_nothing_and_a_change_rebuilds(folder, monkeypatch):
     before = load(folder)
     built = []
-    build = wikiart.build_cache
-    monkeypatch.setattr(wikiart, "build_cache", lambda *a: (built.append(a), build(*a)))
+    build = pixels.build_cache
+    monkeypatch.setattr(pixels, "build_cache", lambda *a: (built.append(a), build(*a)))
     load(folder)
     assert not built
     added = picture(folder / "train" / "Cubism" / "new_one.png", 77)
@@ -348,6 +350,12 @@ def test_groups_across_classes_stay_whole_and_empty_no_class(items, seed):
 
 
 # The sampler
+
+
+def test_no_number_per_class_keeps_an_epoch_as_long_as_it_was():
+    labels = torch.tensor([0] * 9 + [1] * 2 + [2])
+    drawn = labels[list(BalancedSampler(labels, "resample", 0))]
+    assert torch.bincount(drawn).tolist() == [4, 4, 4]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 40), st.integers(0, 9))

@@ -162,6 +162,13 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     assert len((trained / "report.csv").read_text().splitlines()) == 9
 
 
+def test_a_checkpoint_from_elsewhere_gives_the_same_table(trained, demo, tmp_path):
+    small = ["--data", str(demo), "--bootstrap", "20"]
+    evaluation.main([*TINY, *small, "--run", str(trained)])
+    evaluation.main([*TINY, *small, "--run", str(tmp_path), "--checkpoint", str(trained / "classifier.pt")])
+    assert (trained / "predictions.csv").read_text() == (tmp_path / "predictions.csv").read_text()
+
+
 def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
     evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "20", "--split", "train"])
     assert (trained / "confusion_train.png").exists()

@@ -67,7 +67,7 @@ def test_artists_and_genres_are_named_beside_the_class():
 
 
 def test_the_extra_outputs_are_for_training_only():
-    model = wikiart.CNN(3, width=8, extra=5)
+    model = wikiart.CNN(3, width=8, dropout=0.5, extra=5)
     images = torch.rand(2, 3, 40, 40)
     assert model.train()(images).shape == (2, 8)
     assert model.eval()(images).shape == (2, 3)

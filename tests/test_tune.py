@@ -13,6 +13,7 @@ def test_settings_are_combined_and_named():
     assert tune.read_settings('{"seed": [0, 1]}') == {"0": {"seed": 0}, "1": {"seed": 1}}
     grid = tune.read_settings('{"seed": [0, 1], "lr": [0.1]}')
     assert list(grid) == ["seed-0_lr-0.1", "seed-1_lr-0.1"]
+    assert tune.read_settings('{"base": {}, "no_mirror": {"flip": 0}}') == {"base": {}, "no_mirror": {"flip": 0}}
     listed = tune.read_settings('[{}, {"windows": [1.0, 0.5]}, {"artist_weight": 0}]')
     assert list(listed) == ["as-is", "windows-1.0-0.5", "artist_weight-0"]
 
