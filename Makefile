@@ -83,9 +83,9 @@ endif
 # Only the report needs these, several trainings each. What is finished stays, unless the paintings have changed.
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
-balance_flags := --epochs 12 --per-class 0
+balance_flags := --epochs 8 --per-class 0
 ablation := report/ablation.json
-ablation_flags := --epochs 12
+ablation_flags := --epochs 8
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md)
 
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt | $(RUN)/report.txt

@@ -54,40 +54,95 @@ def save(figure, path) -> None:
     temporary.replace(path)
 
 
-def curves(path, history: list[dict], panels: dict[str, dict[str, str]], best: int | None = None) -> None:
-    """One panel a measure, over epochs: panels = {"loss": {"training": "loss", "validation": "val_loss"}, ...}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), squeeze=False)
+def curves(path, history: list[dict], panels: dict[str, dict[str, str]], best=None, levels=None) -> None:
+    """Measures over epochs: panels = {"loss": {"training": "loss", "validation": "val_loss"}, ...}; see `lines`."""
     epochs = [record["epoch"] for record in history]
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        for number, (label, key) in enumerate(lines.items()):
-            axis.plot(epochs, [record[key] for record in history], label=label, color=HUES[number], lw=2,
-                      marker="o" if len(epochs) < 3 else None)  # fmt: skip
-        if best is not None:
-            axis.axvline(best, color="0.6", lw=1, ls=":", label="checkpoint kept")
-        axis.set(title=title, xlabel="epoch", ylabel=title)
+    panels = {title: {label: [record[key] for record in history] for label, key in keys.items()}
+              for title, keys in panels.items()}  # fmt: skip
+    lines(path, epochs, panels, "epoch", (best, "checkpoint kept"), levels)
+
+
+def lines(path, xs: list, panels: dict[str, dict[str, list]], xlabel: str, mark: tuple, levels=None) -> None:
+    """One panel a measure, {"loss": {"training": heights, ...}, ...}, with a dotted line at mark = (x, label).
+
+    `levels` to compare with are dashed lines: {"loss": {"guessing": 2.1}}.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), squeeze=False, layout="constrained")
+    for axis, (title, heights) in zip(axes[0], panels.items(), strict=True):
+        for number, (label, ys) in enumerate(heights.items()):
+            axis.plot(xs, ys, label=label, color=HUES[number], lw=2, marker="o" if len(xs) < 3 else None)
+        for number, (label, height) in enumerate((levels or {}).get(title, {}).items(), len(heights)):
+            axis.axhline(height, color=HUES[number], lw=1.5, ls="--", label=label)
+        if mark[0] is not None:
+            axis.axvline(mark[0], color="0.6", lw=1, ls=":", label=mark[1])
+        axis.set(title=title, xlabel=xlabel, ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend()
+        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     save(figure, path)
 
 
 def confusion(path, counts: np.ndarray, classes: list[str], title: str, normalise: bool) -> None:
     """Confusion matrix (true x predicted); normalised rows are shares of the true class, in per cent."""
     shown = 100 * counts / counts.sum(1, keepdims=True).clip(1) if normalise else counts
-    side = max(5.5, 0.42 * len(classes) + 2.5)
-    figure, axis = plt.subplots(figsize=(side, side))
-    image = axis.imshow(shown, cmap="Blues", vmin=0, vmax=100 if normalise else None)
     names = [plain(name) for name in classes]
-    axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.set_yticks(range(len(names)), [f"{name} ({total})" for name, total in zip(names, counts.sum(1), strict=True)])
-    axis.set(xlabel="predicted", ylabel="true (pictures)", title=title)
-    axis.grid(False)
-    for row, column in np.ndindex(shown.shape):
-        if shown[row, column] > 0.5:
-            dark = shown[row, column] > 0.6 * image.get_clim()[1]
-            axis.text(column, row, f"{shown[row, column]:.0f}", ha="center", va="center",
-                      fontsize=10 if len(names) < 15 else 8, color="white" if dark else "0.2")  # fmt: skip
+    rows = [f"{name} ({total})" for name, total in zip(names, counts.sum(1), strict=True)]
     label = "% of the true class" if normalise else "pictures"
-    figure.colorbar(image, ax=axis, label=label, fraction=0.046, pad=0.03)
+    heat(path, shown, rows, names, title, label, ("predicted", "true (pictures)"))
+
+
+def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: str, unit: str, axes=("", "")) -> None:
+    """A table of numbers (rows, columns) as a heat map; a `unit` that starts with % fixes the scale at 0 to 100."""
+    width, height = (max(5.5, 0.42 * len(names) + 2.5) for names in (columns, rows))
+    figure, axis = plt.subplots(figsize=(width, height))
+    image = axis.imshow(table, cmap="Blues", vmin=0, vmax=100 if unit.startswith("%") else None)
+    axis.set_xticks(range(len(columns)), [plain(name) for name in columns], rotation=90)
+    axis.set_yticks(range(len(rows)), [plain(name) for name in rows])
+    axis.set(xlabel=axes[0], ylabel=axes[1], title=title)
+    axis.grid(False)
+    for row, column in np.ndindex(table.shape):
+        if table[row, column] > 0.5:
+            dark = table[row, column] > 0.6 * image.get_clim()[1]
+            axis.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center",
+                      fontsize=10 if len(columns) < 15 else 8, color="white" if dark else "0.2")  # fmt: skip
+    figure.colorbar(image, ax=axis, label=unit, fraction=0.046, pad=0.03)
+    save(figure, path)
+
+
+def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], title: str) -> None:
+    """Points in the plane, a panel each: {name: (places (N, 2), numbers (N,), names of the numbers)}."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 5.6), squeeze=False, layout="constrained")
+    for axis, (name, (places, numbers, names)) in zip(axes[0], panels.items(), strict=True):
+        for number, label in enumerate(names):
+            own = places[numbers == number]
+            style = look(number)
+            axis.scatter(*own.T, s=max(4, min(22, 3e4 / len(places))), color=style["color"], marker=style["marker"],
+                         linewidths=0, alpha=0.75, label=plain(label))  # fmt: skip
+        axis.set(title=name, xticks=[], yticks=[])
+        axis.grid(False)
+        legend = axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, fontsize=9)
+        for handle in legend.legend_handles:
+            handle.set_alpha(1)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def thumbnails(path, places: np.ndarray, pictures: list[np.ndarray], title: str, cells: int = 28) -> None:
+    """Pictures uint8 (3, S, S) at their places (N, 2), one a cell of a square of cells; what finds none is left out."""
+    low, high = places.min(0), places.max(0)
+    wanted = ((places - low) / (high - low).clip(1e-9) * (cells - 1)).round().astype(int)
+    side = 40
+    canvas = np.full((cells * side, cells * side, 3), 255, np.uint8)
+    taken = set()
+    for (across, up), picture in zip(wanted, pictures, strict=True):
+        if (across, up) not in taken:
+            taken.add((across, up))
+            top = (cells - 1 - up) * side
+            thumbnail = Image.fromarray(picture.transpose(1, 2, 0)).resize((side, side), Image.Resampling.BOX)
+            canvas[top : top + side, across * side : (across + 1) * side] = thumbnail
+    figure, axis = plt.subplots(figsize=(10, 10.4))
+    axis.imshow(canvas, interpolation="none")
+    axis.axis("off")
+    axis.set_title(f"{title}: {len(taken)} of {len(pictures)} paintings")
     save(figure, path)
 
 
@@ -139,16 +194,22 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
 def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None = None, title: str = "") -> None:
     """A table of pictures uint8 (rows, columns, 3, S, S) with column titles, and row titles where given."""
     height, width = pictures.shape[:2]
-    figure, axes = plt.subplots(height, width, figsize=(1.25 * width, 1.25 * height + 0.7), squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for (row, column), axis in np.ndenumerate(axes):
-        axis.imshow(pictures[row, column].transpose(1, 2, 0), interpolation="lanczos")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        if row == 0:
-            axis.set_title(columns[column], fontsize=10)
-        if column == 0 and rows:
-            axis.set_ylabel(rows[row], fontsize=10)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    figure.suptitle(title)
+    side, step = 128, 132
+    canvas = np.full((height * step - 4, width * step - 4, 3), 255, np.uint8)
+    for row, column in np.ndindex(height, width):
+        top, left = row * step, column * step
+        picture = Image.fromarray(pictures[row, column].transpose(1, 2, 0))
+        canvas[top : top + side, left : left + side] = picture.resize((side, side), Image.Resampling.BICUBIC)
+    figure, axis = plt.subplots(figsize=(1.25 * width + 1, 1.25 * height + 0.7))
+    axis.imshow(canvas)
+    axis.xaxis.tick_top()
+    long = max((len(name) for name in columns), default=0) > 12
+    axis.set_xticks(
+        np.arange(width) * step + side / 2, columns, fontsize=10, rotation=30 * long, ha="left" if long else "center"
+    )
+    axis.set_yticks(np.arange(height) * step + side / 2, rows or [""] * height, fontsize=10)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.grid(False)
+    axis.set_title(title, pad=10)
     save(figure, path)

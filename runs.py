@@ -304,16 +304,16 @@ def replacing(path):
         raise
 
 
-def claim(run) -> object:
-    """Lock the run folder until the returned file is closed or the program ends: two trainings in it would mix."""
-    path = Path(run) / ".lock"
+def claim(run, name: str) -> object:
+    """Lock `name` in the run folder until the returned file is closed or the program ends: two trainings would mix."""
+    path = Path(run) / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path, "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Problem(f"another training is writing into {run}: wait for it, or give another --run") from None
-    for leftover in Path(run).glob(".*.pt.*"):  # of a save that was killed
+        raise Problem(f"another training is writing {run}/{name}.pt: wait for it, or give another --run") from None
+    for leftover in Path(run).glob(f".{name}.*pt.*"):  # of a save that was killed
         leftover.unlink(missing_ok=True)
     return lock
 
@@ -338,8 +338,11 @@ def find_checkpoint(run, name: str) -> Path:
     return Path(name) if "/" in name else Path(run) / name
 
 
-def load_checkpoint(path) -> dict:
-    """Read a checkpoint onto the CPU; `weights_only` means that no code in the file can run."""
+def load_checkpoint(path, model: str = "") -> dict:
+    """Read a checkpoint, of a certain `model` where one is named, onto the CPU.
+
+    `weights_only` means that no code in the file can run.
+    """
     path = Path(path)
     if not path.exists():
         raise Problem(f"no checkpoint {path}: run the script that trains it, or give another --run")
@@ -349,17 +352,49 @@ def load_checkpoint(path) -> dict:
         raise Problem(f"{path} is not a checkpoint of ours ({type(error).__name__}): train again") from None
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise Problem(f"{path} holds no model: is it a checkpoint of this project?")
+    if model and checkpoint["model"] != model:
+        raise Problem(f"{path} holds a {checkpoint['model']}, but a {model} is needed here")
     return checkpoint
 
 
-def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = ()) -> None:
-    """Merge `{name: facts}` into the run's facts.json; two scripts may do so at once. `outdated` entries go."""
+def resume(wanted: bool, partial: Path, fresh: dict, parts: dict) -> dict:
+    """What training starts with: `fresh`, or what a stopped run left in `partial`, whose `parts` (name to model,
+    optimizers, ...) are loaded in place. It must have had the same settings and paintings.
+
+    All draws depend on (seed, epoch) alone, so the weights end as those of an uninterrupted run.
+    """
+    if not partial.exists():
+        if wanted:
+            raise Problem(f"nothing to resume: {partial} is not there; a finished training leaves none")
+        return fresh
+    if not wanted:
+        raise Problem(f"{partial} is an unfinished training: go on with --resume, or delete it to train anew")
+    state = load_checkpoint(partial)
+    for key, value in fresh["config"].items():
+        if state["config"].get(key) != value:
+            raise Problem(f"{partial} was trained with {key} = {state['config'].get(key)}, now it is {value}: "
+                          "give the old setting, or delete the file to train anew")  # fmt: skip
+    if state["fingerprint"] != fresh["fingerprint"]:
+        raise Problem(f"the paintings have changed since {partial} was written: delete it to train anew")
+    for name, part in parts.items():
+        part.load_state_dict(state["resume"][name])
+    if rank() == 0:
+        print(f"resuming after epoch {len(state['history'])}")
+    return state
+
+
+def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge: bool = False) -> None:
+    """Put `{name: facts}` into the run's facts.json; two scripts may do so at once. `outdated` entries go.
+
+    `merge` keeps those of the name's facts that are not given.
+    """
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".facts.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = run / "facts.json"
         everything = json.loads(path.read_text()) if path.exists() else {}
+        facts = everything.get(name, {}) | facts if merge else facts
         everything = {key: value for key, value in everything.items() if key not in outdated} | {name: facts}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(everything, indent=2) + "\n")

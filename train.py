@@ -71,7 +71,7 @@ def main(argv=None):
     first = runs.rank() == 0
     run = Path(config.run)
     partial, final = run / "classifier.partial.pt", run / "classifier.pt"
-    lock = runs.claim(run) if first else None
+    lock = runs.claim(run, "classifier") if first else None
 
     shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed", "target", "min_images", "holdout")}
     data = WikiArt(config.data, "train", processes=config.processes, **shape)
@@ -124,13 +124,8 @@ def main(argv=None):
         "artists": sorted({str(artist) for artist in data.artists} - {""}),
         "history": [],
     }
-    if config.resume and partial.exists():
-        state = resume(partial, state, model, averaged, optimizers)
-    elif config.resume:
-        raise runs.Problem(f"nothing to resume: {partial} is not there (a finished run leaves only {final.name})")
-    elif partial.exists():
-        raise runs.Problem(f"{partial} is an unfinished training: go on with --resume, or delete it to train anew")
-
+    parts = {"model": model, "averaged": averaged, "optimizers": optimizers}
+    state = runs.resume(config.resume, partial, state, parts)
     if first:
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     trained = runs.parallel(model, device)
@@ -154,7 +149,6 @@ def main(argv=None):
             print(json.dumps(state["history"][-1]), flush=True)
             if best_epoch(state["history"]) == epoch:
                 state |= {"epoch": epoch, "weights": copy.deepcopy(averaged.module).cpu().state_dict()}
-            parts = {"model": model, "averaged": averaged, "optimizers": optimizers}
             state["resume"] = {name: part.state_dict() for name, part in parts.items()}
             runs.save_checkpoint(partial, state)
             runs.write_text(run / "train.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
@@ -220,7 +214,7 @@ class Names:
 def train_epoch(model, averaged, data, order, names, optimizers, epoch, config, device):
     """One pass; returns the mean loss and the accuracy on the (augmented) training pictures."""
     model.train()
-    torch.manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see resume()
+    torch.manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see runs.resume
     mine = slice(runs.rank(), None, runs.world())  # every process takes its share of each batch
     batches = torch.tensor(list(order)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]  # equal ones, for equal shares
@@ -267,25 +261,6 @@ def best_epoch(history: list[dict]) -> int:
     still makes fewer of them. On test paintings the two came out alike.
     """
     return max(history, key=lambda record: (record["val_balanced_accuracy"], record["epoch"]))["epoch"]
-
-
-def resume(partial, fresh: dict, model, averaged, optimizers) -> dict:
-    """Load what a stopped run left; it must have had the same settings and paintings.
-
-    Draws, augmentation and dropout depend on (seed, epoch) alone, so the weights end as those of an uninterrupted run.
-    """
-    state = runs.load_checkpoint(partial)
-    for key, value in fresh["config"].items():
-        if state["config"].get(key) != value:
-            raise runs.Problem(f"{partial} was trained with {key} = {state['config'].get(key)}, now it is {value}: "
-                               "give the old setting, or delete the file to train anew")  # fmt: skip
-    if state["fingerprint"] != fresh["fingerprint"]:
-        raise runs.Problem(f"the paintings have changed since {partial} was written: delete it to train anew")
-    for name, part in (("model", model), ("averaged", averaged), ("optimizers", optimizers)):
-        part.load_state_dict(state["resume"][name])
-    if runs.rank() == 0:
-        print(f"resuming after epoch {len(state['history'])}")
-    return state
 
 
 def print_classes(classes, before, after, validation) -> None:

@@ -316,10 +316,15 @@ def views(images, crop: int, window: float = 1.0) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
+def over_views(function, images, crop: int, windows=(1.0,)) -> torch.Tensor:
+    """What `function` makes of uint8 pictures, (B, ...): the mean over the windows of the mean over their views."""
+    each = [torch.stack([function(view).float() for view in views(images, crop, side)]).mean(0) for side in windows]
+    return torch.stack(each).mean(0)
+
+
 def predict(model: nn.Module, images, crop: int, windows=(1.0,)) -> torch.Tensor:
-    """Class probabilities (B, classes) of uint8 pictures: the mean over the windows of the mean over their views."""
-    each = [torch.stack([model(view).float().softmax(1) for view in views(images, crop, side)]) for side in windows]
-    return torch.stack([probabilities.mean(0) for probabilities in each]).mean(0)
+    """Class probabilities (B, classes) of uint8 pictures."""
+    return over_views(lambda view: model(view).float().softmax(1), images, crop, windows)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -335,6 +340,10 @@ class Normalise(nn.Module):
 
     def forward(self, images):
         return (images - self.mean) / self.std
+
+    def restore(self, images):
+        """The way back: to pixels in [0, 1], or a little beyond."""
+        return images * self.std + self.mean
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -439,7 +448,36 @@ class CNN(nn.Module):
         return logits if self.training else logits[:, : self.classes]
 
 
-MODELS = {"MLP": MLP, "CNN": CNN}
+class Autoencoder(nn.Module):
+    """Images (B, 3, crop, crop) in [0, 1] to codes (B, code), and back; `crop` is a multiple of 16."""
+
+    def __init__(self, crop: int = 64, code: int = 256, width: int = 48, **normalisation):
+        super().__init__()
+        self.normalise = Normalise(**normalisation)
+        deep, side = 4 * width, crop // 16
+        self.encoder = nn.Sequential(
+            *[nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()],
+            *[Block(width, width), Block(width, 2 * width, 2), Block(2 * width, deep, 2)],
+            *[nn.Flatten(), nn.Linear(deep * side**2, code)],
+        )
+        self.decoder = nn.Sequential(
+            *[nn.Linear(code, deep * side**2), nn.ReLU(), nn.Unflatten(1, (deep, side, side))],
+            *[Block(deep, deep), nn.Upsample(scale_factor=2, mode="bilinear"), Block(deep, 2 * width)],
+            *[nn.Upsample(scale_factor=2, mode="bilinear"), Block(2 * width, width)],
+            *[nn.Conv2d(width, 3 * 4 * 4, 3, padding=1), nn.PixelShuffle(4)],  # each place paints 4 x 4 pixels
+        )
+
+    def encode(self, images):
+        return self.encoder(self.normalise(images))
+
+    def decode(self, codes):
+        return self.normalise.restore(self.decoder(codes))
+
+    def forward(self, images):
+        return self.decode(self.encode(images))
+
+
+MODELS = {"MLP": MLP, "CNN": CNN, "Autoencoder": Autoencoder}
 
 
 def make_model(name: str, arguments: dict) -> nn.Module:

@@ -1,7 +1,7 @@
 """Fill the report's templates with what a run measured.
 
     python report/build.py --run runs/demo                # writes runs/demo/report.md
-    python report/build.py --run runs/wikiart --publish   # renews report/ (weights too) and the README's results from that run
+    python report/build.py --run runs/wikiart --publish   # renews report/, its weights, and the README's results
     python report/build.py --check                        # are they what the templates and report/facts.json give?
 
 A template holds {script.fact} or {script.fact:format}, e.g. {test.accuracy:.1%}, for every number; a fact that the

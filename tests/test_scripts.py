@@ -244,7 +244,8 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
 
 
 def test_two_trainings_in_one_run_folder(demo, tmp_path):
-    code = f"import runs, sys, time; lock = runs.claim({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
+    code = f"import runs, time; lock = runs.claim({str(tmp_path)!r}, 'classifier'); print('held', flush=True); "
+    code += "time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(runs.Problem, match="another training is writing"):

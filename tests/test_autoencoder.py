@@ -1,0 +1,132 @@
+"""Autoencoder: it learns more than the mean colour, resumes exactly, and keeps pixels on one scale."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, clear_line, script
+from PIL import Image
+
+import runs
+import train_autoencoder
+import wikiart
+
+TINY_CODES = [
+    *TINY,
+    "--size",
+    "32",
+    "--crop",
+    "32",
+    "--width",
+    "8",
+    "--code",
+    "48",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "16",
+]
+
+
+def weights_of(path):
+    return runs.load_checkpoint(path)["weights"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="session")
+def coded(demo, tmp_path_factory):
+    """A run folder with an autoencoder, trained on the tiny demo for longer than the rest."""
+    run = tmp_path_factory.mktemp("codes")
+    train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(run), "--epochs", "40"])
+    return run
+
+
+def test_it_learns_more_than_the_mean_colour_and_says_what_it_is_held_against(coded):
+    facts = json.loads((coded / "facts.json").read_text())["train_autoencoder"]
+    assert facts["psnr"] > facts["mean_colour_psnr"] > facts["mean_image_psnr"]
+    assert facts["pca_psnr"] > facts["mean_colour_psnr"]
+    assert facts["psnr"] == pytest.approx(-10 * np.log10(facts["mse"]), abs=1e-3)
+    for name in ("autoencoder_curves.png", "reconstructions.png"):
+        assert np.asarray(Image.open(coded / name).convert("L")).std() > 5
+    assert not (coded / "autoencoder.partial.pt").exists()
+
+
+def test_the_checkpoint_alone_gives_the_network_back(coded, demo):
+    model = wikiart.build_model(runs.load_checkpoint(coded / "autoencoder.pt"))
+    images = wikiart.views(torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:6].copy()), 32)[
+        0
+    ]
+    with torch.no_grad():
+        codes = model.encode(images)
+        painted = model.decode(codes)
+        one_by_one = torch.cat([model.encode(image[None]) for image in images])
+    assert codes.shape == (6, 48)
+    assert torch.allclose(codes, one_by_one, atol=1e-4)  # whatever the batch
+    assert painted.shape == images.shape
+    assert torch.equal(painted, model(images).detach())
+    assert (painted - images).square().mean() < (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
+
+
+def test_restoring_undoes_the_normalisation():
+    normalise = wikiart.Normalise((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.allclose(normalise.restore(normalise(images)), images, atol=1e-6)
+
+
+def test_every_weight_gets_a_gradient():
+    model = wikiart.Autoencoder(crop=32, code=8, width=8)
+    model(torch.rand(4, 3, 32, 32)).square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+
+
+def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch):
+    arguments = [*TINY_CODES, "--data", str(demo)]
+    train_autoencoder.main([*arguments, "--run", str(tmp_path / "whole")])
+    whole = train_autoencoder.train_epoch
+
+    def stopped(*arguments):
+        if arguments[3] == 2:  # the epoch
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(train_autoencoder, "train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* --resume"):
+        train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts")])
+    monkeypatch.undo()
+    with pytest.raises(runs.Problem, match="unfinished training"):
+        train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts")])
+    train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts"), "--resume"])
+    assert same_weights(*(weights_of(tmp_path / name / "autoencoder.pt") for name in ("whole", "parts")))
+
+
+def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
+    errors = iter([0.5, 0.4, 0.45, 0.45, 0.45, 0.1, 0.1, 0.1, 0.1])  # after the third without progress it ends
+    monkeypatch.setattr(train_autoencoder, "mean_error", lambda *_: next(errors))
+    train_autoencoder.main(
+        [*TINY_CODES, "--data", str(demo), "--run", str(tmp_path), "--epochs", "9", "--patience", "3"]
+    )
+    facts = json.loads((tmp_path / "facts.json").read_text())["train_autoencoder"]
+    assert (facts["epochs"], facts["epoch_kept"]) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--crop", "40"), "multiple of 16"),
+        (("--batch-size", "4000"), "too few"),
+        (("--lr", "1e30"), "is not finite|the loss is"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(demo, tmp_path, arguments, message):
+    with pytest.raises(runs.Problem, match=message):
+        train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(tmp_path), *arguments])
+
+
+def test_a_classifier_is_no_autoencoder(trained, demo, tmp_path):
+    (tmp_path / "autoencoder.pt").write_bytes((trained / "classifier.pt").read_bytes())
+    done = script("cluster.py", *TINY, "--data", demo, "--run", tmp_path)
+    assert "holds a CNN" in clear_line(done)
