@@ -46,7 +46,7 @@ all: $(VENV)/ready
 
 # The stages -----------------------------------------------------------------------------------------------------------
 
-pipeline: $(RUN)/report.txt
+pipeline: $(RUN)/report.txt $(RUN)/clusters.md
 	@$(PY) report/build.py --run $(RUN)
 
 data/demo/metadata.csv: demo.py
@@ -69,6 +69,12 @@ $(RUN)/mlp/classifier.pt: train.py mlp.json $(SHARED)
 
 $(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
 	$(PY) test.py $(FLAGS)
+
+$(RUN)/autoencoder.pt: train_autoencoder.py $(SHARED)
+	$(PY) train_autoencoder.py $(FLAGS) $(if $(wildcard $(RUN)/autoencoder.partial.pt),--resume)
+
+$(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/classifier.pt
+	$(PY) cluster.py $(FLAGS) --codes all --renew
 
 # The rest -------------------------------------------------------------------------------------------------------------
 

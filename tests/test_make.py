@@ -13,10 +13,15 @@ while [ $# -gt 0 ]; do case $1 in --run) run=$2;; esac; script=${script:-$1}; sh
 case $script in
   train.py) mkdir -p $run; touch $run/classifier.pt;;
   test.py) touch $run/report.txt;;
+  train_autoencoder.py) mkdir -p $run; touch $run/autoencoder.pt;;
+  cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
   -c) exit 1;;  # no accelerator
 esac
 """
+
+
+STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "cluster.py"]
 
 
 @pytest.fixture
@@ -44,13 +49,13 @@ def make(project, *arguments):
 
 def test_the_demo_runs_every_stage_once(project):
     ran, said = make(project)
-    assert ran == ["demo.py", "train.py", "train.py", "test.py", "report/build.py"]
+    assert ran == ["demo.py", *STAGES, "report/build.py"]
     assert "no GPU here, so cpu.json is laid over config.json" in said
     assert make(project)[0] == ["report/build.py"]
 
 
 def test_changed_folders_settings_and_code_are_noticed(project):
-    everything = ["train.py", "train.py", "test.py", "report/build.py"]
+    everything = [*STAGES, "report/build.py"]
     arguments = (f"WIKIART={project}/paintings",)
     assert make(project, *arguments)[0] == everything
     assert make(project, *arguments)[0] == ["report/build.py"]
