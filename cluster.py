@@ -52,7 +52,11 @@ HELP = {
     "batch_size": "pictures at a time",
     "renew": "make the codes again, even where they are there",
 }
-CHECKPOINTS = {"autoencoder": "Autoencoder", "classifier": "CNN"}  # <name>.pt in the run folder, and what it holds
+CHECKPOINTS = {  # in the run folder: the file, what it holds, and the method that makes codes of images
+    "autoencoder": ("autoencoder.pt", "Autoencoder", "encode"),
+    "manner": ("autoencoder.pt", "Autoencoder", "features"),
+    "classifier": ("classifier.pt", "CNN", "features"),
+}
 PIXELS = 64  # side of the pictures that pixels and colours are taken from
 
 
@@ -62,7 +66,7 @@ def main(argv=None):
     run = Path(config.run)
     sources = config.codes
     if sources == ["all"]:
-        there = [source for source in CHECKPOINTS if (run / f"{source}.pt").exists()]
+        there = [source for source, (name, *_) in CHECKPOINTS.items() if (run / name).exists()]
         made = sorted(path.stem for path in (run / "codes").glob("*.npz"))
         sources = list(dict.fromkeys([*there, "pixels", "colours", *made]))
     facts = {}
@@ -87,8 +91,8 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     checkpoint, identity = None, f"{settings}"
     if source in CHECKPOINTS:
-        weights = Path(config.run) / f"{source}.pt"
-        checkpoint = runs.load_checkpoint(weights, CHECKPOINTS[source])
+        weights = Path(config.run) / CHECKPOINTS[source][0]
+        checkpoint = runs.load_checkpoint(weights, CHECKPOINTS[source][1])
         identity = hashlib.sha256(weights.read_bytes()).hexdigest()
         settings = {key: checkpoint["data"][key] for key in settings}
     elif source not in ("pixels", "colours") and not path.exists():
@@ -130,8 +134,8 @@ def encoder(source, checkpoint, training, config, device):
     if source == "colours":
         return lambda pixels: colours(small(pixels))
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    code = model.encode if source == "autoencoder" else model.features
-    windows = checkpoint.get("windows", [1.0])
+    code = getattr(model, CHECKPOINTS[source][2])
+    windows = [1.0] if source == "autoencoder" else [1.0, 0.7]
     return lambda pixels: over_views(code, pixels.to(device), checkpoint["crop"], windows)
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
+from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 import figures
@@ -39,6 +41,8 @@ HELP = {
     "muon_lr": "peak learning rate of Muon",
     "weight_decay": "weight decay of both; 0: none",
     "smallest": "share of a picture's area that the smallest training crops show; 1: always all of it",
+    "manner_weight": "weight of telling windows of one painting from others, by their textures, in the loss; 0: off",
+    "glimpse": "share of a picture's area that the smallest of those windows show",
     "validation": "share of the training paintings that chooses the checkpoint",
     "pca_images": "training pictures that the PCA to compare with is fitted on, at most",
     "show": "paintings in reconstructions.png",
@@ -79,9 +83,14 @@ def main(argv=None):
     training.move_to(device)
 
     mean, std = channel_statistics(training)
+    variance = float(np.mean(np.square(std)))  # an error of 1 is that of guessing the mean
     arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
+    arguments["points"] = 128 if config.manner_weight else 0
     torch.manual_seed(config.seed)
-    model = make_model("Autoencoder", arguments).to(device, memory_format=torch.channels_last)
+    model = make_model("Autoencoder", arguments)
+    pictures = flat(training, config, config.pca_images)
+    model.start_as_pca(torch.from_numpy(pictures).view(-1, 3, config.crop, config.crop))
+    model = model.to(device, memory_format=torch.channels_last)
     optimizers = runs.Optimizers(model, config, config.epochs * (len(training) // config.batch_size))
     state = {
         "model": "Autoencoder",
@@ -103,7 +112,7 @@ def main(argv=None):
             if config.patience and epoch - best_epoch(state["history"]) > config.patience:
                 break
             started, cpu = time.perf_counter(), time.process_time()
-            error = train_epoch(trained, training, optimizers, epoch, config, device)
+            error = train_epoch(trained, training, variance, optimizers, epoch, config, device)
             spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
             val_error = mean_error(model, validation, config, device)  # by all, so that all know when to end
             record = {"epoch": epoch, "mse": error, "val_mse": val_error} | spent
@@ -136,7 +145,7 @@ def main(argv=None):
     runs.leave_processes()
 
 
-def train_epoch(model, data, optimizers, epoch, config, device) -> float:
+def train_epoch(model, data, variance, optimizers, epoch, config, device) -> float:
     """One pass; returns the mean squared error on the training crops."""
     model.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see runs.resume
@@ -148,9 +157,18 @@ def train_epoch(model, data, optimizers, epoch, config, device) -> float:
         pixels, _ = data.batch(batch[mine], device)
         images = random_crops(pixels, config.crop, numbers, config.smallest)
         images = images.contiguous(memory_format=torch.channels_last)
+        glimpses = None
+        if config.manner_weight:
+            numbers = torch.rand(7, len(batch))[:, mine]
+            glimpses = random_crops(pixels, config.crop, numbers, config.glimpse)
+            glimpses = glimpses.contiguous(memory_format=torch.channels_last)
         with runs.autocast(device):
-            painted = model(images)
-        loss = F.mse_loss(painted.float(), images)
+            painted = model(images, glimpses)
+        painted, points = painted if config.manner_weight else (painted, None)
+        error = F.mse_loss(painted.float(), images)
+        loss = error / variance
+        if config.manner_weight:
+            loss = loss + config.manner_weight * contrast(points.float().view(2, len(images), -1))
         if not torch.isfinite(loss):
             raise runs.Problem(
                 f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower the learning rates"
@@ -158,8 +176,21 @@ def train_epoch(model, data, optimizers, epoch, config, device) -> float:
         optimizers.zero_grad()
         loss.backward()
         optimizers.step()
-        total += loss.item() * len(batch[mine])
+        total += error.item() * len(batch[mine])
     return runs.sum_over_processes(total).item() / (len(batches) * config.batch_size)
+
+
+def contrast(points, temperature: float = 0.2):
+    """NT-Xent (Chen et al. 2020): of all windows, the other one of its painting shall be each one's nearest.
+
+    points (2, B, D): of two windows of each painting; those of all processes count.
+    """
+    if dist.is_initialized():
+        points = torch.cat(all_gather(points.contiguous()), 1)
+    points = F.normalize(points.flatten(0, 1), dim=1)
+    likeness = (points @ points.T / temperature).fill_diagonal_(-torch.inf)
+    other = torch.arange(len(points), device=points.device).roll(len(points) // 2)
+    return F.cross_entropy(likeness, other)
 
 
 @torch.no_grad()
@@ -273,7 +304,7 @@ def report(run, state, model, training, validation, config, device) -> None:
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
         **{key: state["config"][key] for key in ("crop", "code", "width", "batch_size", "seed")},
     }
-    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
+    rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in facts.items()}
     runs.add_facts(run, "train_autoencoder", rounded, outdated=("cluster",))
     compared = ", ".join(f"{name} {psnr(tested[key]):.2f} dB" for key, name in names.items())
     print(f"test paintings: {facts['psnr']:.2f} dB; {compared}")

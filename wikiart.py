@@ -412,6 +412,27 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+def trunk(width: int, depth: int = 1) -> nn.Sequential:
+    """Residual blocks at three scales: images (B, 3, S, S) to maps (B, 4 * width, S / 16, S / 16).
+
+    The first layer sees patches of 4 x 4: brushwork is local, and a stride of 4 pays for a larger picture.
+    """
+    stem = [nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()]
+    blocks, before = [], width
+    for after, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+        blocks += [Block(before, after, stride)] + [Block(after, after) for _ in range(depth - 1)]
+        before = after
+    return nn.Sequential(*stem, *blocks)
+
+
+def texture(maps, deviation: bool = True):
+    """Mean and deviation of each map, wherever in the picture: (B, C, H, W) to (B, 2 * C, 1, 1)."""
+    means = maps.mean((2, 3), keepdim=True)
+    if not deviation:
+        return means
+    return torch.cat([means, (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()], 1)
+
+
 class CNN(nn.Module):
     """Our classifier: a small residual net. Images (B, 3, any, any) in [0, 1] to logits (B, classes).
 
@@ -420,28 +441,17 @@ class CNN(nn.Module):
 
     def __init__(self, classes, width=48, depth=1, pooling="mean-deviation", dropout=0.0, extra=0, **normalisation):
         super().__init__()
-        self.classes = classes
+        self.classes, self.deviation = classes, "deviation" in pooling
         self.normalise = Normalise(**normalisation)
-        # The first layer sees patches of 4 x 4: brushwork is local, and a stride of 4 pays for a larger picture.
-        stem = [nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()]
-        blocks, before = [], width
-        for after, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-            blocks += [Block(before, after, stride)] + [Block(after, after) for _ in range(depth - 1)]
-            before = after
-        self.body = nn.Sequential(*stem, *blocks)
-        self.pooling = pooling.split("-")
-        before *= len(self.pooling)
-        self.norm = BatchNorm(before)
+        self.body = trunk(width, depth)
+        pooled = 4 * width * (1 + self.deviation)
+        self.norm = BatchNorm(pooled)
         self.dropout = Dropout(dropout)
-        self.out = nn.Linear(before, classes + extra)
+        self.out = nn.Linear(pooled, classes + extra)
 
     def features(self, images):
-        """What the last layer sees, (B, 8 * width): mean and deviation of each map, its statistics as a texture."""
-        maps = self.body(self.normalise(images))
-        pooled = [maps.mean((2, 3), keepdim=True)]
-        if "deviation" in self.pooling:
-            pooled.append((maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt())
-        return self.norm(torch.cat(pooled, 1)).flatten(1)
+        """What the last layer sees, (B, 8 * width): the statistics of the maps as a texture."""
+        return self.norm(texture(self.body(self.normalise(images)), self.deviation)).flatten(1)
 
     def forward(self, images):
         logits = self.out(self.dropout(self.features(images)))
@@ -449,32 +459,79 @@ class CNN(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images (B, 3, crop, crop) in [0, 1] to codes (B, code), and back; `crop` is a multiple of 16."""
+    """Images (B, 3, crop, crop) in [0, 1] to codes (B, code), and back; `crop` is a multiple of 16.
 
-    def __init__(self, crop: int = 64, code: int = 256, width: int = 48, **normalisation):
+    A straight path through the code is PCA, of pictures at half the size; nets beside it add what is not linear. So
+    training starts where PCA ends.
+    """
+
+    def __init__(self, crop: int = 64, code: int = 256, width: int = 48, points: int = 0, **normalisation):
         super().__init__()
+        deep, side, self.half = 4 * width, crop // 16, crop // 2
         self.normalise = Normalise(**normalisation)
-        deep, side = 4 * width, crop // 16
-        self.encoder = nn.Sequential(
-            *[nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()],
-            *[Block(width, width), Block(width, 2 * width, 2), Block(2 * width, deep, 2)],
-            *[nn.Flatten(), nn.Linear(deep * side**2, code)],
+        self.register_buffer("components", torch.zeros(code, 3 * self.half**2))
+        self.register_buffer("scales", torch.ones(code))
+        self.body = trunk(width)
+        self.add = nn.Linear(deep * side**2, code)
+        self.fine = nn.Sequential(nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU())
+        self.coarse = Block(width, 2 * width, 2)
+        self.spread = nn.Sequential(
+            nn.Linear(code, 2 * width * side**2), nn.Unflatten(1, (2 * width, side, side)), Up()
         )
-        self.decoder = nn.Sequential(
-            *[nn.Linear(code, deep * side**2), nn.ReLU(), nn.Unflatten(1, (deep, side, side))],
-            *[Block(deep, deep), nn.Upsample(scale_factor=2, mode="bilinear"), Block(deep, 2 * width)],
-            *[nn.Upsample(scale_factor=2, mode="bilinear"), Block(2 * width, width)],
-            *[nn.Conv2d(width, 3 * 4 * 4, 3, padding=1), nn.PixelShuffle(4)],  # each place paints 4 x 4 pixels
+        self.join = nn.Sequential(Block(2 * width, 2 * width), Up(), Block(2 * width, width))
+        self.paint = nn.Sequential(
+            Block(width, width), Block(width, width), nn.Conv2d(width, 3 * 4 * 4, 3, padding=1), nn.PixelShuffle(4)
         )
+        if points:  # a texture to a point, where two windows of one painting shall meet; only training needs it
+            layers = [BatchNorm(2 * deep), nn.Conv2d(2 * deep, 256, 1, bias=False), BatchNorm(256), nn.ReLU()]
+            self.head = nn.Sequential(*layers, nn.Conv2d(256, points, 1))
+        for last in (self.add, self.paint[-2]):  # to begin with, they add nothing
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def start_as_pca(self, images) -> None:
+        """Set the straight path, so that codes have deviation 1; images (N, 3, crop, crop)."""
+        rows = self.shrink(self.normalise(images))
+        _, spreads, components = torch.pca_lowrank(rows, min(len(self.scales) + 16, *rows.shape), center=False, niter=4)
+        found = min(len(self.scales), len(spreads))
+        self.components[:found] = components.T[:found]
+        self.scales[:found] = spreads[:found] / len(rows) ** 0.5
+
+    def shrink(self, pictures):
+        return F.avg_pool2d(pictures, 2).flatten(1)
 
     def encode(self, images):
-        return self.encoder(self.normalise(images))
+        return self.code(self.normalise(images))[0]
+
+    def code(self, pictures):
+        maps = self.body(pictures)
+        return self.shrink(pictures) @ self.components.T / self.scales + self.add(maps.flatten(1)), maps
 
     def decode(self, codes):
-        return self.normalise.restore(self.decoder(codes))
+        sketch = (codes * self.scales @ self.components).view(-1, 3, self.half, self.half)
+        sketch = F.interpolate(sketch, scale_factor=2, mode="bilinear")
+        fine = self.fine(sketch)
+        coarse = self.coarse(fine) + self.spread(codes)
+        return self.normalise.restore(sketch + self.paint(fine + self.join(coarse)))
 
-    def forward(self, images):
-        return self.decode(self.encode(images))
+    def forward(self, images, glimpses=None):
+        """What comes back; with other windows of the same paintings, also both textures' points (2 * B, points)."""
+        codes, maps = self.code(self.normalise(images))
+        if glimpses is None:
+            return self.decode(codes)
+        textures = [texture(maps), texture(self.body(self.normalise(glimpses)))]
+        return self.decode(codes), self.head(torch.cat(textures)).flatten(1)
+
+    def features(self, images):
+        """Manner without layout, (B, 8 * width): the statistics of the encoder's maps as a texture."""
+        return texture(self.body(self.normalise(images))).flatten(1)
+
+
+class Up(nn.Upsample):
+    """Maps at twice the size."""
+
+    def __init__(self):
+        super().__init__(scale_factor=2, mode="bilinear")
 
 
 MODELS = {"MLP": MLP, "CNN": CNN, "Autoencoder": Autoencoder}
