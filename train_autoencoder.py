@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import WikiArt, channel_statistics, hold_out, make_model, random_crops, views
+from wikiart import WikiArt, channel_statistics, hold_out, make_model, one_window, random_crops, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 HELP = {
@@ -153,13 +153,12 @@ def train_epoch(model, data, variance, optimizers, epoch, config, device) -> flo
     batches = torch.randperm(len(data))[: len(data) // config.batch_size * config.batch_size].split(config.batch_size)
     total = torch.zeros(1, dtype=torch.float64)
     for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=runs.rank() > 0)):
-        numbers = torch.rand(7, len(batch))[:, mine]
+        window, numbers = torch.rand(5), torch.rand(7, len(batch))[:, mine]
         pixels, _ = data.batch(batch[mine], device)
-        images = random_crops(pixels, config.crop, numbers, config.smallest)
+        images = one_window(pixels, config.crop, window, config.smallest)
         images = images.contiguous(memory_format=torch.channels_last)
         glimpses = None
         if config.manner_weight:
-            numbers = torch.rand(7, len(batch))[:, mine]
             glimpses = random_crops(pixels, config.crop, numbers, config.glimpse)
             glimpses = glimpses.contiguous(memory_format=torch.channels_last)
         with runs.autocast(device):

@@ -11,6 +11,7 @@ into floats between 0 and 1. The networks take those floats and normalise them t
 import copy
 import csv
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -295,6 +296,20 @@ def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2)
         crops[chosen] = F.grid_sample(source, grid[chosen], padding_mode="reflection", align_corners=False)
     contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
     return 0.5 + (crops - 0.5) * (1 + contrast) + 0.25 * exposure
+
+
+def one_window(images, crop: int, random: torch.Tensor, smallest: float = 0.5) -> torch.Tensor:
+    """Training where sharpness counts: one window for all pictures of a batch, scaled as `views` scales them.
+
+    uint8 (B, 3, S, S) and random numbers in [0, 1) (5,) to float (B, 3, crop, crop) in [0, 1].
+    """
+    area, stretch = smallest + (1 - smallest) * random[0], math.exp(0.3 * (random[1] - 0.5))
+    side = images.shape[-1]
+    height, width = (min(side, round(side * float(area.sqrt()) * ratio)) for ratio in (stretch, 1 / stretch))
+    top, left = int(random[2] * (side - height + 1)), int(random[3] * (side - width + 1))
+    part = images[:, :, top : top + height, left : left + width].float() / 255
+    part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
+    return part.flip(3) if random[4] < 0.5 else part
 
 
 def views(images, crop: int, window: float = 1.0) -> list[torch.Tensor]:

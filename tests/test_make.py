@@ -9,11 +9,12 @@ from conftest import ROOT
 
 STUB = """#!/bin/bash
 echo "$@" >> calls
-while [ $# -gt 0 ]; do case $1 in --run) run=$2;; esac; script=${script:-$1}; shift; done
+while [ $# -gt 0 ]; do case $1 in --run) run=$2;; --name) name=$2;; esac; script=${script:-$1}; shift; done
 case $script in
   train.py) mkdir -p $run; touch $run/classifier.pt;;
   test.py) touch $run/report.txt;;
   train_autoencoder.py) mkdir -p $run; touch $run/autoencoder.pt;;
+  tune.py) touch $run/$name.md;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
   -c) exit 1;;  # no accelerator
@@ -84,3 +85,14 @@ def test_spaces_in_paths_get_one_clear_line(project):
 
 def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
+    wanted = ("report", f"WIKIART={project}/paintings")
+    ran, _ = make(project, *wanted)
+    assert ran == [*STAGES, "report/build.py", "tune.py", "tune.py", "tune.py", "report/build.py"]
+    old = project / "runs/paintings/seeds/0/classifier.pt"
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.touch()
+    assert make(project, *wanted)[0] == ["report/build.py"] * 2
+    assert old.exists()
+    (project / "paintings/train/B").mkdir()  # other paintings: the comparisons' trainings are out of date too
+    assert make(project, *wanted)[0].count("tune.py") == 3
+    assert not old.exists()

@@ -127,6 +127,17 @@ def test_large_windows_are_averaged_not_skipped():
     assert wikiart.random_crops(checks, 16, numbers).std() < 0.02
 
 
+def test_one_window_is_scaled_as_views_are():
+    images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+    whole = torch.tensor([0.5, 0.5, 0.3, 0.3, 0.9])
+    assert torch.allclose(wikiart.one_window(images, 24, whole, smallest=1), wikiart.views(images, 24)[0])
+    whole[4] = 0.1
+    assert torch.allclose(wikiart.one_window(images, 24, whole, smallest=1), wikiart.views(images, 24)[1])
+    for seed in range(20):
+        numbers = torch.rand(5, generator=torch.Generator().manual_seed(seed))
+        assert wikiart.one_window(images, 16, numbers, smallest=0.1).shape == (3, 3, 16, 16)
+
+
 def test_views_show_the_whole_and_the_corners():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     whole = wikiart.views(images, 32)
