@@ -26,7 +26,7 @@ STAGES :=
 endif
 
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
-SHARED := wikiart.py pixels.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
+SHARED := wikiart.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
 .PHONY: all pipeline report publish test lint clean FORCE
 .DELETE_ON_ERROR:
@@ -86,7 +86,7 @@ report: $(VENV)/ready
 	$(call with_settings,publish)
 endif
 
-# Only the report needs these, several trainings each. What is finished stays, unless the paintings have changed.
+# Only the report needs these, several trainings each. What is finished stays, unless paintings or settings changed.
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
 balance_flags := --epochs 8 --per-class 0
@@ -94,8 +94,9 @@ ablation := report/ablation.json
 ablation_flags := --epochs 8
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md)
 
-$(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt | $(RUN)/report.txt
-	@mkdir -p $(RUN)/$*; find $(RUN)/$* -name classifier.pt ! -newer $< -delete
+$(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt config.json cpu.json report/ablation.json | $(RUN)/report.txt
+	@mkdir -p $(RUN)/$*
+	@for file in $^; do find $(RUN)/$* \( -name classifier.pt -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
 publish: pipeline $(COMPARISONS)

@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import pixels
+import folder
 import runs
 
 COLUMNS = ("path", "split", "style", "artist", "genre", "title", "year", "hash")
@@ -132,7 +132,7 @@ def picture(content: bytes, size: int) -> tuple[bytes, str]:
             image.load()
             if keep:
                 return content, ending
-            image = pixels.as_rgb(ImageOps.exif_transpose(image))
+            image = folder.as_rgb(ImageOps.exif_transpose(image))
     sides = [max(size, round(length * size / min(image.size))) for length in image.size]
     file = io.BytesIO()
     image.resize(sides, Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)

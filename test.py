@@ -1,7 +1,7 @@
 """Evaluate a trained classifier on test paintings: tables, confusion matrix, ROC curves, its surest mistakes.
 
     python test.py                       # classifier.pt of the run folder on the test paintings
-    python test.py --checkpoint report/classifier.pt      # the weights that the report speaks of
+    python test.py --checkpoint report/classifier.pt --run runs/report    # the weights that the report speaks of
     python test.py --split train         # on all training paintings, the validation part among them
     python test.py --run runs/wikiart --data /scratch/wikiart
 
@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import WikiArt, build_model, name_of, predict, title_of
+from folder import name_of, title_of
+from wikiart import WikiArt, build_model, predict
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {
@@ -54,11 +55,12 @@ def main(argv=None):
     others = {"majority": score(np.full(len(truth), largest))}
     facts["majority_class"] = classes[largest]
     baseline = run / config.baseline / "classifier.pt"
-    if baseline.exists():
+    fits = baseline.exists() and load_classifier(baseline)["classes"] == classes
+    if fits:
         others["baseline"] = score(judge_baseline(baseline, checkpoint, data, config, device).argmax(1))
     else:
         command = f"python train.py -c mlp.json --data {config.data} --run {baseline.parent}"
-        print(f"no baseline in {baseline.parent}: {command} trains one")
+        print(f"no baseline for these classes in {baseline.parent}: {command} trains one")
     facts |= {f"{who}_{name}": value for who, named in others.items() for name, value in named.items()}
     facts |= seen_and_unseen(checkpoint, data, probabilities.argmax(1))
 
@@ -83,8 +85,6 @@ def load_classifier(path) -> dict:
 def judge_baseline(path, checkpoint, data, config, device) -> np.ndarray:
     """The baseline's class probabilities on the same paintings."""
     other = load_classifier(path)
-    if other["classes"] != checkpoint["classes"]:
-        raise runs.Problem(f"{path} knows other classes than the classifier: train it again")
     if other["data"] != checkpoint["data"]:
         same = WikiArt(config.data, config.split, classes=other["classes"], processes=config.processes, **other["data"])
         if list(same.paths) != list(data.paths):

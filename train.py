@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import BalancedSampler, WikiArt, channel_statistics, hold_out, make_model, predict, random_crops
+from folder import hold_out
+from wikiart import BalancedSampler, WikiArt, channel_statistics, make_model, predict, random_crops
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
 HELP = {
@@ -46,12 +47,12 @@ HELP = {
     "muon_lr": "peak learning rate of Muon",
     "weight_decay": "weight decay of both; 0: none",
     "label_smoothing": "share of the target spread over all classes; 0: none",
-    "artist_weight": "weight of also naming the artist, in the loss; 0: off",
-    "genre_weight": "weight of also naming the genre, in the loss; 0: off",
-    "smallest": "share of a picture's area that the smallest training crops show; 1: always all of it",
+    "artist_weight": "weight of also naming the artist, in the loss (CNN); 0: off",
+    "genre_weight": "weight of also naming the genre, in the loss (CNN); 0: off",
+    "smallest": "share of a picture's area that the smallest training crops show; 1: nearly all of it",
     "windows": "what is averaged at test time: 1 the whole picture, 0.7 four windows of that share of its side, "
     "1.5 the whole picture larger",
-    "average": "weights are averaged over the last steps, each counting this share of the next; 0: not",
+    "average": "share of the averaged weights that each step keeps; 0: no averaging",
     "balance": (
         "none: as they come; resample: every class to --per-class; sampler: draws at inverse frequency; "
         "weights: class-weighted loss; logit: logit-adjusted loss",
@@ -106,8 +107,9 @@ def main(argv=None):
     torch.manual_seed(config.seed)  # only now: building the cache draws random numbers, a second start does not
     try:
         model = make_model(config.model, arguments).to(device, memory_format=torch.channels_last)  # a fifth faster here
-    except ValueError as error:
-        raise runs.Problem(str(error)) from None
+        copy.deepcopy(model)(torch.zeros(2, 3, config.crop, config.crop, device=device)).shape  # noqa: B018
+    except (ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        raise runs.Problem(f"--model {config.model} with --crop {config.crop}: {error}") from None
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average), use_buffers=True)
     optimizers = runs.Optimizers(model, config, config.epochs * (len(order) // config.batch_size))
 
@@ -129,12 +131,12 @@ def main(argv=None):
     if first:
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     trained = runs.parallel(model, device)
+    kept = len(state["history"])  # epochs in the checkpoint
     try:
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             order.set_epoch(epoch)
             started, cpu = time.perf_counter(), time.process_time()
             loss, accuracy = train_epoch(trained, averaged, training, order, names, optimizers, epoch, config, device)
-            spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
             if not first:
                 continue
             record = {
@@ -143,6 +145,7 @@ def main(argv=None):
                 "accuracy": accuracy,
                 **evaluate(averaged.module, validation, config, device),
             }
+            spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
             if not np.isfinite(record["val_loss"]):
                 raise runs.Problem(f"the validation loss is not finite after epoch {epoch}: lower the learning rates")
             state["history"].append({key: round(value, 5) for key, value in (record | spent).items()})
@@ -151,18 +154,18 @@ def main(argv=None):
                 state |= {"epoch": epoch, "weights": copy.deepcopy(averaged.module).cpu().state_dict()}
             state["resume"] = {name: part.state_dict() for name, part in parts.items()}
             runs.save_checkpoint(partial, state)
+            kept = epoch
             runs.write_text(run / "train.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
     except KeyboardInterrupt:
-        kept = len(state["history"])
         advice = f"{kept} finished epochs are kept: go on with --resume" if kept else "no epoch was finished"
-        raise KeyboardInterrupt(advice) from None
+        raise KeyboardInterrupt(advice if first else "") from None
 
     if first:
         del state["resume"]
         state["weights"] = runs.halved(state["weights"])
+        report(run, state, model, training, validation, drawn)
         runs.save_checkpoint(final, state)
-        partial.unlink(missing_ok=True)
-        report(run, state, training, validation, drawn)
+        partial.unlink(missing_ok=True)  # last, so that a full disk loses nothing
         lock.close()
         print(f"{final}: epoch {state['epoch']} kept, the best on {len(validation)} validation paintings")
     runs.leave_processes()
@@ -183,9 +186,10 @@ class Names:
         self.weights = 1 / (frequency * len(data.classes)) if config.balance == "weights" else None
         self.smoothing, self.classes = config.label_smoothing, len(data.classes)
         self.beside = []  # (first output, end, weight, label of each painting with -1 for unknown)
-        for values, weight in ((data.artists, config.artist_weight), (data.genres, config.genre_weight)):
+        named = {"artist": (data.artists, config.artist_weight), "genre": (data.genres, config.genre_weight)}
+        for kind, (values, weight) in named.items():
             known = sorted(set(values) - {""})
-            if config.model == "CNN" and weight and len(known) > 1:
+            if config.model == "CNN" and kind != config.target and weight and len(known) > 1:
                 numbers = {name: number for number, name in enumerate(known)}
                 start = self.beside[-1][1] if self.beside else self.classes
                 labels = torch.tensor([numbers.get(value, -1) for value in values])
@@ -200,8 +204,9 @@ class Names:
         logits = outputs[:, : self.classes].float()
         if self.prior is not None:
             logits = logits + self.prior.to(logits.device)
-        weights = None if self.weights is None else self.weights.to(logits.device)
-        losses = F.cross_entropy(logits, labels, weights, label_smoothing=self.smoothing, reduction="none")
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none")
+        if self.weights is not None:  # not cross_entropy's own, which would weigh the smoothed target as well
+            losses = losses * self.weights.to(logits.device)[labels]
         loss = own = losses.mean()
         for start, end, weight, known in self.beside:
             named = known[items].to(logits.device)
@@ -258,7 +263,7 @@ def best_epoch(history: list[dict]) -> int:
     """The epoch with the best balanced accuracy on the validation part; of equals the last.
 
     The lowest loss would pick an earlier one, for a net that grows surer is punished hard for its mistakes while it
-    still makes fewer of them. On test paintings the two came out alike.
+    still makes fewer of them.
     """
     return max(history, key=lambda record: (record["val_balanced_accuracy"], record["epoch"]))["epoch"]
 
@@ -270,7 +275,7 @@ def print_classes(classes, before, after, validation) -> None:
     print(f"{'all':30} {before.sum():9} {after.sum():9} {validation.sum():10}\n", flush=True)
 
 
-def report(run, state, training, validation, drawn) -> None:
+def report(run, state, model, training, validation, drawn) -> None:
     history = state["history"]
     best = history[state["epoch"] - 1]
     figures.curves(
@@ -292,7 +297,7 @@ def report(run, state, training, validation, drawn) -> None:
         "model": state["model"],
         "epochs": len(history),
         "epoch_kept": state["epoch"],
-        "parameters": sum(weight.numel() for weight in state["weights"].values()),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "left_out": training.left_out,
         "training_images": len(training),
         "validation_images": len(validation),

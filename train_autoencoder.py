@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import WikiArt, channel_statistics, hold_out, make_model, one_window, random_crops, views
+from folder import hold_out
+from wikiart import WikiArt, channel_statistics, make_model, one_window, random_crops, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 HELP = {
@@ -107,6 +108,7 @@ def main(argv=None):
     if first:
         print(f"Autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     trained = runs.parallel(model, device)
+    kept = len(state["history"])  # epochs in the checkpoint
     try:
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             if config.patience and epoch - best_epoch(state["history"]) > config.patience:
@@ -125,13 +127,13 @@ def main(argv=None):
                 state |= {"epoch": epoch, "weights": copy.deepcopy(model).cpu().state_dict()}
             state["resume"] = {name: part.state_dict() for name, part in parts.items()}
             runs.save_checkpoint(partial, state)
+            kept = epoch
             runs.write_text(run / "autoencoder.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
             if epoch & (epoch - 1) == 0:  # a look at epochs 1, 2, 4, 8, ...
                 show(run, model, None, validation, config, device, f"after epoch {epoch}")
     except KeyboardInterrupt:
-        kept = len(state["history"])
         advice = f"{kept} finished epochs are kept: go on with --resume" if kept else "no epoch was finished"
-        raise KeyboardInterrupt(advice) from None
+        raise KeyboardInterrupt(advice if first else "") from None
 
     if first:
         del state["resume"]
@@ -290,7 +292,7 @@ def report(run, state, model, training, validation, config, device) -> None:
     facts = {
         "epochs": len(history),
         "epoch_kept": state["epoch"],
-        "parameters": sum(weight.numel() for weight in state["weights"].values()),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "training_images": len(training),
         "validation_images": len(validation),
         "test_images": len(test),

@@ -1,14 +1,14 @@
 """Train one classifier for each setting of a list, evaluate them all, and write one table.
 
-    python tune.py '{"balance": ["none", "resample", "sampler", "weights", "logit"]}' --name balance
+    python tune.py '{"balance": ["none", "resample", "sampler", "weights", "logit"]}' --name balance -- --per-class 0
     python tune.py '{"seed": [0, 1, 2]}' --name seeds
     python tune.py grid.json --jobs 2 -- -c cpu.json --epochs 10    # what follows -- goes to every train.py
 
 The settings are JSON, or a file of JSON: {key: [values]} for every combination, a list [{key: value, ...}, ...], or
 {name: {key: value, ...}, ...}.
 Each is trained in <run>/<name>/<setting>; what is finished there is not done again, what was stopped goes on. Writes
-<run>/<name>.md (sorted by balanced accuracy on the validation part, which is what to choose by), <name>.png (recall of
-every class) and facts.json.
+<run>/<name>.md (sorted by balanced accuracy on whole validation paintings, which is what to choose by), <name>.png
+(recall of every class) and facts.json.
 """
 
 import itertools
@@ -29,6 +29,7 @@ HELP = {
     "name": "folder for these trainings inside the run folder, and name of their table",
     "jobs": "trainings at a time",
 }
+RUNNING = []  # processes under way
 MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
 
 
@@ -47,7 +48,13 @@ def main(argv=None):
         train_and_test(folder / name, settings[name], common, more)
 
     with ThreadPoolExecutor(config.jobs) as pool:  # threads that only wait for their processes
-        list(tqdm(pool.map(one, settings), config.name, len(settings), unit="training"))
+        try:
+            list(tqdm(pool.map(one, settings), config.name, len(settings), unit="training"))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in RUNNING:  # they keep their finished epochs
+                process.terminate()
+            raise
     facts = {name: json.loads((folder / name / "facts.json").read_text()) for name in settings}
     write_table(Path(config.run) / f"{config.name}.md", facts)
     draw_recalls(Path(config.run) / f"{config.name}.png", facts, config.name)
@@ -115,9 +122,12 @@ def call(script: str, run: Path, flags: list) -> None:
     log = run / f"{script}.log"
     with open(log, "w") as file:
         command = [sys.executable, runs.HERE / script, *flags, "--run", run]
-        done = subprocess.run(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise runs.Problem(f"{script} failed in {run}: {log.read_text().strip().splitlines()[-1]} (see {log})")
+        with subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT) as process:
+            RUNNING.append(process)
+        RUNNING.remove(process)
+    if process.returncode:
+        said = log.read_text().strip().splitlines() or [f"ended with status {process.returncode}"]
+        raise runs.Problem(f"{script} failed in {run}: {said[-1]} (see {log})")
 
 
 def write_table(path: Path, facts: dict) -> None:

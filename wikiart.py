@@ -9,7 +9,7 @@ into floats between 0 and 1. The networks take those floats and normalise them t
 """
 
 import copy
-import csv
+import hashlib
 import itertools
 import math
 import sys
@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import Dataset, Sampler
 
-from pixels import DataError, cache_folder, pixel_cache
+from folder import DataError, artist_of, cache_folder, hold_out, join, name_of, pixel_cache, read_metadata
 
 # The data set ---------------------------------------------------------------------------------------------------------
 
@@ -77,15 +77,14 @@ class WikiArt(Dataset):
         self.styles = np.array([path.split("/")[level] for _, path in good])
         self.artists = np.array([artist_of(path) for path in self.paths])
         metadata = read_metadata(root / "metadata.csv")
+        if metadata:
+            self.fingerprint += "-" + hashlib.sha256((root / "metadata.csv").read_bytes()).hexdigest()[:8]
         self.genres = np.array([metadata.get(path, {}).get("genre", "") for path in self.paths])
         self.years = np.array([metadata.get(path, {}).get("year", "") for path in self.paths])
         names = [f"{style}/{name_of(path)}" for style, path in zip(self.styles, self.paths, strict=True)]
         same = [names, [index["hashes"][row] for row in self.rows]]
         self.groups = join(*same, self.artists) if holdout == "artists" else join(*same)
 
-        for style in np.unique(self.styles):
-            if style not in (classes if classes and target == "style" else known):
-                raise DataError(f"{folder / style} is not one of the styles trained on: {', '.join(classes or known)}")
         for style in known if split == "train" or pooled else ():
             if style not in self.styles:
                 raise DataError(f"{folder / style} holds no picture: fill the folder or remove it")
@@ -105,7 +104,7 @@ class WikiArt(Dataset):
         self.labels = torch.tensor([number.get(value, -1) for value in values])
         self.left_out = int((self.labels < 0).sum())
         if self.left_out:
-            print(f"{self.left_out} of {len(self)} paintings in {folder} have no {target} to learn: left out",
+            print(f"{self.left_out} of {len(self)} paintings in {folder} are of no {target} to learn: left out",
                   file=sys.stderr)  # fmt: skip
             self.keep((self.labels >= 0).numpy())
         self.on_device = None
@@ -150,33 +149,6 @@ class WikiArt(Dataset):
         return np.array([not any(word == genre or word in path for word in hide) for genre, path in pairs])
 
 
-def artist_of(path: str) -> str:
-    """WikiArt names its files <artist>_<title>.jpg; "" where a name has no "_"."""
-    artist, underscore, _ = Path(path).name.partition("_")
-    return artist if underscore else ""
-
-
-def name_of(path: str) -> str:
-    """A file's name without its ending; Roboflow calls its augmented copies <name>_jpg.rf.<hash>.jpg."""
-    return Path(path).stem.partition("_jpg.rf.")[0]
-
-
-def title_of(path: str) -> str:
-    """The title in a file name, in plain words."""
-    return name_of(path).partition("_")[2].replace("-", " ")
-
-
-def read_metadata(path: Path) -> dict[str, dict]:
-    """The rows of metadata.csv by their column `path`; nothing where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["path"]: row for row in csv.DictReader(file)}
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
-
-
 def channel_statistics(data: WikiArt) -> tuple[list[float], list[float]]:
     """Mean and deviation of each colour channel, in [0, 1], over some 500 of the pictures."""
     moments = []
@@ -185,51 +157,6 @@ def channel_statistics(data: WikiArt) -> tuple[list[float], list[float]]:
         moments.append((picture.mean(1), (picture**2).mean(1)))
     mean, square = np.mean(moments, 0)
     return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 1e-4)).tolist()
-
-
-def join(*keys) -> np.ndarray:
-    """Number the items, int64 (N,), so that those that share a value in any of the keys (N each) get the same number.
-
-    Copies of a painting share their name or their pixels. "" is no value.
-    """
-    number = list(range(len(keys[0])))
-
-    def first(item):  # follows a chain to its first member
-        while number[item] != item:
-            item = number[item]
-        return item
-
-    for key in keys:
-        seen = {}
-        for item, value in enumerate(key):
-            if value:
-                one, other = first(item), first(seen.setdefault(value, item))
-                number[max(one, other)] = min(one, other)
-    return np.array([first(item) for item in range(len(number))])
-
-
-def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose about `fraction` of every class, as a mask (N,), without dividing a group.
-
-    A group counts as its first member's class. Of every class with two groups or more of its own some are chosen; of
-    no class are all.
-    """
-    shuffled = np.random.default_rng(seed)
-    _, leaders, group = np.unique(groups, return_index=True, return_inverse=True)
-    table = np.zeros((len(leaders), labels.max() + 1), int)  # members of each group in each class
-    np.add.at(table, (group, labels), 1)
-    sizes, left, chosen = table.sum(1), table.sum(0), np.zeros(len(leaders), bool)
-    for label in np.unique(labels[leaders]):
-        own = shuffled.permutation(np.flatnonzero(labels[leaders] == label))
-        wanted, taken = fraction * sizes[own].sum(), 0
-        smallest = own[np.argmin(sizes[own])]  # goes where none is small enough
-        for candidate in (*own, smallest):
-            fits = taken + sizes[candidate] <= wanted or (candidate == smallest and not taken)
-            if fits and not chosen[candidate] and (left > table[candidate])[table[candidate] > 0].all():
-                chosen[candidate] = True
-                taken += sizes[candidate]
-                left = left - table[candidate]
-    return chosen[group]
 
 
 class BalancedSampler(Sampler):

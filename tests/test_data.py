@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import pixels
-import wikiart
-from pixels import DataError, read_picture
-from wikiart import BalancedSampler, WikiArt, hold_out, join
+import folder as files
+from folder import DataError, hold_out, join, read_picture
+from wikiart import BalancedSampler, WikiArt
 
 RED = (200, 30, 40)
 
@@ -152,7 +151,7 @@ def test_links_pipes_and_names_that_are_not_utf8(folder):
 
 
 def test_a_decoder_that_dies_gets_one_clear_line(folder, monkeypatch):
-    monkeypatch.setattr(pixels, "read_picture", lambda *_: os._exit(9))
+    monkeypatch.setattr(files, "read_picture", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="decoding process died"):
         load(folder)
     assert not list((folder / ".cache").glob("*train-*"))
@@ -162,7 +161,7 @@ def test_a_full_disk_gets_one_clear_line(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pixels, "build_cache", full)
+    monkeypatch.setattr(files, "build_cache", full)
     with pytest.raises(DataError, match="could not write the pixel cache .* No space left"):
         load(folder)
 
@@ -178,6 +177,21 @@ def test_classes_are_the_sorted_folders_of_train(folder):
         for path, label in zip(data.paths, data.labels, strict=True):
             assert path.split("/")[1] == data.classes[label]
     assert test.counts().tolist() == [0, 1, 1]
+
+
+def test_styles_that_a_checkpoint_does_not_know_are_left_out_and_counted(folder, capsys):
+    data = load(folder, "test", classes=["Baroque", "Fauvism"])
+    assert set(data.styles) == {"Baroque", "Fauvism"}
+    assert data.left_out == 1
+    assert "left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no painting .* known style"):
+        load(folder, "test", classes=["Rococo"])
+
+
+def test_new_metadata_makes_another_fingerprint(folder):
+    before = load(folder)
+    (folder / "metadata.csv").write_text(f"path,genre\n{before.paths[0]},landscape\n")
+    assert load(folder).fingerprint != before.fingerprint
 
 
 def test_the_classes_of_a_checkpoint_keep_their_order(folder):
@@ -208,9 +222,9 @@ def test_artists_titles_and_metadata(folder):
     data = load(folder)
     assert (data.genres[0], data.years[0], data.genres[1]) == ("landscape", "1899", "")
     assert data.artists[0].startswith("painter-")
-    assert wikiart.artist_of("train/A/noname.jpg") == ""
-    assert wikiart.name_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
-    assert wikiart.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
+    assert files.artist_of("train/A/noname.jpg") == ""
+    assert files.name_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
+    assert files.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
 
 
 def test_twenty_seven_styles_some_missing_from_test(tmp_path):
@@ -228,8 +242,8 @@ def test_twenty_seven_styles_some_missing_from_test(tmp_path):
 def test_the_second_start_decodes_nothing_and_a_change_rebuilds(folder, monkeypatch):
     before = load(folder)
     built = []
-    build = pixels.build_cache
-    monkeypatch.setattr(pixels, "build_cache", lambda *a: (built.append(a), build(*a)))
+    build = files.build_cache
+    monkeypatch.setattr(files, "build_cache", lambda *a: (built.append(a), build(*a)))
     load(folder)
     assert not built
     added = picture(folder / "train" / "Cubism" / "new_one.png", 77)
@@ -312,7 +326,7 @@ def test_style_folders_alone_are_split(tmp_path):
 
 def test_copies_are_found():
     paths = ["A/m_x_jpg.rf.11.jpg", "A/m_x_jpg.rf.22.jpg", "A/m_y.jpg", "B/m_z.jpg", "B/m_y.png"]
-    groups = join([wikiart.name_of(path) for path in paths], ["1", "2", "3", "3", "4"])
+    groups = join([files.name_of(path) for path in paths], ["1", "2", "3", "3", "4"])
     assert groups[0] == groups[1]
     assert groups[2] == groups[3] == groups[4]
     assert groups[0] != groups[2]

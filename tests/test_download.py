@@ -16,6 +16,7 @@ from PIL import Image
 import download
 import runs
 import wikiart
+from folder import artist_of
 
 datasets = pytest.importorskip("datasets")
 STYLES = ["Abstract_Expressionism", "Baroque", "Cubism", "Fauvism", "New_Realism", "Pop_Art", "Rococo", "Ukiyo_e"]
@@ -108,7 +109,7 @@ def test_layout_names_and_metadata(whole, source, images):
         assert row["artist"] == ["", "claude-monet", "m.c.-escher", "joaquin-sorolla"][labels["artist"]]
         assert row["genre"] == ["landscape", "still_life", ""][labels["genre"]]
         assert row["path"].startswith(f"{row['split']}/{row['style']}/")
-        assert wikiart.artist_of(row["path"]) == row["artist"]
+        assert artist_of(row["path"]) == row["artist"]
 
 
 def test_the_split_is_stratified_and_by_seed(whole, source, tmp_path):

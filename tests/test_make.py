@@ -29,6 +29,8 @@ STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "cluster.py
 def project(tmp_path):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "Makefile", ROOT / "requirements.txt"):
         shutil.copy(path, tmp_path)
+    (tmp_path / "report").mkdir()
+    shutil.copy(ROOT / "report/ablation.json", tmp_path / "report")
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").write_text(STUB)
     (tmp_path / "venv/bin/python").chmod(0o755)

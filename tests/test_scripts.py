@@ -20,6 +20,7 @@ import runs
 import test as evaluation
 import train
 import wikiart
+from folder import title_of
 
 
 def weights_of(path):
@@ -56,9 +57,9 @@ def test_the_demo_paints_the_same_test_scenes_in_every_manner_and_imbalances_tra
     test = wikiart.WikiArt(demo, "test", size=16, processes=1)
     assert len(data.classes) == 8
     assert data.counts().max() >= 5 * data.counts().min()
-    scenes = [{wikiart.title_of(path) for path in test.paths[test.labels == label]} for label in range(8)]
+    scenes = [{title_of(path) for path in test.paths[test.labels == label]} for label in range(8)]
     assert all(scene == scenes[0] for scene in scenes)
-    assert not scenes[0] & {wikiart.title_of(path) for path in data.paths}
+    assert not scenes[0] & {title_of(path) for path in data.paths}
     unseen = ~np.isin(test.artists, data.artists)
     assert [unseen[test.labels == label].sum() for label in range(8)] == [2] * 8
 
@@ -112,6 +113,11 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, t
         train.main([*arguments, "--resume", "--lr", "0.5"])
     train.main([*arguments, "--resume"])
     assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
+    lines = [
+        [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()] for run in (trained, tmp_path)
+    ]
+    for whole_line, line in zip(*lines, strict=True):  # the second epoch too, if the first was kept
+        assert [whole_line[key] for key in ("loss", "val_loss")] == [line[key] for key in ("loss", "val_loss")]
 
 
 def test_resuming_on_changed_paintings_is_refused(demo, trained, tmp_path):
