@@ -205,6 +205,7 @@ def main(argv=None):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in (*data.glob(".download.json.*"), *data.glob("t*/*/.*")):  # of a run that was killed
                 leftover.unlink()
+            runs.write_text(data / "download.json", json.dumps(state, indent=2) + "\n")  # first: the folder is ours
             if state["stream"]:
                 stream.load_state_dict(state["stream"])
             splits = fetch(stream, config, data, state)
