@@ -45,6 +45,7 @@ def plain(name: str) -> str:
 
 def save(figure, path) -> None:
     """Write a PNG beside `path` and rename it, so that a reader never sees half a figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
     plt.close(figure)

@@ -171,8 +171,8 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
 def test_a_checkpoint_from_elsewhere_gives_the_same_table(trained, demo, tmp_path):
     small = ["--data", str(demo), "--bootstrap", "20"]
     evaluation.main([*TINY, *small, "--run", str(trained)])
-    evaluation.main([*TINY, *small, "--run", str(tmp_path), "--checkpoint", str(trained / "classifier.pt")])
-    assert (trained / "predictions.csv").read_text() == (tmp_path / "predictions.csv").read_text()
+    evaluation.main([*TINY, *small, "--run", str(tmp_path / "new"), "--checkpoint", str(trained / "classifier.pt")])
+    assert (trained / "predictions.csv").read_text() == (tmp_path / "new/predictions.csv").read_text()
 
 
 def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
