@@ -41,7 +41,7 @@ HELP = {
     "lr": "peak learning rate of AdamW; all rates rise for a fifth of the run, then fall to 0",
     "muon_lr": "peak learning rate of Muon",
     "weight_decay": "weight decay of both; 0: none",
-    "smallest": "share of a picture's area that the smallest training crops show; 1: always all of it",
+    "smallest": "share of a picture's area that the smallest training crops show; 1: nearly all of it",
     "manner_weight": "weight of telling windows of one painting from others, by their textures, in the loss; 0: off",
     "glimpse": "share of a picture's area that the smallest of those windows show",
     "validation": "share of the training paintings that chooses the checkpoint",
@@ -49,17 +49,8 @@ HELP = {
     "show": "paintings in reconstructions.png",
     "resume": "go on from autoencoder.partial.pt in the run folder",
 }
-FREE = (
-    "data",
-    "run",
-    "device",
-    "processes",
-    "config",
-    "resume",
-    "hide",
-    "show",
-    "pca_images",
-)  # may change on resuming
+# What may change when a run is resumed.
+FREE = ("data", "run", "device", "processes", "config", "resume", "hide", "show", "pca_images")
 
 
 def main(argv=None):
