@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import figures
 import runs
-from folder import hold_out
 from wikiart import BalancedSampler, WikiArt, channel_statistics, make_model, predict, random_crops
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
@@ -76,8 +75,7 @@ def main(argv=None):
 
     shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed", "target", "min_images", "holdout")}
     data = WikiArt(config.data, "train", processes=config.processes, **shape)
-    held_out = hold_out(data.labels.numpy(), data.groups, config.validation, config.split_seed)
-    training, validation = data.subset(~held_out), data.subset(held_out)
+    training, validation = data.set_apart(config.validation, config.split_seed)
     if not len(validation) or config.batch_size > len(training):
         raise runs.Problem(f"{len(training)} paintings to train on and {len(validation)} to validate with are too few: "
                            "add paintings, raise --validation or lower --batch-size")  # fmt: skip

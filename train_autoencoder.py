@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import figures
 import runs
-from folder import hold_out
 from wikiart import WikiArt, channel_statistics, make_model, one_window, random_crops, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
@@ -67,8 +66,7 @@ def main(argv=None):
 
     shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     data = WikiArt(config.data, "train", processes=config.processes, **shape)
-    held_out = hold_out(data.labels.numpy(), data.groups, config.validation, config.split_seed)
-    training, validation = data.subset(~held_out), data.subset(held_out)
+    training, validation = data.set_apart(config.validation, config.split_seed)
     if not len(validation) or config.batch_size > len(training):
         raise runs.Problem(f"{len(training)} paintings to train on and {len(validation)} to validate with are too few: "
                            "add paintings, raise --validation or lower --batch-size")  # fmt: skip
@@ -80,8 +78,9 @@ def main(argv=None):
     arguments["points"] = 128 if config.manner_weight else 0
     torch.manual_seed(config.seed)
     model = make_model("Autoencoder", arguments)
-    pictures = flat(training, config, config.pca_images)
-    model.start_as_pca(torch.from_numpy(pictures).view(-1, 3, config.crop, config.crop))
+    if not partial.exists():
+        pictures = flat(training, config, config.pca_images)
+        model.start_as_pca(torch.from_numpy(pictures).view(-1, 3, config.crop, config.crop))
     model = model.to(device, memory_format=torch.channels_last)
     optimizers = runs.Optimizers(model, config, config.epochs * (len(training) // config.batch_size))
     state = {

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import Dataset, Sampler
 
 from folder import DataError, artist_of, cache_folder, hold_out, join, name_of, pixel_cache, read_metadata
+from layers import BatchNorm, Block, Dropout, Normalise, Up, texture, trunk
 
 # The data set ---------------------------------------------------------------------------------------------------------
 
@@ -125,6 +124,11 @@ class WikiArt(Dataset):
         part = copy.copy(self)
         part.keep(chosen)
         return part
+
+    def set_apart(self, share: float, seed: int) -> tuple["WikiArt", "WikiArt"]:
+        """Training and validation part; the second holds about `share` of each class. Copies stay together."""
+        held_out = hold_out(self.labels.numpy(), self.groups, share, seed)
+        return self.subset(~held_out), self.subset(held_out)
 
     def move_to(self, device) -> None:
         """Hold all pixels, as bytes, in a GPU's memory, where they take less than half of what is free."""
@@ -272,55 +276,6 @@ def predict(model: nn.Module, images, crop: int, windows=(1.0,)) -> torch.Tensor
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-class Normalise(nn.Module):
-    """Pixels in [0, 1] to mean 0 and deviation 1 per channel, by statistics that are stored with the weights."""
-
-    def __init__(self, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, images):
-        return (images - self.mean) / self.std
-
-    def restore(self, images):
-        """The way back: to pixels in [0, 1], or a little beyond."""
-        return images * self.std + self.mean
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the whole batch of all processes (nn.SyncBatchNorm does so on GPUs only)."""
-
-    def forward(self, x):
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        sums = all_reduce(torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])) / count
-        mean, variance = sums[0], sums[1] - sums[0].square()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
-
-
-class Dropout(nn.Module):
-    """Drops this share of the features (Srivastava et al. 2014), drawn for all processes' pictures by each of them, so
-    that several processes train like one."""
-
-    def __init__(self, share: float):
-        super().__init__()
-        self.share = share
-
-    def forward(self, x):
-        if not self.training or not self.share:
-            return x
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        kept = torch.rand(len(x) * world, *x.shape[1:])[rank::world] >= self.share  # picture i is process i % world's
-        return x * kept.to(x.device) / (1 - self.share)
-
-
 class MLP(nn.Module):
     """The baseline: one hidden layer on the bare pixels. Images (B, 3, crop, crop) in [0, 1] to logits (B, classes)."""
 
@@ -332,47 +287,6 @@ class MLP(nn.Module):
 
     def forward(self, images):
         return self.out(F.relu(self.hidden(self.normalise(images).flatten(1))))
-
-
-class Block(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut (He et al. 2016); stride 2 halves the picture."""
-
-    def __init__(self, before: int, after: int, stride: int = 1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
-        self.norm1 = BatchNorm(after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.norm2 = BatchNorm(after)
-        self.shortcut = nn.Identity()
-        if stride > 1 or before != after:
-            self.shortcut = nn.Sequential(
-                nn.AvgPool2d(stride, ceil_mode=True), nn.Conv2d(before, after, 1, bias=False), BatchNorm(after)
-            )
-
-    def forward(self, x):
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-def trunk(width: int, depth: int = 1) -> nn.Sequential:
-    """Residual blocks at three scales: images (B, 3, S, S) to maps (B, 4 * width, S / 16, S / 16).
-
-    The first layer sees patches of 4 x 4: brushwork is local, and a stride of 4 pays for a larger picture.
-    """
-    stem = [nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()]
-    blocks, before = [], width
-    for after, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        blocks += [Block(before, after, stride)] + [Block(after, after) for _ in range(depth - 1)]
-        before = after
-    return nn.Sequential(*stem, *blocks)
-
-
-def texture(maps, deviation: bool = True):
-    """Mean and deviation of each map, wherever in the picture: (B, C, H, W) to (B, 2 * C, 1, 1)."""
-    means = maps.mean((2, 3), keepdim=True)
-    if not deviation:
-        return means
-    return torch.cat([means, (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()], 1)
 
 
 class CNN(nn.Module):
@@ -467,13 +381,6 @@ class Autoencoder(nn.Module):
     def features(self, images):
         """Manner without layout, (B, 8 * width): the statistics of the encoder's maps as a texture."""
         return texture(self.body(self.normalise(images))).flatten(1)
-
-
-class Up(nn.Upsample):
-    """Maps at twice the size."""
-
-    def __init__(self):
-        super().__init__(scale_factor=2, mode="bilinear")
 
 
 MODELS = {"MLP": MLP, "CNN": CNN, "Autoencoder": Autoencoder}

@@ -77,7 +77,7 @@ def main():
         if options.publish:
             shutil.copyfile(options.run / figure, REPORT / figure)
     if options.publish:
-        for file in ("facts.json", "classifier.pt"):  # numbers, and the weights they speak of
+        for file in ("facts.json", "classifier.pt", "autoencoder.pt"):  # numbers, and the weights they speak of
             shutil.copyfile(options.run / file, REPORT / file)
         for path, filled in documents(facts).items():
             path.write_text(filled)

@@ -1,13 +1,17 @@
 """Autoencoder: it learns more than the mean colour, resumes exactly, and keeps pixels on one scale."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, clear_line, script
+from conftest import ROOT, TINY, clear_line, script
 from PIL import Image
 
+import layers
 import runs
 import train_autoencoder
 import wikiart
@@ -72,7 +76,7 @@ def test_the_checkpoint_alone_gives_the_network_back(coded, demo):
 
 
 def test_restoring_undoes_the_normalisation():
-    normalise = wikiart.Normalise((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    normalise = layers.Normalise((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     images = torch.rand(2, 3, 4, 4)
     assert torch.allclose(normalise.restore(normalise(images)), images, atol=1e-6)
 
@@ -130,6 +134,21 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, 
         train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts")])
     train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts"), "--resume"])
     assert same_weights(*(weights_of(tmp_path / name / "autoencoder.pt") for name in ("whole", "parts")))
+
+
+def test_two_processes_train_like_one(demo, tmp_path):
+    plain = ["--optimizer", "adamw", "--data", str(demo)]  # Muon blows rounding up
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+    command = [*torchrun, ROOT / "train_autoencoder.py", *TINY_CODES, *plain, "--run", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    train_autoencoder.main([*TINY_CODES, *plain, "--run", str(tmp_path / "one")])
+    one, two = (
+        json.loads((tmp_path / name / "facts.json").read_text())["train_autoencoder"] for name in ("one", "two")
+    )
+    for key in ("mse", "val_mse", "pca_psnr"):
+        assert one[key] == pytest.approx(two[key], rel=2e-3), key
 
 
 def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
