@@ -46,7 +46,7 @@ all: $(VENV)/ready
 
 # The stages -----------------------------------------------------------------------------------------------------------
 
-pipeline: $(RUN)/report.txt $(RUN)/clusters.md
+pipeline: $(RUN)/report.txt $(RUN)/clusters.md $(RUN)/style_grid.png
 	@$(PY) report/build.py --run $(RUN)
 
 data/demo/metadata.csv: demo.py
@@ -70,11 +70,23 @@ $(RUN)/mlp/classifier.pt: train.py mlp.json $(SHARED)
 $(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
 	$(PY) test.py $(FLAGS)
 
-$(RUN)/autoencoder.pt: train_autoencoder.py $(SHARED)
+$(RUN)/autoencoder.pt: train_autoencoder.py losses.py $(SHARED)
 	$(PY) train_autoencoder.py $(FLAGS) $(if $(wildcard $(RUN)/autoencoder.partial.pt),--resume)
 
 $(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/classifier.pt
 	$(PY) cluster.py $(FLAGS) --codes all --renew
+
+$(RUN)/style.pt: train_autoencoder.py losses.py $(RUN)/autoencoder.pt $(RUN)/classifier.pt
+	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder $(if $(wildcard $(RUN)/style.partial.pt),--resume)
+
+$(RUN)/judge/classifier.pt: train.py judge.json $(SHARED)
+	$(PY) train.py $(FLAGS) -c judge.json --run $(RUN)/judge \
+	    $(if $(wildcard $(RUN)/judge/classifier.partial.pt),--resume)
+
+$(RUN)/style_grid.png: style_transfer.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
+	$(PY) style_transfer.py $(FLAGS) --method adain
+	$(PY) style_transfer.py $(FLAGS) --method wct
+	$(PY) style_transfer.py $(FLAGS)
 
 # The rest -------------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,17 @@
-"""Train an autoencoder: every painting to a short code, and back.
+"""Train an autoencoder: every painting to a short code, and back; or one that is told the style to paint in.
 
-    python train_autoencoder.py                         # settings from config.json
-    python train_autoencoder.py -c cpu.json --code 64   # a shorter code, on a machine without a GPU
-    python train_autoencoder.py --resume                # go on after Ctrl-C, a kill or a power cut
-    torchrun --nproc-per-node=2 -- train_autoencoder.py # several GPUs: the same result, sooner
+    python train_autoencoder.py                           # settings from config.json
+    python train_autoencoder.py --model StyleAutoencoder  # starts from autoencoder.pt, guided by classifier.pt
+    python train_autoencoder.py -c cpu.json --code 64     # a shorter code, on a machine without a GPU
+    python train_autoencoder.py --resume                  # go on after Ctrl-C, a kill or a power cut
+    torchrun --nproc-per-node=2 -- train_autoencoder.py   # several GPUs: the same result, sooner
 
-A validation part of the training paintings chooses the checkpoint. The result is held against three that need no
-network: the mean painting, each painting's own mean colour, and PCA with as many components as the code has numbers.
-Writes into the run folder: autoencoder.pt (when finished; autoencoder.partial.pt until then), autoencoder.jsonl with a
-line an epoch, autoencoder_curves.png, reconstructions.png (renewed as training goes on) and facts.json.
+A validation part of the training paintings chooses the checkpoint; of a StyleAutoencoder the last one is kept. The
+result is held against three that need no network: the mean painting, each painting's own mean colour, and PCA with as
+many components as the code has numbers. Writes into the run folder: autoencoder.pt (when finished;
+autoencoder.partial.pt until then), autoencoder.jsonl with a line an epoch, autoencoder_curves.png, reconstructions.png
+(renewed as training goes on) and facts.json; of a StyleAutoencoder style.pt, style.jsonl, style_curves.png and
+repaintings.png.
 """
 
 import copy
@@ -18,18 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import WikiArt, channel_statistics, make_model, one_window, random_crops, views
+from losses import Copy, Repaint
+from wikiart import WikiArt, build_model, channel_statistics, make_model, one_window, random_crops, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 HELP = {
+    "model": ("the plain one, or one that is told the style to paint in", ("Autoencoder", "StyleAutoencoder")),
     "crop": "side of the pictures that are coded, in pixels; a multiple of 16",
     "code": "numbers a painting is coded in",
     "width": "channels at the finest scale",
@@ -43,6 +46,15 @@ HELP = {
     "smallest": "share of a picture's area that the smallest training crops show; 1: nearly all of it",
     "manner_weight": "weight of telling windows of one painting from others, by their textures, in the loss; 0: off",
     "glimpse": "share of a picture's area that the smallest of those windows show",
+    "start": "the plain autoencoder that a StyleAutoencoder starts from",
+    "guide": "the classifier that says what a style looks like",
+    "embedding": "numbers that a style is told in",
+    "embed": ("what these are: learned, or made from the classifier's mean features of a style", ("learned", "means")),
+    "hit_weight": "weight of the guide's naming the style asked for, in the loss; 0: off",
+    "texture_weight": "weight of maps with the statistics of a painting of that style; 0: off",
+    "critic_weight": "weight of a critic of maps; 0: off",
+    "layout_weight": "weight of keeping what is light and what is dark; 0: off",
+    "spy_weight": "weight of keeping the style out of the content; 0: off",
     "validation": "share of the training paintings that chooses the checkpoint",
     "pca_images": "training pictures that the PCA to compare with is fitted on, at most",
     "show": "paintings in reconstructions.png",
@@ -57,8 +69,10 @@ def main(argv=None):
     device = runs.join_processes(runs.pick_device(config.device))
     first = runs.rank() == 0
     run = Path(config.run)
-    partial, final = run / "autoencoder.partial.pt", run / "autoencoder.pt"
-    lock = runs.claim(run, "autoencoder") if first else None
+    style = config.model == "StyleAutoencoder"
+    stem = "style" if style else "autoencoder"
+    partial, final = run / f"{stem}.partial.pt", run / f"{stem}.pt"
+    lock = runs.claim(run, stem) if first else None
     if config.crop % 16:
         raise runs.Problem(f"--crop {config.crop} must be a multiple of 16")
     if config.batch_size % runs.world():
@@ -72,19 +86,13 @@ def main(argv=None):
                            "add paintings, raise --validation or lower --batch-size")  # fmt: skip
     training.move_to(device)
 
-    mean, std = channel_statistics(training)
-    variance = float(np.mean(np.square(std)))  # an error of 1 is that of guessing the mean
-    arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
-    arguments["points"] = 128 if config.manner_weight else 0
     torch.manual_seed(config.seed)
-    model = make_model("Autoencoder", arguments)
-    if not partial.exists():
-        pictures = flat(training, config, config.pca_images)
-        model.start_as_pca(torch.from_numpy(pictures).view(-1, 3, config.crop, config.crop))
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizers = runs.Optimizers(model, config, config.epochs * (len(training) // config.batch_size))
+    begin = begin_style if style else begin_plain
+    objective, arguments = begin(training, config, not partial.exists())
+    model = objective.to(device, memory_format=torch.channels_last).model
+    optimizers = runs.Optimizers(objective, config, config.epochs * (len(training) // config.batch_size))
     state = {
-        "model": "Autoencoder",
+        "model": config.model,
         "arguments": arguments,
         "classes": data.classes,
         "data": shape,
@@ -93,34 +101,37 @@ def main(argv=None):
         "fingerprint": data.fingerprint,
         "history": [],
     }
-    parts = {"model": model, "optimizers": optimizers}
+    parts = {"objective": objective, "optimizers": optimizers}
     state = runs.resume(config.resume, partial, state, parts)
     if first:
-        print(f"Autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
-    trained = runs.parallel(model, device)
+        print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
+    trained = runs.parallel(objective, device)
     kept = len(state["history"])  # epochs in the checkpoint
     try:
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
-            if config.patience and epoch - best_epoch(state["history"]) > config.patience:
+            if config.patience and epoch - best_epoch(state["history"], style) > config.patience:
                 break
             started, cpu = time.perf_counter(), time.process_time()
-            error = train_epoch(trained, training, variance, optimizers, epoch, config, device)
+            error = train_epoch(trained, training, optimizers, epoch, config, device)
             spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
             val_error = mean_error(model, validation, config, device)  # by all, so that all know when to end
             record = {"epoch": epoch, "mse": error, "val_mse": val_error} | spent
             record |= {"psnr": psnr(error), "val_psnr": psnr(val_error)}
+            if style:
+                record["val_hits"] = hits(objective, validation, config, device)
             state["history"].append({key: round(value, 6) for key, value in record.items()})
             if not first:
                 continue
             print(json.dumps(state["history"][-1]), flush=True)
-            if best_epoch(state["history"]) == epoch:
+            if best_epoch(state["history"], style) == epoch:
                 state |= {"epoch": epoch, "weights": copy.deepcopy(model).cpu().state_dict()}
             state["resume"] = {name: part.state_dict() for name, part in parts.items()}
             runs.save_checkpoint(partial, state)
             kept = epoch
-            runs.write_text(run / "autoencoder.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
+            runs.write_text(run / f"{stem}.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
             if epoch & (epoch - 1) == 0:  # a look at epochs 1, 2, 4, 8, ...
-                show(run, model, None, validation, config, device, f"after epoch {epoch}")
+                look = show_styles if style else show
+                look(run, model, validation, config, device, f"after epoch {epoch}")
     except KeyboardInterrupt:
         advice = f"{kept} finished epochs are kept: go on with --resume" if kept else "no epoch was finished"
         raise KeyboardInterrupt(advice if first else "") from None
@@ -129,37 +140,82 @@ def main(argv=None):
         del state["resume"]
         state["weights"] = runs.halved(state["weights"])
         model.load_state_dict(state["weights"])
-        report(run, state, model, training, validation, config, device)
+        if style:
+            report_style(run, state, model, validation, config, device)
+        else:
+            report(run, state, model, training, validation, config, device)
         runs.save_checkpoint(final, state)
         partial.unlink(missing_ok=True)
         lock.close()
-        print(f"{final}: epoch {state['epoch']} kept, the best on {len(validation)} validation paintings")
+        print(f"{final}: epoch {state['epoch']} kept")
     runs.leave_processes()
 
 
-def train_epoch(model, data, variance, optimizers, epoch, config, device) -> float:
+def begin_plain(training, config, fresh: bool):
+    """What is trained, with a plain Autoencoder inside that starts as PCA where it is `fresh`; and its arguments."""
+    mean, std = channel_statistics(training)
+    arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
+    arguments["points"] = 128 if config.manner_weight else 0
+    model = make_model("Autoencoder", arguments)
+    if fresh:
+        pictures = flat(training, config, config.pca_images)
+        model.start_as_pca(torch.from_numpy(pictures).view(-1, 3, config.crop, config.crop))
+    return Copy(model, config, float(np.mean(np.square(std)))), arguments
+
+
+def begin_style(training, config, fresh: bool):
+    """The same with a StyleAutoencoder that starts as a trained plain one, and a classifier to guide it."""
+    plain = runs.load_checkpoint(runs.find_checkpoint(config.run, config.start), "Autoencoder")
+    guide = runs.load_checkpoint(runs.find_checkpoint(config.run, config.guide), "CNN")
+    if guide["classes"] != training.classes:
+        raise runs.Problem(f"{config.guide} knows other styles than these paintings have: train it on them")
+    if plain["crop"] != config.crop:
+        raise runs.Problem(f"{config.start} was trained with --crop {plain['crop']}: give that here too")
+    arguments = plain["arguments"] | {"styles": len(training.classes), "embedding": config.embedding, "points": 0}
+    network, features = build_model(guide), None
+    if config.embed == "means":
+        features = mean_features(network, training, guide["crop"], config)
+        arguments["given"] = features.shape[1]
+    model = make_model("StyleAutoencoder", arguments)
+    weights = plain["weights"] if features is None else plain["weights"] | {"given": features}
+    model.load_state_dict(weights, strict=False)  # what styles need is new, what tells manners apart is left out
+    return Repaint(model, network, config, float(np.mean(np.square(arguments["std"])))), arguments
+
+
+@torch.no_grad()
+def mean_features(network, data, crop: int, config):
+    """What a classifier's last layer sees of each style on average, (styles, numbers), scaled to deviation 1."""
+    features = torch.cat([network.features(views(data.batch(items, torch.device("cpu"))[0], crop)[0])
+                          for items in torch.arange(len(data)).split(config.batch_size)])  # fmt: skip
+    means = torch.stack([features[data.labels == style].mean(0) for style in range(len(data.classes))])
+    return (means - means.mean(0)) / means.std()
+
+
+def train_epoch(trained, data, optimizers, epoch, config, device) -> float:
     """One pass; returns the mean squared error on the training crops."""
-    model.train()
+    trained.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see runs.resume
     mine = slice(runs.rank(), None, runs.world())  # every process takes its share of each batch
     batches = torch.randperm(len(data))[: len(data) // config.batch_size * config.batch_size].split(config.batch_size)
+    members = [torch.nonzero(data.labels == label).flatten() for label in range(len(data.classes))]
     total = torch.zeros(1, dtype=torch.float64)
     for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=runs.rank() > 0)):
-        window, numbers = torch.rand(5), torch.rand(7, len(batch))[:, mine]
-        pixels, _ = data.batch(batch[mine], device)
+        window, numbers = torch.rand(5), torch.rand(7, len(batch))
+        pixels, labels = data.batch(batch[mine], device)
         images = one_window(pixels, config.crop, window, config.smallest)
-        images = images.contiguous(memory_format=torch.channels_last)
-        glimpses = None
-        if config.manner_weight:
-            glimpses = random_crops(pixels, config.crop, numbers, config.glimpse)
-            glimpses = glimpses.contiguous(memory_format=torch.channels_last)
+        inputs = [images.contiguous(memory_format=torch.channels_last)]
+        if config.model == "StyleAutoencoder":
+            styles = len(data.classes)
+            others = (data.labels[batch] + 1 + (numbers[0] * (styles - 1)).long()) % styles
+            reals = torch.stack([members[other][int(number * len(members[other]))]
+                                 for other, number in zip(others, numbers[1], strict=True)])  # fmt: skip
+            aims = one_window(data.batch(reals[mine], device)[0], config.crop, torch.rand(5), config.smallest)
+            inputs += [labels, others[mine].to(device), aims, torch.rand(6)]
+        elif config.manner_weight:
+            glimpses = random_crops(pixels, config.crop, numbers[:, mine], config.glimpse)
+            inputs.append(glimpses.contiguous(memory_format=torch.channels_last))
         with runs.autocast(device):
-            painted = model(images, glimpses)
-        painted, points = painted if config.manner_weight else (painted, None)
-        error = F.mse_loss(painted.float(), images)
-        loss = error / variance
-        if config.manner_weight:
-            loss = loss + config.manner_weight * contrast(points.float().view(2, len(images), -1))
+            loss, error = trained(*inputs)
         if not torch.isfinite(loss):
             raise runs.Problem(
                 f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower the learning rates"
@@ -171,26 +227,38 @@ def train_epoch(model, data, variance, optimizers, epoch, config, device) -> flo
     return runs.sum_over_processes(total).item() / (len(batches) * config.batch_size)
 
 
-def contrast(points, temperature: float = 0.2):
-    """NT-Xent (Chen et al. 2020): of all windows, the other one of its painting shall be each one's nearest.
-
-    points (2, B, D): of two windows of each painting; those of all processes count.
-    """
-    if dist.is_initialized():
-        points = torch.cat(all_gather(points.contiguous()), 1)
-    points = F.normalize(points.flatten(0, 1), dim=1)
-    likeness = (points @ points.T / temperature).fill_diagonal_(-torch.inf)
-    other = torch.arange(len(points), device=points.device).roll(len(points) // 2)
-    return F.cross_entropy(likeness, other)
-
-
 @torch.no_grad()
 def reconstruct(model, data, items, config, device):
     """The whole pictures, and what comes back, both float (B, 3, crop, crop) in [0, 1]."""
     model.eval()
     images = views(data.batch(items, device)[0], config.crop)[0]
+    images = images.contiguous(memory_format=torch.channels_last)
     with runs.autocast(device):
-        return images, model(images.contiguous(memory_format=torch.channels_last)).float().clamp(0, 1)
+        codes = model.encode(images)
+        if config.model == "StyleAutoencoder":
+            painted = model.decode(codes, own_styles(data, items, device))
+        else:
+            painted = model.decode(codes)
+    return images, painted.float().clamp(0, 1)
+
+
+def own_styles(data, items, device):
+    """The styles of paintings, (B, styles) with a 1 for each."""
+    return F.one_hot(data.labels[items], len(data.classes)).float().to(device)
+
+
+@torch.no_grad()
+def hits(objective, data, config, device) -> float:
+    """How often the guide sees the style that a painting was painted in: each in one of the other styles."""
+    model, styles, hit = objective.model.eval(), len(data.classes), 0
+    for items in torch.arange(len(data)).split(config.batch_size):
+        others = (data.labels[items] + 1 + items % (styles - 1)) % styles
+        images = views(data.batch(items, device)[0], config.crop)[0].contiguous(memory_format=torch.channels_last)
+        with runs.autocast(device):
+            painted = model.decode(model.encode(images), F.one_hot(others, styles).float().to(device))
+            _, logits = objective.look(painted)
+        hit += int((logits.argmax(1).cpu() == others).sum())
+    return hit / len(data)
 
 
 def mean_error(model, data, config, device) -> float:
@@ -207,8 +275,13 @@ def psnr(error: float) -> float:
     return float(-10 * np.log10(max(error, 1e-12)))
 
 
-def best_epoch(history: list[dict]) -> int:
-    """The epoch with the lowest error on the validation part; 0 before there is one."""
+def best_epoch(history: list[dict], last: bool) -> int:
+    """The epoch with the lowest error on the validation part, or the last; 0 before there is one.
+
+    Styles come true at the expense of that error, so it cannot choose an epoch for them.
+    """
+    if last:
+        return len(history)
     return min(history, key=lambda record: record["val_mse"], default={"epoch": 0})["epoch"]
 
 
@@ -244,18 +317,39 @@ def baselines(pca, data, config) -> dict[str, float]:
 # Figures and facts ----------------------------------------------------------------------------------------------------
 
 
-def show(run, model, pca, data, config, device, when: str) -> None:
-    """reconstructions.png: originals above what comes back from the code, and from PCA where it is given."""
+def chosen_to_show(data, config):
+    """--show paintings, spread over the data set."""
     fit = np.flatnonzero(data.fit_to_show(config.hide))
-    items = torch.tensor(fit[np.linspace(0, len(fit) - 1, min(config.show, len(fit))).round().astype(int)])
+    return torch.tensor(fit[np.linspace(0, len(fit) - 1, min(config.show, len(fit))).round().astype(int)])
+
+
+def show(run, model, data, config, device, when: str, pca=None) -> None:
+    """reconstructions.png: originals above what comes back from the code, and from PCA where it is given."""
+    items = chosen_to_show(data, config)
     images, painted = (pictures.cpu() for pictures in reconstruct(model, data, items, config, device))
     rows = {"original": images, f"from {config.code} numbers": painted}
     if pca is not None:
         back = pca.inverse_transform(pca.transform(images.flatten(1).numpy()))
         rows["PCA, as many"] = torch.from_numpy(back).float().view_as(images).clamp(0, 1)
+    draw(run / "reconstructions.png", rows, data, items, f"Reconstructions {when}")
+
+
+@torch.no_grad()
+def show_styles(run, model, data, config, device, when: str) -> None:
+    """repaintings.png: originals above what comes back in the own style, and in others."""
+    items = chosen_to_show(data, config)
+    images, painted = reconstruct(model, data, items, config, device)
+    rows, codes = {"original": images.cpu(), "own style": painted.cpu()}, model.encode(images)
+    for style, name in list(enumerate(data.classes))[:8]:
+        shares = torch.eye(len(data.classes), device=device)[[style]].expand(len(items), -1)
+        rows[figures.plain(name)] = model.decode(codes, shares).clamp(0, 1).cpu()
+    draw(run / "repaintings.png", rows, data, items, f"Repaintings {when}")
+
+
+def draw(path, rows: dict, data, items, title: str) -> None:
     pictures = np.stack([(255 * each).round().byte().numpy() for each in rows.values()])
     titles = [figures.plain(data.classes[label]) for label in data.labels[items]]
-    figures.grid(run / "reconstructions.png", pictures, titles, list(rows), f"Reconstructions {when}")
+    figures.grid(path, pictures, titles, list(rows), title)
 
 
 def report(run, state, model, training, validation, config, device) -> None:
@@ -277,7 +371,7 @@ def report(run, state, model, training, validation, config, device) -> None:
         {"mean squared error": {names[key]: value for key, value in levels.items()},
          "PSNR, dB": {names[key]: psnr(value) for key, value in levels.items()}},
     )  # fmt: skip
-    show(run, model, pca, test, config, device, "of test paintings")
+    show(run, model, test, config, device, "of test paintings", pca)
     error, tested = mean_error(model, test, config, device), baselines(pca, test, config)
     facts = {
         "epochs": len(history),
@@ -299,6 +393,24 @@ def report(run, state, model, training, validation, config, device) -> None:
     runs.add_facts(run, "train_autoencoder", rounded, outdated=("cluster",))
     compared = ", ".join(f"{name} {psnr(tested[key]):.2f} dB" for key, name in names.items())
     print(f"test paintings: {facts['psnr']:.2f} dB; {compared}")
+
+
+def report_style(run, state, model, validation, config, device) -> None:
+    history = state["history"]
+    panels = {
+        "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
+        "share in the style asked for": {"the guide says, validation": "val_hits"},
+    }
+    figures.curves(run / "style_curves.png", history, panels)
+    show_styles(run, model, validation, config, device, "of validation paintings")
+    facts = {
+        "epochs": len(history),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "cpu_minutes": round(sum(record["cpu_seconds"] for record in history) / 60, 2),
+        **{key: history[-1][key] for key in ("val_mse", "val_psnr", "val_hits")},
+        **{key: state["config"][key] for key in ("crop", "code", "embed", "batch_size", "seed", *Repaint.WEIGHTS)},
+    }
+    runs.add_facts(run, "train_style", facts, outdated=("style_transfer",))
 
 
 if __name__ == "__main__":

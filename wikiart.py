@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from folder import DataError, artist_of, cache_folder, hold_out, join, name_of, pixel_cache, read_metadata
-from layers import BatchNorm, Block, Dropout, Normalise, Up, texture, trunk
+from layers import BatchNorm, Block, Dropout, Film, Normalise, Up, texture, trunk
 
 # The data set ---------------------------------------------------------------------------------------------------------
 
@@ -232,13 +232,14 @@ def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2)
 def one_window(images, crop: int, random: torch.Tensor, smallest: float = 0.5) -> torch.Tensor:
     """Training where sharpness counts: one window for all pictures of a batch, scaled as `views` scales them.
 
-    uint8 (B, 3, S, S) and random numbers in [0, 1) (5,) to float (B, 3, crop, crop) in [0, 1].
+    uint8, or float in [0, 1], (B, 3, S, S) and random numbers in [0, 1) (5,) to float (B, 3, crop, crop) in [0, 1].
     """
     area, stretch = smallest + (1 - smallest) * random[0], math.exp(0.3 * (random[1] - 0.5))
     side = images.shape[-1]
     height, width = (min(side, round(side * float(area.sqrt()) * ratio)) for ratio in (stretch, 1 / stretch))
     top, left = int(random[2] * (side - height + 1)), int(random[3] * (side - width + 1))
-    part = images[:, :, top : top + height, left : left + width].float() / 255
+    part = images[:, :, top : top + height, left : left + width]
+    part = part if images.is_floating_point() else part.float() / 255
     part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
     return part.flip(3) if random[4] < 0.5 else part
 
@@ -307,7 +308,10 @@ class CNN(nn.Module):
 
     def features(self, images):
         """What the last layer sees, (B, 8 * width): the statistics of the maps as a texture."""
-        return self.norm(texture(self.body(self.normalise(images)), self.deviation)).flatten(1)
+        return self.pool(self.body(self.normalise(images)))
+
+    def pool(self, maps):
+        return self.norm(texture(maps, self.deviation)).flatten(1)
 
     def forward(self, images):
         logits = self.out(self.dropout(self.features(images)))
@@ -338,6 +342,7 @@ class Autoencoder(nn.Module):
         self.paint = nn.Sequential(
             Block(width, width), Block(width, width), nn.Conv2d(width, 3 * 4 * 4, 3, padding=1), nn.PixelShuffle(4)
         )
+        self.films = nn.ModuleList()  # what a style does to each step of the decoder: see StyleAutoencoder
         if points:  # a texture to a point, where two windows of one painting shall meet; only training needs it
             layers = [BatchNorm(2 * deep), nn.Conv2d(2 * deep, 256, 1, bias=False), BatchNorm(256), nn.ReLU()]
             self.head = nn.Sequential(*layers, nn.Conv2d(256, points, 1))
@@ -363,12 +368,22 @@ class Autoencoder(nn.Module):
         maps = self.body(pictures)
         return self.shrink(pictures) @ self.components.T / self.scales + self.add(maps.flatten(1)), maps
 
-    def decode(self, codes):
+    def decode(self, codes, style=None):
+        films = iter(self.films)
+
+        def tint(maps):
+            return maps if style is None else next(films)(maps, style)
+
+        codes = tint(codes)
         sketch = (codes * self.scales @ self.components).view(-1, 3, self.half, self.half)
         sketch = F.interpolate(sketch, scale_factor=2, mode="bilinear")
-        fine = self.fine(sketch)
-        coarse = self.coarse(fine) + self.spread(codes)
-        return self.normalise.restore(sketch + self.paint(fine + self.join(coarse)))
+        fine = tint(self.fine(sketch))
+        coarse = tint(self.coarse(fine) + self.spread(codes))
+        inner, up, outer = self.join
+        maps = tint(fine + outer(up(tint(inner(coarse)))))
+        first, second, brush, shuffle = self.paint
+        maps = tint(second(tint(first(maps))))
+        return self.normalise.restore(sketch + shuffle(brush(maps)))
 
     def forward(self, images, glimpses=None):
         """What comes back; with other windows of the same paintings, also both textures' points (2 * B, points)."""
@@ -383,7 +398,46 @@ class Autoencoder(nn.Module):
         return texture(self.body(self.normalise(images))).flatten(1)
 
 
-MODELS = {"MLP": MLP, "CNN": CNN, "Autoencoder": Autoencoder}
+class StyleAutoencoder(Autoencoder):
+    """An autoencoder whose decoder is told the style to paint in: each of its steps is scaled and shifted by it (FiLM).
+
+    A style is given as shares (B, styles) of all styles, mostly 1 for one of them: mixtures and half strengths are as
+    good. What an embedding is: learned, or made from `given` (styles, numbers), a classifier's mean features.
+    """
+
+    def __init__(self, styles: int, embedding: int = 64, given: int = 0, **plain):
+        super().__init__(**plain)
+        code, width = plain["code"], plain["width"]
+        steps = (code, width, 2 * width, 2 * width, width, width, width)
+        self.films.extend(Film(embedding, channels) for channels in steps)
+        if given:
+            self.register_buffer("given", torch.zeros(styles, given))
+        self.embedding = nn.Linear(given or styles, embedding, bias=False)
+        self.reader = nn.Linear(8 * width, styles)  # names the style of a painting, so that its own can be kept
+
+    def embed(self, shares):
+        return self.embedding(shares @ self.given if hasattr(self, "given") else shares)
+
+    def decode(self, codes, shares):
+        """Images (B, 3, crop, crop) of the content (B, code) in the styles (B, styles)."""
+        return super().decode(codes, self.embed(shares))
+
+    def forward(self, images, shares, others):
+        """For training: contents, pictures in their own styles and in others, and logits of the styles that it reads.
+
+        The own styles are painted for the first len(shares) of the images.
+        """
+        codes, maps = self.code(self.normalise(images))
+        painted = self.decode(torch.cat([codes[: len(shares)], codes]), torch.cat([shares, others]))
+        own, other = painted.split([len(shares), len(images)])
+        return codes, own, other, self.reader(texture(maps).flatten(1).detach())
+
+    def own_style(self, images):
+        """The shares (B, styles) of styles in the images, as far as the encoder can tell."""
+        return self.reader(self.features(images)).softmax(1)
+
+
+MODELS = {"MLP": MLP, "CNN": CNN, "Autoencoder": Autoencoder, "StyleAutoencoder": StyleAutoencoder}
 
 
 def make_model(name: str, arguments: dict) -> nn.Module:

@@ -9,11 +9,14 @@ from conftest import ROOT
 
 STUB = """#!/bin/bash
 echo "$@" >> calls
-while [ $# -gt 0 ]; do case $1 in --run) run=$2;; --name) name=$2;; esac; script=${script:-$1}; shift; done
+while [ $# -gt 0 ]; do
+  case $1 in --run) run=$2;; --name) name=$2;; --model) model=style;; esac; script=${script:-$1}; shift
+done
 case $script in
   train.py) mkdir -p $run; touch $run/classifier.pt;;
   test.py) touch $run/report.txt;;
-  train_autoencoder.py) mkdir -p $run; touch $run/autoencoder.pt;;
+  train_autoencoder.py) mkdir -p $run; touch $run/${model:-autoencoder}.pt;;
+  style_transfer.py) touch $run/style_grid.png;;
   tune.py) touch $run/$name.md;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
@@ -22,7 +25,8 @@ esac
 """
 
 
-STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "cluster.py"]
+STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "cluster.py", "train_autoencoder.py", "train.py",
+          *3 * ["style_transfer.py"]]  # fmt: skip
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_a_stopped_training_goes_on(project):
     (project / "train.py").touch()
     make(project)
     trainings = [line for line in (project / "calls").read_text().splitlines() if line.startswith("train.py")]
-    assert ["--resume" in line for line in trainings] == [True, False]
+    assert ["--resume" in line for line in trainings] == [True, False, False]
 
 
 def test_spaces_in_paths_get_one_clear_line(project):

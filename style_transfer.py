@@ -1,0 +1,382 @@
+"""Repaint paintings in other styles, and measure whether it happened.
+
+    python style_transfer.py                                          # test paintings x styles, and the scores
+    python style_transfer.py --image my.jpg --style Ukiyo_e --strength 0.7
+    python style_transfer.py --image my.jpg                           # in every style
+    python style_transfer.py --image my.jpg --style Rococo Cubism --steps 7    # from one style to the other
+    python style_transfer.py --image holiday/ --style Pointillism     # a folder
+    python style_transfer.py --method adain                           # without training: see below
+
+`--method model` needs style.pt, from `train_autoencoder.py --model StyleAutoencoder`; adain and wct need autoencoder.pt
+alone and give its feature maps the mean statistics of a style. Without --image this writes style_grid.png,
+style_hits.png, style_strength.png, style_transfer.md (a table) and facts.json into the run folder; the figures of
+other methods are style_grid_adain.png and so on. With --image it needs the checkpoint alone and writes
+<name>_<style>.png to --out.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+import figures
+import runs
+from folder import as_rgb, read_picture, title_of
+from losses import layout, luminance
+from wikiart import WikiArt, build_model, predict, views
+
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
+HELP = {
+    "checkpoint": "the model; none: style.pt in the run folder, for adain and wct autoencoder.pt",
+    "method": ("the trained model, or statistics of a style's feature maps given to those of a painting by the plain "
+               "autoencoder: means and deviations (adain), or covariances (wct)", ("model", "adain", "wct")),
+    "image": "a picture, or a folder of them, to repaint; none: the test paintings, with scores",
+    "style": "styles to paint in; none: all",
+    "strength": "0: the painting's own style, 1: the style asked for; between them a mixture",
+    "steps": "pictures on the way from the first of two styles to the second; 0: none",
+    "detail": "add only what changes to the picture itself, which stays sharp",
+    "out": "folder for what is made of --image",
+    "judges": "classifiers without part in training: folders in the run folder or .pt files; the first gives hit_rate",
+    "paintings": "test paintings that are repainted and scored, at most",
+    "rows": "paintings in the grid",
+    "columns": "styles in the grid",
+    "name": "what to call these scores in facts and figures; none: the method",
+    "batch_size": "pictures at a time",
+}  # fmt: skip
+LONGEST = 1024  # pixels of a picture's longer side in --out, at most
+
+
+def main(argv=None):
+    config = runs.configure("style_transfer", __doc__, SHARED, HELP, argv)
+    device = runs.pick_device(config.device)
+    if config.strength > 1:
+        raise runs.Problem(f"--strength {config.strength} is more than 1: the style itself")
+    plain = config.method != "model"
+    name = config.checkpoint or ("autoencoder.pt" if plain else "style.pt")
+    path = runs.find_checkpoint(config.run, name)
+    checkpoint = runs.load_checkpoint(path, "Autoencoder" if plain else "StyleAutoencoder")
+    unknown = [style for style in config.style if style not in checkpoint["classes"]]
+    if unknown:
+        raise runs.Problem(f"no style {unknown[0]} in {path}: it knows {', '.join(checkpoint['classes'])}")
+    if config.steps and len(config.style) != 2:
+        raise runs.Problem("--steps needs two styles: --style Rococo Cubism")
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+    if plain:
+        transplant(model, checkpoint, config, device)
+    if config.image:
+        repaint_files(model, checkpoint, config, device)
+    else:
+        study(model, checkpoint, config, device)
+
+
+# Painting -------------------------------------------------------------------------------------------------------------
+
+
+class Transplant(nn.Module):
+    """Gives maps (B, C, H, W) the mean statistics of a style, instead of a trained Film; what shares (B, styles) leave
+    to 1 stays the painting's own. First `gather`, over training paintings.
+
+    AdaIN (Huang and Belongie 2017) moves mean and deviation of each map, WCT (Li et al. 2017) their covariances too.
+    """
+
+    def __init__(self, method: str):
+        super().__init__()
+        self.method, self.gathering = method, True
+        self.counts, self.means, self.spreads = 0, 0, 0
+
+    def forward(self, maps, shares):
+        if maps.ndim == 2:  # codes stay as they are
+            return maps
+        flat = maps.flatten(2)
+        mean, spread = flat.mean(2), covariance(flat)
+        if self.gathering:
+            self.counts = self.counts + shares.sum(0)
+            self.means = self.means + shares.T @ mean
+            self.spreads = self.spreads + torch.einsum("bs,bcd->scd", shares, spread)
+            return maps
+        means, spreads = self.means / self.counts[:, None], self.spreads / self.counts[:, None, None]
+        rest = 1 - shares.sum(1, keepdim=True)
+        wanted_mean = shares @ means + rest * mean
+        wanted_spread = torch.einsum("bs,scd->bcd", shares, spreads) + rest[:, :, None] * spread
+        if self.method == "adain":
+            scale = (wanted_spread.diagonal(dim1=1, dim2=2) / spread.diagonal(dim1=1, dim2=2)).sqrt()
+            moved = (flat - mean[:, :, None]) * scale[:, :, None]
+        else:
+            moved = power(wanted_spread, 0.5) @ power(spread, -0.5) @ (flat - mean[:, :, None])
+        return (moved + wanted_mean[:, :, None]).view_as(maps)
+
+
+def covariance(flat):
+    """Covariance (B, C, C) of maps (B, C, N) over their places."""
+    centred = flat - flat.mean(2, keepdim=True)
+    return centred @ centred.mT / flat.shape[2] + 1e-4 * torch.eye(flat.shape[1], device=flat.device)
+
+
+def power(matrices, exponent: float):
+    """Symmetric positive matrices (B, C, C) to a power."""
+    values, vectors = torch.linalg.eigh(matrices)
+    return (vectors * values.clamp(min=1e-4).pow(exponent)[:, None]) @ vectors.mT
+
+
+@torch.no_grad()
+def transplant(model, checkpoint, config, device) -> None:
+    """Put a Transplant at each step of a plain autoencoder's decoder, with what it gathers from training paintings."""
+    data = WikiArt(config.data, "train", processes=config.processes, classes=checkpoint["classes"],
+                   **checkpoint["data"])  # fmt: skip
+    styles = len(data.classes)
+    model.films.extend(Transplant(config.method) for _ in range(7)).to(device)
+    for items in tqdm(torch.arange(len(data)).split(config.batch_size), "statistics", leave=False):
+        images = views(data.batch(items, device)[0], checkpoint["crop"])[0]
+        model.decode(model.encode(images), F.one_hot(data.labels[items], styles).float().to(device))
+    for film in model.films:
+        film.gathering = False
+
+
+@torch.no_grad()
+def repaint(model, pixels, own, wanted, strength: float, crop: int):
+    """Pictures uint8 (B, 3, S, S) as float (B, 3, crop, crop) in [0, 1], in the styles wanted (B, styles).
+
+    `own` (B, styles) are the styles that they are in; None: what the model reads from them.
+    """
+    images = views(pixels, crop)[0].contiguous(memory_format=torch.channels_last)
+    if own is None:
+        own = model.own_style(images) if hasattr(model, "own_style") else torch.zeros_like(wanted)
+    shares = (1 - strength) * own + strength * wanted
+    return model.decode(model.encode(images), shares).float().clamp(0, 1)
+
+
+# New pictures ---------------------------------------------------------------------------------------------------------
+
+
+def repaint_files(model, checkpoint, config, device) -> None:
+    """Every picture of --image in every style of --style, in its own proportions."""
+    source, out, classes = Path(config.image), Path(config.out), checkpoint["classes"]
+    if not source.exists():
+        raise runs.Problem(f"no picture and no folder {source}")
+    files = [source]
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise runs.Problem(f"{source} holds no picture")
+    styles, broken = config.style or classes, []
+    for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
+        try:
+            picture, pixels = open_picture(path, checkpoint["data"])
+        except Exception as error:  # whatever is wrong with one of many files, the others go on
+            broken.append(f"{path}: {error}")
+            continue
+        target = out / path.relative_to(source).parent if source.is_dir() else out
+        target.mkdir(parents=True, exist_ok=True)
+        wanted = torch.eye(len(classes), device=device)[[classes.index(style) for style in styles]]
+        names = styles
+        if config.steps:
+            share = torch.linspace(0, 1, config.steps, device=device)[:, None]
+            wanted = (1 - share) * wanted[:1] + share * wanted[1:]
+            names = [f"{styles[0]}_to_{styles[1]}_{step + 1}" for step in range(config.steps)]
+        pixels = torch.from_numpy(pixels).to(device).expand(len(wanted), -1, -1, -1)
+        painted = repaint(model, pixels, None, wanted, config.strength, checkpoint["crop"])
+        plain = repaint(model, pixels[:1], None, wanted[:1], 0.0, checkpoint["crop"]) if config.detail else None
+        # In a folder a.jpg and a.png may lie side by side.
+        stem = path.name if source.is_dir() else path.stem
+        for name, each in zip(names, painted, strict=True):
+            result = finish(picture, each, plain)
+            with runs.replacing(target / f"{stem}_{name}.png") as temporary:
+                result.save(temporary)
+    made = len(files) - len(broken)
+    if broken:
+        raise runs.Problem(f"{made} of {len(files)} pictures repainted; not {'; '.join(broken[:3])}")
+    print(f"{made * len(names)} pictures in {out}")
+
+
+def open_picture(path, shape: dict) -> tuple[Image.Image, np.ndarray]:
+    """A file as the model is to see it, uint8 (3, S, S), and as a picture of at most LONGEST pixels a side."""
+    pixels = read_picture(path, shape["size"], shape["resize"]).copy()  # torch wants memory that it may write to
+    with Image.open(path) as file:
+        picture = as_rgb(ImageOps.exif_transpose(file))
+    if shape["resize"] == "crop":
+        picture = ImageOps.fit(picture, (min(picture.size),) * 2)
+    picture.thumbnail((LONGEST, LONGEST))
+    return picture, pixels
+
+
+def finish(picture: Image.Image, painted, plain) -> Image.Image:
+    """A painting (3, crop, crop) in the proportions of the picture; where `plain` (1, 3, crop, crop) is given, only the
+    change from there, added to the picture."""
+    across, down = picture.size
+    change = painted[None] if plain is None else painted - plain
+    change = F.interpolate(change, (down, across), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).cpu()
+    if plain is not None:
+        change = change + torch.from_numpy(np.asarray(picture) / np.float32(255))
+    return Image.fromarray((255 * change.clamp(0, 1)).round().byte().numpy())
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def study(model, checkpoint, config, device) -> None:
+    """Repaint test paintings in every style; score and show the result."""
+    run, classes, crop = Path(config.run), checkpoint["classes"], checkpoint["crop"]
+    data = WikiArt(config.data, "test", classes=classes, processes=config.processes, **checkpoint["data"])
+    items = torch.from_numpy(np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int))
+    labels, styles = data.labels[items], len(classes)
+    paths = [name if name.endswith(".pt") else f"{run}/{name}/classifier.pt" for name in config.judges]
+    judges = [runs.load_checkpoint(runs.find_checkpoint(run, path)) for path in paths]
+    for judge, name in zip(judges, config.judges, strict=True):
+        if judge["classes"] != classes:
+            raise runs.Problem(f"{name} knows other styles than the model: train it on the same paintings")
+    eye = torch.eye(styles)
+    own = eye[labels] if config.method == "model" else torch.zeros(len(items), styles)
+
+    def paint(wanted, strength=1.0, chosen=slice(None)):
+        """The chosen paintings in the wanted styles (N, styles), as float (N, 3, crop, crop)."""
+        batches = zip(items[chosen].split(config.batch_size), own[chosen].split(config.batch_size),
+                      wanted.split(config.batch_size), strict=True)  # fmt: skip
+        return torch.cat([repaint(model, data.batch(batch, device)[0], mine.to(device), asked.to(device), strength,
+                                  crop).cpu() for batch, mine, asked in batches])  # fmt: skip
+
+    originals = torch.cat([views(data.batch(batch, torch.device("cpu"))[0], crop)[0]
+                           for batch in items.split(config.batch_size)])  # fmt: skip
+    rebuilt = paint(eye[labels], 0.0)
+    painted = [paint(eye[[style]].expand(len(items), -1)) for style in tqdm(range(styles), "styles", leave=False)]
+
+    facts = {"paintings": len(items), "strength": 1.0, "own_mse": float((rebuilt - originals).square().mean())}
+    asked = labels[:, None] != torch.arange(styles)  # (N, styles): the mismatched pairs
+    for judge, prefix in zip(judges, ("", "second_"), strict=False):
+        says = [verdicts(judge, pictures, config, device) for pictures in (originals, rebuilt, *painted)]
+        hits = torch.stack([said == style for style, said in enumerate(says[2:])], 1)
+        guesses = says[0][:, None] == torch.arange(styles)
+        facts |= {
+            f"{prefix}judge_accuracy": float((says[0] == labels).float().mean()),
+            f"{prefix}judge_hit_rate" if prefix else "hit_rate": float(hits[asked].float().mean()),
+            f"{prefix}originals_rate": float(guesses[asked].float().mean()),
+            f"{prefix}own_kept": float((says[1] == labels).float().mean()),
+        }
+        if not prefix:
+            rates = np.array([[float(hits[labels == mine, style].float().mean()) for style in range(styles)]
+                              for mine in range(styles)])  # fmt: skip
+            facts["hits"] = {name: float(hits[asked[:, style], style].float().mean())
+                             for style, name in enumerate(classes)}  # fmt: skip
+    where = layout(originals)
+    found = [(layout(pictures) @ where.T).argmax(1) == torch.arange(len(items)) for pictures in painted]
+    facts["source_found"] = float(torch.stack(found, 1)[asked].float().mean())
+    alike = [similarity(originals, pictures) for pictures in painted]
+    facts["ssim"] = float(torch.stack(alike, 1)[asked].mean())
+    facts |= against_plain(originals, facts["own_mse"], config, device)
+    facts |= truth(data, items, originals, painted)
+
+    name = config.name or ("" if config.method == "model" else config.method)
+    ending = f"_{name}" if name else ""
+    title = "How often the judge sees the style asked for"
+    axes = ("style asked for", "style of the painting")
+    figures.heat(run / f"style_hits{ending}.png", 100 * rates, classes, classes, title, "% of the paintings", axes)
+    rows = choose(data.fit_to_show(config.hide)[items], labels, config.rows)
+    write_grid(run / f"style_grid{ending}.png", classes, labels, originals, rebuilt, painted, rows, config)
+    write_strengths(run / f"style_strength{ending}.png", classes, labels, paint, rows[:5])
+    known = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
+    runs.add_facts(run, "style_transfer", {name: known} if name else known, merge=True)
+    write_table(run / "style_transfer.md", json.loads((run / "facts.json").read_text())["style_transfer"])
+    print(f"the judge, right on {facts['judge_accuracy']:.1%} of the originals, sees the style asked for in "
+          f"{facts['hit_rate']:.1%} (in the originals {facts['originals_rate']:.1%}); "
+          f"source found first for {facts['source_found']:.1%}")  # fmt: skip
+
+
+def verdicts(judge, pictures, config, device):
+    """The styles (N,) that a classifier sees in pictures (N, 3, crop, crop), at the size that it was fitted at."""
+    network, side = build_model(judge).to(device), judge["data"]["size"]
+    said = []
+    for batch in pictures.split(config.batch_size):
+        if batch.shape[-1] != side:
+            batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True, align_corners=False)
+        pixels = (255 * batch.clamp(0, 1)).round().byte().to(device)
+        said.append(predict(network, pixels, judge["crop"], judge["windows"]).argmax(1).cpu())
+    return torch.cat(said)
+
+
+def similarity(one, other):
+    """Structural similarity (Wang et al. 2004) of luminances, (N,): 1 for equal pictures (N, 3, S, S)."""
+    places = torch.arange(11) - 5
+    bell = torch.exp(-(places**2) / (2 * 1.5**2))
+    kernel = (bell[:, None] * bell / bell.sum() ** 2).view(1, 1, 11, 11)
+    x, y = luminance(one), luminance(other)
+    mx, my, xx, yy, xy = (F.conv2d(each, kernel) for each in (x, y, x * x, y * y, x * y))
+    contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
+    return (contrast * (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)).mean((1, 2, 3))
+
+
+def against_plain(originals, error: float, config, device) -> dict:
+    """How much more is lost than by the plain autoencoder in the same run folder."""
+    path = Path(config.run) / "autoencoder.pt"
+    if config.method != "model" or not path.exists():
+        return {}
+    checkpoint = runs.load_checkpoint(path, "Autoencoder")
+    if checkpoint["crop"] != originals.shape[-1]:
+        return {}
+    model, total = build_model(checkpoint).to(device), 0.0
+    with torch.no_grad():
+        for batch in originals.split(config.batch_size):
+            total += float((model(batch.to(device)).clamp(0, 1).cpu() - batch).square().sum())
+    return {"reconstruction_ratio": error / (total / originals.numel())}
+
+
+def truth(data, items, originals, painted) -> dict:
+    """Where the test set holds the same title in the other style: how much nearer to that the repainting is."""
+    place = {(title_of(data.paths[item]), int(data.labels[item])): row for row, item in enumerate(items)}
+    pairs = [(row, style, place[title, style]) for (title, mine), row in place.items()
+             for style in range(len(painted)) if style != mine and (title, style) in place]  # fmt: skip
+    if not pairs:
+        return {}
+    copied = np.mean([float((originals[row] - originals[true]).square().mean()) for row, _, true in pairs])
+    made = np.mean([float((painted[style][row] - originals[true]).square().mean()) for row, style, true in pairs])
+    return {"truth_pairs": len(pairs), "truth_gain_db": float(10 * np.log10(copied / made))}
+
+
+def choose(fit, labels, most: int) -> list[int]:
+    """Paintings to show, as many different styles as there is room for, in the order of the styles."""
+    rows = np.flatnonzero(fit)
+    turn = {row: int((labels[rows[:place]] == labels[row]).sum()) for place, row in enumerate(rows)}
+    return sorted(sorted(rows, key=lambda row: (turn[row], labels[row]))[:most], key=lambda row: labels[row])
+
+
+def write_grid(path, classes, labels, originals, rebuilt, painted, rows, config) -> None:
+    names = [figures.plain(name) for name in classes]
+    columns = range(min(len(painted), config.columns))
+    shown = [originals, rebuilt, *(painted[column] for column in columns)]
+    pictures = torch.stack([torch.stack([each[row] for each in shown]) for row in rows])
+    titles = ["original", "own style", *(names[column] for column in columns)]
+    figures.grid(path, as_bytes(pictures), titles, [names[labels[row]] for row in rows], "Test paintings, repainted")
+
+
+def write_strengths(path, classes, labels, paint, rows) -> None:
+    """Some paintings on their way from their own style to another."""
+    strengths, styles = (0.0, 0.25, 0.5, 0.75, 1.0), len(classes)
+    others = (labels[rows] + 1 + torch.arange(len(rows)) % (styles - 1)) % styles
+    pictures = torch.stack([paint(torch.eye(styles)[others], strength, rows) for strength in strengths], 1)
+    titles = [f"{figures.plain(classes[mine])} to {figures.plain(classes[other])}"
+              for mine, other in zip(labels[rows], others, strict=True)]  # fmt: skip
+    columns = [f"{strength:.0%}" for strength in strengths]
+    figures.grid(path, as_bytes(pictures), columns, titles, "Strength of the style")
+
+
+def as_bytes(pictures) -> np.ndarray:
+    return (255 * pictures).round().byte().numpy()
+
+
+def write_table(path: Path, facts: dict) -> None:
+    """The scores of all methods that were measured."""
+    lines = ["| method | style hit rate | of the originals | source found | SSIM | second judge |", "|---" * 6 + "|"]
+    found = {"model": facts} | {name: each for name, each in facts.items() if isinstance(each, dict) and name != "hits"}
+    for name, scores in found.items():
+        if "hit_rate" in scores:
+            second = f"{scores['second_judge_hit_rate']:.1%}" if "second_judge_hit_rate" in scores else ""
+            lines.append(f"| {name} | {scores['hit_rate']:.1%} | {scores['originals_rate']:.1%} | "
+                         f"{scores['source_found']:.1%} | {scores['ssim']:.3f} | {second} |")  # fmt: skip
+    runs.write_text(path, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    runs.start(main)
