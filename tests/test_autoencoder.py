@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, clear_line, script
 from PIL import Image
 
 import layers
+import losses
 import runs
 import train_autoencoder
 import wikiart
@@ -110,10 +111,10 @@ def test_it_starts_where_pca_ends():
 
 def test_windows_of_one_painting_are_told_from_others():
     near = torch.eye(4).expand(2, 4, 4)
-    assert train_autoencoder.contrast(near) < train_autoencoder.contrast(torch.stack([near[0], near[0].roll(1, 0)]))
+    assert losses.contrast(near) < losses.contrast(torch.stack([near[0], near[0].roll(1, 0)]))
     points = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [0, 1]]])
     expected = -np.log(np.exp(5) / (np.exp(5) + 2))  # cosine 1 with its twin, 0 with two others, over 0.2
-    assert train_autoencoder.contrast(points).item() == pytest.approx(expected, abs=1e-5)
+    assert losses.contrast(points).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, 
     whole = train_autoencoder.train_epoch
 
     def stopped(*arguments):
-        if arguments[4] == 2:  # the epoch
+        if arguments[3] == 2:  # the epoch
             raise KeyboardInterrupt
         return whole(*arguments)
 
