@@ -437,7 +437,62 @@ class StyleAutoencoder(Autoencoder):
         return self.reader(self.features(images)).softmax(1)
 
 
-MODELS = {"MLP": MLP, "CNN": CNN, "Autoencoder": Autoencoder, "StyleAutoencoder": StyleAutoencoder}
+class Pretrained(nn.Module):
+    """A backbone of timm, and a head on its features. Images (B, 3, any, any) in [0, 1] to logits (B, classes).
+
+    The features are the backbone's own, then mean and deviation of the maps of its last `stages`. They are brought to
+    mean 0 and deviation 1 over the training paintings, for the head weighs them all alike.
+    """
+
+    def __init__(self, classes, backbone, size, features, stages=0, hidden=0, dropout=0.0, **normalisation):
+        super().__init__()
+        try:
+            import timm  # an extra, that only this needs
+        except ImportError:
+            raise OSError("no timm here, which has the backbones: pip install -r requirements-embed.txt") from None
+
+        self.normalise = Normalise(**normalisation)
+        self.backbone = timm.create_model(backbone, num_classes=0)  # empty: its weights come with the checkpoint
+        self.size, self.stages = size, stages
+        self.register_buffer("centre", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+        self.head = head(features, classes, hidden, dropout)
+
+    def features(self, images):
+        """What the backbone makes of the images, scaled to the size that it is made for: (B, features)."""
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        images = self.normalise(images)
+        if not self.stages:
+            return self.backbone(images).float()
+        last, maps = self.backbone.forward_intermediates(images, indices=self.stages)
+        own = self.backbone.forward_head(last, pre_logits=True)
+        return torch.cat([own.float(), *(texture(each.float()).flatten(1) for each in maps)], 1)
+
+    def forward(self, images):
+        return self.head((self.features(images) - self.centre) / self.spread)
+
+    def train(self, mode: bool = True):
+        """The backbone stays as in evaluation: a few paintings are too few for its batch norms."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+def head(features: int, classes: int, hidden: int = 0, dropout: float = 0.0) -> nn.Module:
+    """From features to logits: one linear layer, or a small MLP."""
+    if not hidden:
+        return nn.Linear(features, classes)
+    return nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
+
+
+MODELS = {
+    "MLP": MLP,
+    "CNN": CNN,
+    "Autoencoder": Autoencoder,
+    "StyleAutoencoder": StyleAutoencoder,
+    "Pretrained": Pretrained,
+}
 
 
 def make_model(name: str, arguments: dict) -> nn.Module:
