@@ -1,0 +1,511 @@
+"""How far do pre-trained features go? Frozen backbones of timm, and classifiers of style, genre and artist on them.
+
+    python embed.py                                     # three backbones x style, genre, artist; weights from the hub
+    python embed.py --backbone convnextv2_base.fcmae_ft_in22k_in1k --target style
+    python embed.py --backbone tf_efficientnet_lite0 --weights lite0.pth    # weights from a file: nothing is fetched
+    python embed.py --finetune last                     # train the last stage (or all) of each backbone, too
+    python cluster.py --codes all                       # afterwards: features cluster like any other codes
+
+Needs timm: pip install -r requirements-embed.txt. Features are written as they are made: a stopped extraction goes on
+where it was, a finished one is not done again. A validation part of the training paintings chooses the strength of the
+linear classifier, the epoch of the MLP and the one that is kept; test paintings choose nothing. Writes into the run
+folder: codes/<backbone>.npz (and .float32, .json: what it grows in), embed_<backbone>.pt (the style classifier, a
+checkpoint like classifier.pt), embed.md (the table), embed/ (a report for each classifier) and facts.json.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import re
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from sklearn.metrics import classification_report
+from sklearn.neighbors import KNeighborsClassifier
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import runs
+from folder import DataError, as_rgb, end_with, hold_out
+from wikiart import Pretrained, WikiArt, head, predict, random_crops
+
+try:
+    import timm
+except ImportError:  # an extra: main says how to get it
+    timm = None
+
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
+HELP = {
+    "backbone": "models of timm, by name",
+    "weights": "files with their weights, one for each: safetensors or .pt; none: timm fetches them from the hub",
+    "target": "what to name: style, genre, artist; those that are unknown or rare are left out",
+    "min_images": "training paintings that an artist or genre needs to count as a class",
+    "stages": "last stages of a backbone whose maps' means and deviations are features beside its own; 0: none",
+    "batch_size": "pictures at a time",
+    "balance": ("as in train.py: none, class-weighted or logit-adjusted loss", ("none", "weights", "logit")),
+    "tau": "strength of --balance logit: 1 as the theory has it",
+    "strengths": "weight decays of the linear classifier to choose from",
+    "hidden": "hidden units of the MLP",
+    "dropout": "share of them that is dropped at random in training; 0: none",
+    "label_smoothing": "share of the MLP's target spread over all classes; 0: none",
+    "lr": "peak learning rate of the MLP; it rises for a fifth of the run, then falls to 0",
+    "weight_decay": "weight decay of MLP and fine-tuning; 0: none",
+    "epochs": "passes of the MLP over the features, at most",
+    "patience": "epochs without progress on the validation part after which a training ends",
+    "validation": "share of the training paintings that chooses",
+    "bootstrap": "resamples behind each 95 % interval",
+    "finetune": ("also train the backbone: its last stage, or all of it", ("none", "last", "all")),
+    "finetune_epochs": "passes of fine-tuning over the paintings, at most",
+    "finetune_lr": "peak learning rate of fine-tuning",
+}
+TARGETS = ("style", "genre", "artist")
+MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
+
+
+def main(argv=None):
+    config = runs.configure("embed", __doc__, SHARED, HELP, argv)
+    if timm is None:
+        raise runs.Problem("no timm here, which has the backbones: pip install -r requirements-embed.txt")
+    if not set(config.target) <= set(TARGETS):
+        raise runs.Problem(f"--target {' '.join(config.target)}: give some of {', '.join(TARGETS)}")
+    if len(config.weights) not in (0, len(config.backbone)):
+        raise runs.Problem(f"{len(config.weights)} --weights for {len(config.backbone)} --backbone: give one for each")
+    device, run = runs.pick_device(config.device), Path(config.run)
+    shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
+
+    def paintings(split, **target):
+        return WikiArt(config.data, split, processes=config.processes, **shape, **target)
+
+    whole = {split: paintings(split) for split in ("train", "test")}
+    tasks = {}
+    for target in config.target:
+        try:
+            train = paintings("train", target=target, min_images=config.min_images)
+            tasks[target] = train, paintings("test", target=target, classes=train.classes)
+        except DataError as error:
+            if config.target == [target]:
+                raise
+            print(f"no classifier of {target}: {error}")
+    for name, weights in itertools.zip_longest(config.backbone, config.weights, fillvalue=""):
+        file = re.sub(r"[^\w.-]", "_", name)  # names on the hub may hold slashes
+        lock = runs.claim(run, f"embed_{file}")
+        model, source, arguments = load(name, weights, config)
+        model.to(device, memory_format=torch.channels_last)
+        features, speed = extract(model, run / "codes" / file, source, whole, config, device)
+        rows = {path: row for row, path in enumerate([path for data in whole.values() for path in data.paths])}
+        facts = {}
+        for target, (train, test) in tasks.items():
+            task = Task(target, train, test, model, features, rows, config, device)
+            facts[target] = study(task, run / "embed" / file, config) | speed
+            if target == "style":
+                hidden = 0 if isinstance(task.model.head, torch.nn.Linear) else config.hidden
+                arguments |= {"classes": len(train.classes), "hidden": hidden, "dropout": config.dropout}
+                save(task, run / f"embed_{file}.pt", arguments, source, shape, config)
+        runs.add_facts(run, "embed", {re.sub(r"\W", "_", name): facts}, merge=True)
+        lock.close()
+    write_table(run / "embed.md", json.loads((run / "facts.json").read_text()))
+
+
+# Features -------------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
+    """A network around the trained backbone, which weights it has, and the arguments that rebuild it.
+
+    A file's weights must fit strictly; where only their names differ, they are taken in their order.
+    """
+    try:
+        backbone = timm.create_model(name, pretrained=not weights)
+        if weights:
+            found, own = read_weights(weights), backbone.state_dict()
+            ends = [[key.rpartition(".")[2] for key in keys] for keys in (found, own)]
+            if found.keys() != own.keys() and ends[0] == ends[1]:
+                found = dict(zip(own, found.values(), strict=True))
+            backbone.load_state_dict(found)
+    except RuntimeError as error:
+        said = "; ".join(line.strip() for line in str(error).splitlines())
+        raise runs.Problem(f"--backbone {name}{weights and f' with --weights {weights}'}: {said[:300]}") from None
+    except OSError as error:
+        raise runs.Problem(f"could not get the weights of {name}: {weights or 'check the network, or give --weights'} "
+                           f"({type(error).__name__})") from None  # fmt: skip
+    key = hashlib.sha256()
+    for value in backbone.state_dict().values():
+        key.update(value.reshape(-1).view(torch.uint8).numpy())
+    backbone.reset_classifier(0)  # ImageNet's classes are not ours
+    settings = timm.data.resolve_model_data_config(backbone)
+    arguments = {"backbone": name, "size": settings["input_size"][-1], "features": 1,
+                 "stages": min(config.stages, len(backbone.feature_info)),
+                 "mean": list(settings["mean"]), "std": list(settings["std"])}  # fmt: skip
+    model = Pretrained(1, **arguments).eval()
+    model.backbone.load_state_dict(backbone.state_dict())
+    with torch.inference_mode():
+        arguments["features"] = model.features(torch.zeros(1, 3, model.size, model.size)).shape[1]
+    model.centre = torch.zeros(arguments["features"])  # extract sets it
+    return model, f"{weights or 'hub'} {key.hexdigest()[:16]}", arguments
+
+
+def read_weights(path: str) -> dict:
+    try:
+        return timm.models.load_state_dict(path, weights_only=True)
+    except FileNotFoundError:
+        raise runs.Problem(f"no file of weights {path}") from None
+    except Exception as error:  # torch and safetensors raise many kinds here
+        raise runs.Problem(f"{path} is no file of weights ({type(error).__name__})") from None
+
+
+def with_parts(model, **parts):
+    """A network that shares all but these parts with `model`."""
+    model = copy.copy(model)
+    model._modules = model._modules | parts
+    return model
+
+
+class Paintings(Dataset):
+    """Files of pictures as uint8 (3, size, size), by the backbone's own transform; for processes that decode."""
+
+    def __init__(self, files: list[Path], size: int, transform):
+        self.files, self.size, self.transform = files, size, transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, item):
+        warnings.simplefilter("ignore")  # as in folder.read_picture
+        with Image.open(self.files[item]) as image:
+            image.draft("RGB", (2 * self.size, 2 * self.size))
+            return self.transform(as_rgb(ImageOps.exif_transpose(image))).numpy()
+
+
+def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple[np.ndarray, dict]:
+    """Features of all training, then all test paintings, float32 (N, features) mapped from disk; and how fast that was.
+
+    They are appended to a file, batch by batch, so that memory does not grow with their number. A restart goes on
+    after the last full batch; other weights, paintings or settings start anew. Sets the network's centre and spread.
+    """
+    flat, note, table = (path.with_name(f"{path.name}.{ending}") for ending in ("float32", "json", "npz"))
+    files = [data.root / painting for data in sets.values() for painting in data.paths]
+    width = len(model.centre)
+    identity = {"weights": source.split()[-1], "size": model.size, "stages": model.stages, "resize": config.resize,
+                "paintings": [data.fingerprint for data in sets.values()]}  # fmt: skip
+    known = json.loads(note.read_text()) if note.exists() else {}
+    if known.get("made_from") != identity:
+        known = {"made_from": identity, "speed": {}}
+        flat.unlink(missing_ok=True)
+        runs.write_text(note, json.dumps(known))
+    with open(flat, "ab") as target:
+        done = target.tell() // (4 * width)
+        done -= done % config.batch_size if done < len(files) else 0
+        if done < len(files):
+            target.truncate(4 * width * done)
+            table.unlink(missing_ok=True)
+            known["speed"] = append(target, model, files[done:], config, device)
+            runs.write_text(note, json.dumps(known))
+    features = np.memmap(flat, np.float32, "r", shape=(len(files), width))
+
+    first, moments = len(sets["train"]), np.zeros((2, width))
+    for part in np.array_split(features[:first], -(-first // 1024)):
+        moments += [part.sum(0, dtype=np.float64), (part.astype(np.float64) ** 2).sum(0)]
+    mean, square = moments / first
+    model.centre = torch.tensor(mean, dtype=torch.float32, device=device)
+    model.spread = torch.tensor(np.maximum(square - mean**2, 1e-8) ** 0.5, dtype=torch.float32, device=device)
+    if not table.exists():  # what cluster.py reads
+        codes = {"train": features[:first], "test": features[first:], "classes": np.array(sets["train"].classes)}
+        for split, data in sets.items():
+            codes |= {f"{split}_labels": data.labels.numpy(), f"{split}_artists": data.artists,
+                      f"{split}_paths": data.paths}  # fmt: skip
+        with runs.replacing(table) as temporary:
+            np.savez(temporary, **codes, made_from=json.dumps(identity))
+    return features, known["speed"]
+
+
+def fused(backbone):
+    """A copy with every batch norm folded into the convolution before it: a third faster on a CPU."""
+    backbone = copy.deepcopy(backbone)
+    for module in list(backbone.modules()):
+        for (name, layer), (after, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(layer, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
+                setattr(module, name, torch.nn.utils.fuse_conv_bn_eval(layer, norm))
+                setattr(module, after, getattr(norm, "act", torch.nn.Identity()))  # timm's norms hold what follows
+    return backbone
+
+
+def append(target, model, files, config, device) -> dict:
+    """Write the features of these pictures to an open file as they are made; returns how fast that was."""
+    faster = with_parts(model, backbone=fused(model.backbone))
+    noise = torch.rand(2, 3, model.size, model.size).to(device)
+    with torch.inference_mode():
+        if torch.allclose(faster.features(noise), model.features(noise), rtol=1e-3, atol=1e-3):
+            model = faster  # else this backbone does not call its layers in their order
+    settings = timm.data.resolve_model_data_config(model.backbone)
+    # The backbone's own size and interpolation, but all of the painting: its edges belong to it.
+    settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
+    transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes: the network normalises
+    loader = DataLoader(
+        Paintings(files, model.size, transform),
+        batch_size=config.batch_size,
+        num_workers=config.processes or len(os.sched_getaffinity(0)),
+        collate_fn=np.stack,  # arrays come through a pipe; tensors would need a large /dev/shm
+        multiprocessing_context="fork",
+        worker_init_fn=partial(end_with, os.getpid()),
+    )
+    started, cpu = time.perf_counter(), sum(os.times()[:4])
+    with torch.inference_mode(), tqdm(total=len(files), desc="features", unit="picture") as bar:
+        for pixels in loader:
+            images = torch.from_numpy(pixels).to(device).to(memory_format=torch.channels_last) / 255
+            with runs.autocast(device):
+                features = model.features(images)
+            if not torch.isfinite(features).all():
+                raise runs.Problem("the backbone makes numbers that are not finite: are these its weights?")
+            target.write(features.cpu().numpy())
+            target.flush()  # a kill leaves what is done
+            bar.update(len(pixels))
+    seconds, cpu = time.perf_counter() - started, sum(os.times()[:4]) - cpu  # the decoding processes have ended
+    return {"images_per_second": round(len(files) / seconds, 2), "images_per_cpu_second": round(len(files) / cpu, 2)}
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
+
+
+class Task:
+    """One target on one backbone: its paintings, their features, and the loss that balances its classes."""
+
+    def __init__(self, target, train, test, model, features, rows, config, device):
+        held_out = hold_out(train.labels.numpy(), train.groups, config.validation, config.split_seed)
+        if not held_out.any() or len(train.classes) < 2:
+            raise runs.Problem(f"{len(train)} paintings of {len(train.classes)} classes are too few to learn {target}")
+        self.target, self.model, self.features, self.device = target, model, features, device
+        self.parts = {"all": train, "training": train.subset(~held_out), "validation": train.subset(held_out),
+                      "test": test}  # fmt: skip
+        self.rows = {name: torch.tensor([rows[path] for path in part.paths]) for name, part in self.parts.items()}
+        frequency = (torch.bincount(train.labels, minlength=len(train.classes)) / len(train)).to(device)
+        # As in train.py: the loss sees logits plus log-frequency (Menon et al. 2021), or weighs rare classes more.
+        self.prior = config.tau * frequency.log() if config.balance == "logit" else torch.zeros_like(frequency)
+        self.weights = 1 / (frequency * len(frequency)) if config.balance == "weights" else torch.ones_like(frequency)
+
+    def inputs(self, rows):
+        """Standardised features (B, features) of the paintings in these rows."""
+        return (torch.from_numpy(self.features[rows.numpy()]).to(self.device) - self.model.centre) / self.model.spread
+
+    def batches(self, part: str):
+        for rows, labels in zip(self.rows[part].split(2048), self.parts[part].labels.split(2048), strict=True):
+            yield self.inputs(rows), labels.to(self.device)
+
+    def losses(self, logits, labels, smoothing=0.0):
+        losses = F.cross_entropy(logits.float() + self.prior, labels, label_smoothing=smoothing, reduction="none")
+        return losses * self.weights[labels]
+
+    @torch.no_grad()
+    def guesses(self, layers, part: str) -> np.ndarray:
+        layers.eval()
+        return torch.cat([layers(inputs).argmax(1).cpu() for inputs, _ in self.batches(part)]).numpy()
+
+    def score(self, guesses) -> float:
+        """Balanced accuracy on the validation part: the mean over its classes."""
+        truth = self.parts["validation"].labels.numpy()
+        return float(np.mean([(guesses[truth == label] == label).mean() for label in np.unique(truth)]))
+
+
+def study(task: Task, path: Path, config) -> dict:
+    """Fit the classifiers of one target and hold them against the test paintings.
+
+    The best on the validation part stays in `task.model`, and its facts stand on top of those returned.
+    """
+    train, test = task.parts["all"], task.parts["test"]
+    fits = {"linear": fit_linear, "mlp": fit_mlp, "neighbours": nearest, "finetuned": finetune}
+    found, models, truth, count = {}, {}, test.labels.numpy(), len(train.classes)
+    for name in list(fits)[: 3 + (config.finetune != "none")]:
+        torch.manual_seed(config.seed)
+        started = time.perf_counter()
+        model, guesses, facts = fits[name](task, config)
+        facts |= {"fit_seconds": time.perf_counter() - started} | scores(truth, guesses, count, config)
+        facts |= seen_and_unseen(train, test, guesses)
+        found[name] = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
+        models |= {name: model} if model else {}
+        text = classification_report(truth, guesses, labels=range(count), target_names=train.classes, zero_division=0)
+        runs.write_text(f"{path}_{task.target}_{name}.txt", text)
+        print(f"{path.name}: {task.target}, {name}: {facts['accuracy']:.1%} of {len(test)} right", flush=True)
+    kept = max(models, key=lambda name: found[name]["val_balanced_accuracy"])
+    task.model = models[kept]
+    images = {"images": len(test), "left_out": test.left_out, "training_images": len(train),
+              "training_left_out": train.left_out}  # fmt: skip
+    return images | {"classes": count, "kept": kept} | found[kept] | found
+
+
+def fit_linear(task: Task, config):
+    """Logistic regression from the strongest weight decay to the weakest; the best one again, on all paintings."""
+    layer, tried = head(len(task.model.centre), len(task.prior)).to(task.device), {}
+    for strength in sorted(config.strengths, reverse=True):
+        descend(task, layer, "training", strength)
+        tried[strength] = task.score(task.guesses(layer, "validation"))
+    strength = max(tried, key=tried.get)
+    descend(task, layer, "all", strength)
+    task.model = with_parts(task.model, head=layer)  # where fine-tuning starts
+    return task.model, task.guesses(layer, "test"), {"strength": strength, "val_balanced_accuracy": tried[strength]}
+
+
+def descend(task: Task, layer, part: str, strength: float) -> None:
+    """The minimum of mean loss + strength / 2 * squared weights by L-BFGS, with all paintings in every step."""
+    solver = torch.optim.LBFGS(layer.parameters(), max_iter=100, tolerance_change=1e-6, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        total = strength / 2 * layer.weight.square().sum()
+        total.backward()
+        for inputs, labels in task.batches(part):
+            share = task.losses(layer(inputs), labels).sum() / len(task.rows[part])
+            share.backward()
+            total = total.detach() + share.detach()
+        return total
+
+    solver.step(loss)
+
+
+def fit_mlp(task: Task, config):
+    layers = head(len(task.model.centre), len(task.prior), config.hidden, config.dropout).to(task.device)
+    settings = SimpleNamespace(epochs=config.epochs, batch=128, lr=config.lr)
+    rows = task.rows["training"]
+    facts = train_on(task, layers, lambda items: task.inputs(rows[items]), task.guesses, settings, config)
+    return with_parts(task.model, head=layers), task.guesses(layers, "test"), facts
+
+
+def finetune(task: Task, config):
+    """Train the backbone, from the linear classifier on, on windows of the cached pictures, as train.py does."""
+    model, training = copy.deepcopy(task.model), task.parts["training"]
+    names = [name for name, _ in model.backbone.named_parameters()]
+    last = model.backbone.feature_info[-1]["module"]  # of a transformer its last block
+    first = next(place for place, name in enumerate(names) if name.startswith(last))
+    for place, weight in enumerate(model.backbone.parameters()):
+        weight.requires_grad = place >= first or config.finetune == "all"
+
+    def windows(items):
+        crops = random_crops(training.batch(items, task.device)[0], model.size, torch.rand(7, len(items)), 0.5)
+        return crops.contiguous(memory_format=torch.channels_last)
+
+    def guesses(model, part):
+        model.eval()
+        chunks = torch.arange(len(task.parts[part])).split(config.batch_size)
+        pixels = (task.parts[part].batch(chunk, task.device)[0] for chunk in chunks)
+        return torch.cat([predict(model, each, model.size).argmax(1).cpu() for each in pixels]).numpy()
+
+    settings = SimpleNamespace(epochs=config.finetune_epochs, batch=config.batch_size, lr=config.finetune_lr)
+    facts = train_on(task, model, windows, guesses, settings, config)
+    return model, guesses(model, "test"), facts
+
+
+def train_on(task: Task, model, inputs, guesses, settings, config) -> dict:
+    """Train by AdamW until the validation part sees no progress for a while; leaves the best weights in `model`."""
+    labels, best = task.parts["training"].labels, {"val_balanced_accuracy": -1.0, "epoch": 0}
+    rates = SimpleNamespace(optimizer="adamw", lr=settings.lr, weight_decay=config.weight_decay)
+    optimizers = runs.Optimizers(model, rates, settings.epochs * -(-len(labels) // settings.batch))
+    for epoch in tqdm(range(1, settings.epochs + 1), "epochs", leave=False):
+        model.train()
+        for items in torch.randperm(len(labels)).split(settings.batch):
+            with runs.autocast(task.device):
+                logits = model(inputs(items))
+            loss = task.losses(logits, labels[items].to(task.device), config.label_smoothing).mean()
+            if not torch.isfinite(loss):
+                raise runs.Problem(f"the loss is {loss.item()} in epoch {epoch}: lower --lr or --finetune-lr")
+            optimizers.zero_grad()
+            loss.backward()
+            optimizers.step()
+        score = task.score(guesses(model, "validation"))
+        if score >= best["val_balanced_accuracy"]:
+            best, weights = {"val_balanced_accuracy": score, "epoch": epoch}, copy.deepcopy(model.state_dict())
+        elif epoch - best["epoch"] >= config.patience:
+            break
+    model.load_state_dict(weights)
+    return best
+
+
+def nearest(task: Task, config):
+    """What most of the five training paintings at the smallest angles are; there is nothing to keep."""
+    train, test = (np.concatenate([inputs.cpu() for inputs, _ in task.batches(part)]) for part in ("all", "test"))
+    near = KNeighborsClassifier(min(5, len(train)), metric="cosine").fit(train, task.parts["all"].labels)
+    return None, near.predict(test), {}
+
+
+# Scores, the checkpoint, the table ------------------------------------------------------------------------------------
+
+
+def scores(truth, guesses, classes: int, config) -> dict[str, float]:
+    """Accuracy, balanced accuracy and macro-F1, each with its 95 % bootstrap interval, as in test.py."""
+    random, table = np.random.default_rng(config.seed), []
+    for rows in [np.arange(len(truth)), *random.integers(len(truth), size=(config.bootstrap, len(truth)))]:
+        counts = np.bincount(truth[rows] * classes + guesses[rows], minlength=classes**2).reshape(classes, classes)
+        there = counts.sum(1) > 0
+        hits, true, said = counts.diagonal()[there], counts.sum(1)[there], counts.sum(0)[there]
+        table.append((hits.sum() / len(truth), (hits / true).mean(), (2 * hits / (true + said)).mean()))
+    low, high = np.percentile(table[1:], (2.5, 97.5), axis=0)
+    columns = {"": table[0], "_low": low, "_high": high}
+    return {name + end: float(column[place]) for place, name in enumerate(MEASURES) for end, column in columns.items()}
+
+
+def seen_and_unseen(train, test, guesses) -> dict:
+    """Accuracy on paintings by artists that training knows, and by artists that it does not."""
+    facts, seen = {}, np.isin(test.artists, train.artists)
+    for name, chosen in (("seen", seen), ("unseen", ~seen & (test.artists != ""))):
+        if chosen.any():
+            right = guesses[chosen] == test.labels.numpy()[chosen]
+            facts |= {f"{name}_artists_images": len(right), f"{name}_artists_accuracy": float(right.mean())}
+    return facts
+
+
+def save(task: Task, path: Path, arguments: dict, source: str, shape: dict, config) -> None:
+    """The classifier as a checkpoint that build_model and test.py take like any other.
+
+    It holds the backbone's weights, in half precision, to be used without hub or file; `source` names them.
+    """
+    data = task.parts["all"]
+    state = {
+        "model": "Pretrained",
+        "arguments": arguments,
+        "weights": runs.halved({name: value.cpu() for name, value in task.model.state_dict().items()}),
+        "backbone": arguments["backbone"],
+        "backbone_weights": source,
+        "classes": data.classes,
+        "data": shape | {"target": task.target, "min_images": config.min_images, "holdout": "none"},
+        "crop": task.model.size,
+        "windows": [1.0],
+        "config": {key: value for key, value in vars(config).items() if key != "config"},
+        "fingerprint": data.fingerprint,
+        "largest_class": int(data.counts().argmax()),
+        "artists": sorted({str(artist) for artist in data.artists} - {""}),
+    }
+    runs.save_checkpoint(path, state)
+
+
+def write_table(path: Path, facts: dict) -> None:
+    """Every classifier, and the network of train.py beside those of style where test.py has been run."""
+    header = ["target", "backbone", "classifier", "accuracy", "balanced accuracy", "macro-F1", "seen artists",
+              "unseen artists", "pictures / s", "fit, s"]  # fmt: skip
+    rows = [("style", "none", "train.py, from scratch", facts["test"], {})] if "test" in facts else []
+    for backbone, found in facts["embed"].items():
+        for target, whole in found.items():
+            for name in (name for name in ("linear", "mlp", "neighbours", "finetuned") if name in whole):
+                rows.append((target, backbone, f"**{name}**" if name == whole["kept"] else name, whole[name], whole))
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for *names, scored, whole in sorted(rows, key=lambda row: (TARGETS.index(row[0]), -row[3]["accuracy"])):
+        shown = {"accuracy": ".1%", "balanced_accuracy": ".1%", "macro_f1": ".3f"}
+        cells = ["{0:{3}} ({1:{3}} to {2:{3}})".format(*(scored[key + end] for end in ("", "_low", "_high")), form)
+                 for key, form in shown.items()]  # fmt: skip
+        cells += [f"{scored[key]:.1%}" if key in scored else "" for key in
+                  ("seen_artists_accuracy", "unseen_artists_accuracy")]  # fmt: skip
+        speeds = (whole.get("images_per_second"), scored.get("fit_seconds"))
+        cells += ["" if speed is None else f"{speed:.1f}" for speed in speeds]
+        lines.append(f"| {' | '.join([*names, *cells])} |")
+    lines += ["", "In brackets 95 % intervals. Bold: the best on the validation part, which is kept."]
+    runs.write_text(path, "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    runs.start(main)
