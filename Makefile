@@ -3,6 +3,7 @@
 #   make                              demo: paints its own data set first
 #   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run
+#   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make test                         the tests
 #   make clean                        forget the demo's data and results
 
@@ -28,7 +29,7 @@ endif
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
 SHARED := wikiart.py layers.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline report publish test lint clean FORCE
+.PHONY: all pipeline embed features report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -114,12 +115,22 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt config.json cpu.json report/ablat
 publish: pipeline $(COMPARISONS)
 	$(PY) report/build.py --run $(RUN) --publish
 
+embed: $(VENV)/ready-embed
+	$(call with_settings,features)
+
+features: $(RUN)/inputs.txt
+	$(PY) embed.py $(FLAGS)
+
+$(VENV)/ready-embed: $(VENV)/ready requirements-embed.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-embed.txt
+	touch $@
+
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-download.txt
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-download.txt requirements-embed.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
