@@ -480,10 +480,11 @@ class Pretrained(nn.Module):
 
 
 def head(features: int, classes: int, hidden: int = 0, dropout: float = 0.0) -> nn.Module:
-    """From features to logits: one linear layer, or a small MLP."""
+    """From features to logits: one linear layer, or a small MLP that drops features as well as hidden units."""
     if not hidden:
         return nn.Linear(features, classes)
-    return nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
+    first, last = nn.Linear(features, hidden), nn.Linear(hidden, classes)
+    return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
 
 
 MODELS = {
