@@ -488,7 +488,11 @@ def write_table(path: Path, facts: dict) -> None:
     """Every classifier, and the network of train.py beside those of style where test.py has been run."""
     header = ["target", "backbone", "classifier", "accuracy", "balanced accuracy", "macro-F1", "seen artists",
               "unseen artists", "pictures / s", "fit, s"]  # fmt: skip
-    rows = [("style", "none", "train.py, from scratch", facts["test"], {})] if "test" in facts else []
+    ours, styles = (
+        facts.get("test", {}),
+        {found["style"]["classes"] for found in facts["embed"].values() if "style" in found},
+    )
+    rows = [("style", "none", "train.py, from scratch", ours, {})] if ours.get("classes") in styles else []
     for backbone, found in facts["embed"].items():
         for target, whole in found.items():
             for name in (name for name in ("linear", "mlp", "neighbours", "finetuned") if name in whole):
