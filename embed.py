@@ -51,6 +51,7 @@ HELP = {
     "weights": "files with their weights, one for each: safetensors or .pt; none: timm fetches them from the hub",
     "target": "what to name: style, genre, artist; those that are unknown or rare are left out",
     "min_images": "training paintings that an artist or genre needs to count as a class",
+    "shrink": "side that pictures are scaled to first, for a judge of pictures that small (style_transfer.py); 0: none",
     "stages": "last stages of a backbone whose maps' means and deviations are features beside its own; 0: none",
     "batch_size": "pictures at a time",
     "balance": ("as in train.py: none, class-weighted or logit-adjusted loss", ("none", "weights", "logit")),
@@ -99,6 +100,7 @@ def main(argv=None):
             print(f"no classifier of {target}: {error}")
     for name, weights in itertools.zip_longest(config.backbone, config.weights, fillvalue=""):
         file = re.sub(r"[^\w.-]", "_", name)  # names on the hub may hold slashes
+        file += f"_{config.shrink}" * bool(config.shrink)
         lock = runs.claim(run, f"embed_{file}")
         model, source, arguments = load(name, weights, config)
         model.to(device, memory_format=torch.channels_last)
@@ -112,7 +114,7 @@ def main(argv=None):
                 hidden = 0 if isinstance(task.model.head, torch.nn.Linear) else config.hidden
                 arguments |= {"classes": len(train.classes), "hidden": hidden, "dropout": config.dropout}
                 save(task, run / f"embed_{file}.pt", arguments, source, shape, config)
-        runs.add_facts(run, "embed", {re.sub(r"\W", "_", name): facts}, merge=True)
+        runs.add_facts(run, "embed", {re.sub(r"\W", "_", file): facts}, merge=True)
         lock.close()
     write_table(run / "embed.md", json.loads((run / "facts.json").read_text()))
 
@@ -174,8 +176,8 @@ def with_parts(model, **parts):
 class Paintings(Dataset):
     """Files of pictures as uint8 (3, size, size), by the backbone's own transform; for processes that decode."""
 
-    def __init__(self, files: list[Path], size: int, transform):
-        self.files, self.size, self.transform = files, size, transform
+    def __init__(self, files: list[Path], size: int, shrink: int, transform):
+        self.files, self.size, self.shrink, self.transform = files, size, shrink, transform
 
     def __len__(self):
         return len(self.files)
@@ -184,7 +186,10 @@ class Paintings(Dataset):
         warnings.simplefilter("ignore")  # as in folder.read_picture
         with Image.open(self.files[item]) as image:
             image.draft("RGB", (2 * self.size, 2 * self.size))
-            return self.transform(as_rgb(ImageOps.exif_transpose(image))).numpy()
+            image = as_rgb(ImageOps.exif_transpose(image))
+            if self.shrink:
+                image = image.resize((self.shrink, self.shrink), Image.Resampling.BICUBIC)
+            return self.transform(image).numpy()
 
 
 def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple[np.ndarray, dict]:
@@ -197,6 +202,7 @@ def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple
     files = [data.root / painting for data in sets.values() for painting in data.paths]
     width = len(model.centre)
     identity = {"weights": source.split()[-1], "size": model.size, "stages": model.stages, "resize": config.resize,
+                "shrink": config.shrink,
                 "paintings": [data.fingerprint for data in sets.values()]}  # fmt: skip
     known = json.loads(note.read_text()) if note.exists() else {}
     if known.get("made_from") != identity:
@@ -252,7 +258,7 @@ def append(target, model, files, config, device) -> dict:
     settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
     transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes: the network normalises
     loader = DataLoader(
-        Paintings(files, model.size, transform),
+        Paintings(files, model.size, config.shrink, transform),
         batch_size=config.batch_size,
         num_workers=config.processes or len(os.sched_getaffinity(0)),
         collate_fn=np.stack,  # arrays come through a pipe; tensors would need a large /dev/shm
@@ -478,8 +484,10 @@ def save(task: Task, path: Path, arguments: dict, source: str, shape: dict, conf
         "backbone": arguments["backbone"],
         "backbone_weights": source,
         "classes": data.classes,
-        "data": shape | {"target": task.target, "min_images": config.min_images, "holdout": "none"},
-        "crop": task.model.size,
+        "data": shape
+        | {"target": task.target, "min_images": config.min_images, "holdout": "none"}
+        | ({"size": config.shrink} if config.shrink else {}),
+        "crop": config.shrink or task.model.size,
         "windows": [1.0],
         "config": {key: value for key, value in vars(config).items() if key != "config"},
         "fingerprint": data.fingerprint,
