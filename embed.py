@@ -154,7 +154,7 @@ def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
     with torch.inference_mode():
         arguments["features"] = model.features(torch.zeros(1, 3, model.size, model.size)).shape[1]
     model.centre = torch.zeros(arguments["features"])  # extract sets it
-    return model, f"{weights or 'hub'} {key.hexdigest()[:16]}", arguments
+    return model, f"{Path(weights).name or 'hub'} {key.hexdigest()[:16]}", arguments
 
 
 def read_weights(path: str) -> dict:
