@@ -13,6 +13,7 @@ centroids_<source>.png (the paintings nearest to each centre), map_<source>.png 
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +67,21 @@ def main(argv=None):
     run = Path(config.run)
     sources = config.codes
     if sources == ["all"]:
-        there = [source for source, (name, *_) in CHECKPOINTS.items() if (run / name).exists()]
-        made = sorted(path.stem for path in (run / "codes").glob("*.npz"))
+        there = [source for source, (name, model, _) in CHECKPOINTS.items()
+                 if (run / name).exists() and runs.load_checkpoint(run / name)["model"] == model]  # fmt: skip
+        made = sorted(path.stem for path in (run / "codes").glob("*.npz") if path.stem not in CHECKPOINTS)
         sources = list(dict.fromkeys([*there, "pixels", "colours", *made]))
+    if not sources:
+        raise runs.Problem("--codes needs a source, or all")
     facts = {}
     for source in sources:
         table, data = codes_of(source, config, device)
         print(f"{source}: {table['train'].shape[1]} numbers a painting", flush=True)
         facts[source] = study(source, table, data, config)
     runs.add_facts(run, "cluster", facts, merge=True)
-    write_table(run / "clusters.md", json.loads((run / "facts.json").read_text())["cluster"])
+    setting, known = facts[sources[0]]["setting"], json.loads((run / "facts.json").read_text())["cluster"]
+    alike = {source: found for source, found in known.items() if found.get("setting") == setting}
+    write_table(run / "clusters.md", alike)
 
 
 # Codes ----------------------------------------------------------------------------------------------------------------
@@ -100,8 +106,12 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in ("train", "test")}
     made_from = " ".join([identity, *(data.fingerprint for data in sets.values())])
     if path.exists() and not (config.renew and source in (*CHECKPOINTS, "pixels", "colours")):
-        with np.load(path) as file:
-            table = dict(file)
+        try:
+            with np.load(path) as file:
+                table = dict(file)
+            table["made_from"], table["train_labels"], table["test_labels"]  # noqa: B018
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise runs.Problem(f"{path} is not a file of codes: remove it, and make it again") from None
         if source in (*CHECKPOINTS, "pixels", "colours") and table["made_from"] != made_from:
             raise runs.Problem(
                 f"{path} was made from another checkpoint or other paintings: make it again with --renew"
@@ -127,16 +137,17 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
 def encoder(source, checkpoint, training, config, device):
     """A function from pixels uint8 (B, 3, S, S) to codes (B, D)."""
     if source == "pixels":
-        pca = IncrementalPCA(min(256, len(training), config.batch_size))
-        for items in torch.arange(len(training)).split(config.batch_size)[: max(1, len(training) // config.batch_size)]:
+        pca = IncrementalPCA(min(256, len(training)))
+        for items in torch.arange(len(training)).chunk(max(1, len(training) // 256)):
             pca.partial_fit(small(training.batch(items, torch.device("cpu"))[0]).flatten(1).numpy())
         return lambda pixels: torch.from_numpy(pca.transform(small(pixels).flatten(1).numpy()))
     if source == "colours":
         return lambda pixels: colours(small(pixels))
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    code = getattr(model, CHECKPOINTS[source][2])
-    windows = [1.0] if source == "autoencoder" else [1.0, 0.7]
-    return lambda pixels: over_views(code, pixels.to(device), checkpoint["crop"], windows)
+    code, crop = getattr(model, CHECKPOINTS[source][2]), checkpoint["crop"]
+    if source == "autoencoder":  # a code is of one picture: the mean of two decodes to neither
+        return lambda pixels: code(views(pixels.to(device), crop)[0])
+    return lambda pixels: over_views(code, pixels.to(device), crop, [1.0, 0.7])
 
 
 @torch.no_grad()
@@ -170,19 +181,23 @@ def study(source, table, data, config) -> dict:
     """Cluster, score and draw one source of codes; returns its facts."""
     classes, labels = table["classes"].tolist(), table[f"{config.split}_labels"]
     count = config.clusters or len(classes)
-    if count < 2:
+    if len(classes) < 2:
         raise runs.Problem("one style only: there is nothing to compare clusters with")
+    if min(count, config.components, config.tsne_images, table["train"].shape[1]) < 2:
+        raise runs.Problem("--clusters, --components, --tsne-images and the numbers of a code must be 2 or more")
     if len(labels) < count:
         raise runs.Problem(f"{len(labels)} paintings are fewer than {count} clusters: lower --clusters")
     most = min(config.components, *table["train"].shape, len(table["train"]) - 1)
     reduce = make_pipeline(StandardScaler(), PCA(max(most, 1), random_state=config.seed)).fit(table["train"])
     codes = reduce.transform(table[config.split])
     clusters = group(codes, config.method, count, config.seed)
-    facts = {"method": config.method, "clusters": count, "paintings": len(labels), "numbers": table["train"].shape[1]}
+    setting = f"{METHODS[config.method]}, {count} clusters asked for, {len(labels)} {config.split} paintings"
+    found = len(np.unique(clusters[clusters >= 0]))
+    facts = {"setting": setting, "clusters": found, "numbers": table["train"].shape[1]}
     facts |= scores(labels, clusters, codes, config.seed)
     if config.split == "test":
         facts |= probes(table, reduce, config)
-    draw(source, codes, labels, clusters, classes, data, config)
+    draw(source, codes, table[config.split], labels, clusters, classes, data, config)
     return {key: round(float(value), 5) if isinstance(value, float) else value for key, value in facts.items()}
 
 
@@ -206,10 +221,15 @@ def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
     random = np.random.default_rng(seed)
     shuffled = [agreement(random.permutation(labels), clusters) for _ in range(10)]
     facts |= {f"shuffled_{key}": float(np.mean([each[key] for each in shuffled])) for key in facts}
-    several = 1 < len(np.unique(clusters)) < len(clusters)
-    facts["silhouette"] = float(silhouette_score(codes, clusters, sample_size=min(5000, len(codes)),
-                                                 random_state=seed)) if several else 0.0  # fmt: skip
-    return facts
+    return facts | {"silhouette": apart(codes, clusters, seed)}
+
+
+def apart(codes, clusters, seed: int) -> float:
+    """Silhouette: how well clusters stand apart, on 5,000 of the codes at most; 0 where it is not defined."""
+    try:
+        return float(silhouette_score(codes, clusters, sample_size=min(5000, len(codes)), random_state=seed))
+    except ValueError:  # one cluster, or as many as codes
+        return 0.0
 
 
 def agreement(labels, clusters) -> dict[str, float]:
@@ -249,14 +269,16 @@ def probes(table, reduce, config) -> dict[str, float]:
 # Figures and the table ------------------------------------------------------------------------------------------------
 
 
-def draw(source, codes, labels, clusters, classes, data, config) -> None:
+def draw(source, codes, raw, labels, clusters, classes, data, config) -> None:
+    """All figures of one source: its standardised, reduced codes (N, D), the raw ones (N, E), and their clusters."""
     run, random = Path(config.run), np.random.default_rng(config.seed)
     counts = contingency(labels, clusters)
     styles, columns = linear_sum_assignment(-counts)  # each cluster beside the style that it holds most of
     rest = np.setdiff1d(np.arange(counts.shape[1]), columns)
     order = np.concatenate([columns[np.argsort(styles)], rest])
+    noise = np.unique(clusters)[order] < 0
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
-    names = [f"cluster {number + 1}" for number in range(len(order))]
+    names = ["noise" if noise[number] else f"cluster {number + 1}" for number in range(len(order))]
     method = METHODS[config.method]
     title = f"{method} on {source} codes"
 
@@ -267,8 +289,9 @@ def draw(source, codes, labels, clusters, classes, data, config) -> None:
     places = TSNE(perplexity=min(30, (len(chosen) - 1) / 3), random_state=config.seed).fit_transform(codes[chosen])
     painted = {"by style": (places, labels[chosen], classes), f"by {method}": (places, clusters[chosen], names)}
     figures.scatter(run / f"tsne_{source}.png", painted, f"t-SNE of {source} codes, {some}")
-    flat = {"PCA, by style": PCA(2), "SVD (not centred), by style": TruncatedSVD(2, random_state=config.seed)}
-    painted = {name: (method.fit_transform(codes)[chosen], labels[chosen], classes) for name, method in flat.items()}
+    svd = TruncatedSVD(2, random_state=config.seed).fit_transform(raw)
+    flat = {"PCA, by style": PCA(2).fit_transform(codes), "SVD of the codes as they are, by style": svd}
+    painted = {name: (points[chosen], labels[chosen], classes) for name, points in flat.items()}
     figures.scatter(run / f"pca_{source}.png", painted, f"Principal components of {source} codes, {some}")
 
     shares = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1)
@@ -289,26 +312,29 @@ def draw(source, codes, labels, clusters, classes, data, config) -> None:
         run / f"centroids_{source}.png", np.stack(nearest), [""] * 8, names, f"{title}: nearest to each centre"
     )
     shown = np.flatnonzero(fit[chosen])
+    if not len(shown):
+        raise runs.Problem("--hide leaves no painting to show")
     pictures = [data.pixels[row] for row in data.rows[chosen[shown]]]
     figures.thumbnails(run / f"map_{source}.png", places[shown], pictures, f"{source} codes laid out by t-SNE")
 
     ks = list(range(2, min(2 * len(classes) + 1, len(codes) - 1)))
     tried = [KMeans(k, n_init=3, random_state=config.seed).fit(codes) for k in ks]
     panels = {"inertia": {"KMeans": [each.inertia_ for each in tried]},
-              "silhouette": {"KMeans": [silhouette_score(codes, each.labels_, sample_size=min(2000, len(codes)),
-                                                         random_state=config.seed) for each in tried]}}  # fmt: skip
+              "silhouette": {"KMeans": [apart(codes, each.labels_, config.seed) for each in tried]}}  # fmt: skip
     if ks:
         figures.lines(run / f"k_{source}.png", ks, panels, "number of clusters", (len(classes), "number of styles"))
 
 
 def write_table(path: Path, facts: dict) -> None:
-    lines = ["| codes | NMI (shuffled) | AMI | ARI | purity (shuffled) | silhouette | linear probe | 5 neighbours |",
-             "|---" * 8 + "|"]  # fmt: skip
+    setting = next(iter(facts.values()))["setting"]
+    lines = [f"{setting}; in brackets the same with shuffled labels.", "",
+             "| codes | NMI | AMI | ARI | homogeneity | completeness | purity | silhouette | probe | neighbours |",
+             "|---" * 10 + "|"]  # fmt: skip
     for source, found in sorted(facts.items(), key=lambda each: -each[1]["nmi"]):
-        nmi, purity = (f"{found[key]:.3f} ({found[f'shuffled_{key}']:.3f})" for key in ("nmi", "purity"))
-        ami, ari, silhouette = (f"{found[key]:.3f}" for key in ("ami", "ari", "silhouette"))
+        measures = ("nmi", "ami", "ari", "homogeneity", "completeness", "purity")
+        cells = [f"{found[key]:.3f} ({found[f'shuffled_{key}']:.3f})" for key in measures]
         probes = [f"{found[key]:.1%}" if key in found else "" for key in ("probe", "neighbours")]
-        cells = [source, nmi, ami, ari, purity, silhouette, *probes]
+        cells = [source, *cells, f"{found['silhouette']:.3f}", *probes]
         lines.append(f"| {' | '.join(cells)} |")
     runs.write_text(path, "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -34,8 +34,9 @@ LINES = ["-", "--", ":"]
 
 def look(number: int) -> dict:
     """Colour, marker and line style of class `number`."""
-    turn = number // len(HUES) % len(MARKERS)
-    return {"color": HUES[number % len(HUES)], "marker": MARKERS[turn], "linestyle": LINES[turn]}
+    turn = number // len(HUES)
+    marker = MARKERS[(number + turn) % len(MARKERS)]  # neighbours differ in marker, too
+    return {"color": HUES[number % len(HUES)], "marker": marker, "linestyle": LINES[turn % len(LINES)]}
 
 
 def plain(name: str) -> str:
@@ -55,18 +56,18 @@ def save(figure, path) -> None:
     temporary.replace(path)
 
 
-def curves(path, history: list[dict], panels: dict[str, dict[str, str]], best=None, levels=None) -> None:
+def curves(path, history: list[dict], panels: dict, best=None, levels=None, logarithmic=()) -> None:
     """Measures over epochs: panels = {"loss": {"training": "loss", "validation": "val_loss"}, ...}; see `lines`."""
     epochs = [record["epoch"] for record in history]
     panels = {title: {label: [record[key] for record in history] for label, key in keys.items()}
               for title, keys in panels.items()}  # fmt: skip
-    lines(path, epochs, panels, "epoch", (best, "checkpoint kept"), levels)
+    lines(path, epochs, panels, "epoch", (best, "checkpoint kept"), levels, logarithmic)
 
 
-def lines(path, xs: list, panels: dict[str, dict[str, list]], xlabel: str, mark: tuple, levels=None) -> None:
+def lines(path, xs: list, panels: dict, xlabel: str, mark: tuple, levels=None, logarithmic=()) -> None:
     """One panel a measure, {"loss": {"training": heights, ...}, ...}, with a dotted line at mark = (x, label).
 
-    `levels` to compare with are dashed lines: {"loss": {"guessing": 2.1}}.
+    `levels` to compare with are dashed lines: {"loss": {"guessing": 2.1}}; `logarithmic` names panels.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), squeeze=False, layout="constrained")
     for axis, (title, heights) in zip(axes[0], panels.items(), strict=True):
@@ -76,7 +77,7 @@ def lines(path, xs: list, panels: dict[str, dict[str, list]], xlabel: str, mark:
             axis.axhline(height, color=HUES[number], lw=1.5, ls="--", label=label)
         if mark[0] is not None:
             axis.axvline(mark[0], color="0.6", lw=1, ls=":", label=mark[1])
-        axis.set(title=title, xlabel=xlabel, ylabel=title)
+        axis.set(title=title, xlabel=xlabel, ylabel=title, yscale="log" if title in logarithmic else "linear")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     save(figure, path)

@@ -189,7 +189,7 @@ def repaint_files(model, checkpoint, config, device) -> None:
                 result.save(temporary)
     made = len(files) - len(broken)
     if broken:
-        raise runs.Problem(f"{made} of {len(files)} pictures repainted; not {'; '.join(broken[:3])}")
+        raise runs.Problem(f"{made} of {len(files)} files repainted; not {'; '.join(broken[:3])}")
     print(f"{made * len(names)} pictures in {out}")
 
 

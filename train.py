@@ -309,7 +309,7 @@ def report(run, state, model, training, validation, drawn) -> None:
         "minutes": round(sum(record["seconds"] for record in history) / 60, 2),
         **{key: state["config"][key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
     }
-    runs.add_facts(run, "train", facts, outdated=("test", "test_train"))
+    runs.add_facts(run, "train", facts, outdated=("test", "test_train", "cluster"))
 
 
 if __name__ == "__main__":

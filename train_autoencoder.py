@@ -56,12 +56,12 @@ HELP = {
     "layout_weight": "weight of keeping what is light and what is dark; 0: off",
     "spy_weight": "weight of keeping the style out of the content; 0: off",
     "validation": "share of the training paintings that chooses the checkpoint",
-    "pca_images": "training pictures that the PCA to compare with is fitted on, at most",
+    "pca_images": "training pictures, each also mirrored, for the PCA to start from and to be held against, at most",
     "show": "paintings in reconstructions.png",
     "resume": "go on from autoencoder.partial.pt in the run folder",
 }
 # What may change when a run is resumed.
-FREE = ("data", "run", "device", "processes", "config", "resume", "hide", "show", "pca_images")
+FREE = ("data", "run", "device", "processes", "config", "resume", "hide", "show")
 
 
 def main(argv=None):
@@ -80,6 +80,7 @@ def main(argv=None):
 
     shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     data = WikiArt(config.data, "train", processes=config.processes, **shape)
+    test = WikiArt(config.data, "test", classes=data.classes, processes=config.processes, **shape)
     training, validation = data.set_apart(config.validation, config.split_seed)
     if not len(validation) or config.batch_size > len(training):
         raise runs.Problem(f"{len(training)} paintings to train on and {len(validation)} to validate with are too few: "
@@ -106,6 +107,8 @@ def main(argv=None):
     if first:
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     trained = runs.parallel(objective, device)
+    pca = fit_pca(training, config) if first and not style else None
+    levels = baselines(pca, validation, config) if pca else {}
     kept = len(state["history"])  # epochs in the checkpoint
     try:
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
@@ -129,9 +132,8 @@ def main(argv=None):
             runs.save_checkpoint(partial, state)
             kept = epoch
             runs.write_text(run / f"{stem}.jsonl", "".join(json.dumps(line) + "\n" for line in state["history"]))
-            if epoch & (epoch - 1) == 0:  # a look at epochs 1, 2, 4, 8, ...
-                look = show_styles if style else show
-                look(run, model, validation, config, device, f"after epoch {epoch}")
+            if epoch < 3 or epoch % 5 == 0:
+                look(run, state, model, validation, levels, pca, config, device, f"after epoch {epoch}")
     except KeyboardInterrupt:
         advice = f"{kept} finished epochs are kept: go on with --resume" if kept else "no epoch was finished"
         raise KeyboardInterrupt(advice if first else "") from None
@@ -140,10 +142,8 @@ def main(argv=None):
         del state["resume"]
         state["weights"] = runs.halved(state["weights"])
         model.load_state_dict(state["weights"])
-        if style:
-            report_style(run, state, model, validation, config, device)
-        else:
-            report(run, state, model, training, validation, config, device)
+        look(run, state, model, test, levels, pca, config, device, "of test paintings")
+        report(run, state, model, training, validation, test, pca, config, device)
         runs.save_checkpoint(final, state)
         partial.unlink(missing_ok=True)
         lock.close()
@@ -158,8 +158,7 @@ def begin_plain(training, config, fresh: bool):
     arguments["points"] = 128 if config.manner_weight else 0
     model = make_model("Autoencoder", arguments)
     if fresh:
-        pictures = flat(training, config, config.pca_images)
-        model.start_as_pca(torch.from_numpy(pictures).view(-1, 3, config.crop, config.crop))
+        model.start_as_pca(with_mirrors(training, config).view(-1, 3, config.crop, config.crop))
     return Copy(model, config, float(np.mean(np.square(std)))), arguments
 
 
@@ -288,16 +287,16 @@ def best_epoch(history: list[dict], last: bool) -> int:
 # What needs no network ------------------------------------------------------------------------------------------------
 
 
-def flat(data, config, most: int | None = None) -> np.ndarray:
-    """Whole pictures as rows, float32 (N, 3 * crop * crop) in [0, 1]; of more than `most` an even choice."""
-    chosen = torch.arange(len(data))[:: max(1, -(-len(data) // most)) if most else 1]
-    cpu = torch.device("cpu")
-    return np.concatenate([views(data.batch(items, cpu)[0], config.crop)[0].flatten(1).numpy()
-                           for items in chosen.split(config.batch_size)])  # fmt: skip
+def with_mirrors(data, config):
+    """Whole pictures and their mirror images as rows, (2 * N, 3 * crop * crop) in [0, 1], for PCA; of more than
+    --pca-images an even choice."""
+    chosen, cpu = torch.arange(len(data))[:: -(-len(data) // config.pca_images)], torch.device("cpu")
+    batches = [views(data.batch(items, cpu)[0], config.crop) for items in chosen.split(config.batch_size)]
+    return torch.cat([each.flatten(1) for batch in batches for each in batch])
 
 
 def fit_pca(training, config) -> PCA:
-    rows = flat(training, config, config.pca_images)
+    rows = with_mirrors(training, config).numpy()
     return PCA(min(config.code, *rows.shape), svd_solver="randomized", random_state=config.seed).fit(rows)
 
 
@@ -320,17 +319,44 @@ def baselines(pca, data, config) -> dict[str, float]:
 def chosen_to_show(data, config):
     """--show paintings, spread over the data set."""
     fit = np.flatnonzero(data.fit_to_show(config.hide))
+    if not len(fit):
+        raise runs.Problem("--hide leaves no painting to show")
     return torch.tensor(fit[np.linspace(0, len(fit) - 1, min(config.show, len(fit))).round().astype(int)])
 
 
-def show(run, model, data, config, device, when: str, pca=None) -> None:
-    """reconstructions.png: originals above what comes back from the code, and from PCA where it is given."""
+def look(run, state, model, data, levels, pca, config, device, when: str) -> None:
+    """The curves so far, with the baselines' `levels` to beat, and some paintings above what is made of them."""
+    if config.model == "StyleAutoencoder":
+        panels = {"PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
+                  "share in the style asked for": {"the guide says, validation": "val_hits"}}  # fmt: skip
+        figures.curves(run / "style_curves.png", state["history"], panels)
+        show_styles(run, model, data, config, device, when)
+        return
+    names = level_names(config, pca)
+    panels = {"mean squared error": {"training crops": "mse", "validation": "val_mse"},
+              "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"}}  # fmt: skip
+    lines = {"mean squared error": {names[key]: value for key, value in levels.items()},
+             "PSNR, dB": {names[key]: psnr(value) for key, value in levels.items()}}  # fmt: skip
+    path = run / "autoencoder_curves.png"
+    figures.curves(path, state["history"], panels, state["epoch"], lines, logarithmic=("mean squared error",))
+    show(run, model, data, config, device, when, pca)
+
+
+def level_names(config, pca) -> dict[str, str]:
+    return {
+        "mean_image": "the mean painting",
+        "mean_colour": "own mean colour",
+        "pca": f"PCA, {pca.n_components_} numbers",
+    }
+
+
+def show(run, model, data, config, device, when: str, pca) -> None:
+    """reconstructions.png: originals above what comes back from the code, and from PCA."""
     items = chosen_to_show(data, config)
     images, painted = (pictures.cpu() for pictures in reconstruct(model, data, items, config, device))
-    rows = {"original": images, f"from {config.code} numbers": painted}
-    if pca is not None:
-        back = pca.inverse_transform(pca.transform(images.flatten(1).numpy()))
-        rows["PCA, as many"] = torch.from_numpy(back).float().view_as(images).clamp(0, 1)
+    back = pca.inverse_transform(pca.transform(images.flatten(1).numpy()))
+    back = torch.from_numpy(back).float().view_as(images).clamp(0, 1)
+    rows = {"original": images, f"from {config.code} numbers": painted, "PCA, as many": back}
     draw(run / "reconstructions.png", rows, data, items, f"Reconstructions {when}")
 
 
@@ -352,27 +378,9 @@ def draw(path, rows: dict, data, items, title: str) -> None:
     figures.grid(path, pictures, titles, list(rows), title)
 
 
-def report(run, state, model, training, validation, config, device) -> None:
+def report(run, state, model, training, validation, test, pca, config, device) -> None:
     history, best = state["history"], state["history"][state["epoch"] - 1]
-    test = WikiArt(config.data, "test", classes=state["classes"], processes=config.processes, **state["data"])
-    pca = fit_pca(training, config)
-    levels = baselines(pca, validation, config)
-    names = {
-        "mean_image": "the mean painting",
-        "mean_colour": "own mean colour",
-        "pca": f"PCA, {config.code} numbers",
-    }
-    figures.curves(
-        run / "autoencoder_curves.png",
-        history,
-        {"mean squared error": {"training crops": "mse", "validation": "val_mse"},
-         "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"}},
-        state["epoch"],
-        {"mean squared error": {names[key]: value for key, value in levels.items()},
-         "PSNR, dB": {names[key]: psnr(value) for key, value in levels.items()}},
-    )  # fmt: skip
-    show(run, model, test, config, device, "of test paintings", pca)
-    error, tested = mean_error(model, test, config, device), baselines(pca, test, config)
+    error = mean_error(model, test, config, device)
     facts = {
         "epochs": len(history),
         "epoch_kept": state["epoch"],
@@ -384,33 +392,22 @@ def report(run, state, model, training, validation, config, device) -> None:
         "val_psnr": best["val_psnr"],
         "mse": error,
         "psnr": psnr(error),
-        **{f"{key}_psnr": psnr(value) for key, value in tested.items()},
-        "gain_over_pca": psnr(error) - psnr(tested["pca"]),
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
-        **{key: state["config"][key] for key in ("crop", "code", "width", "batch_size", "seed")},
+        "minutes": sum(record["seconds"] for record in history) / 60,
+        **{key: state["config"][key] for key in ("crop", "code", "batch_size", "seed")},
     }
+    print(f"test paintings: {facts['psnr']:.2f} dB")
+    if config.model == "StyleAutoencoder":
+        facts |= {"val_hits": best["val_hits"], "embed": config.embed}
+        facts |= {key: getattr(config, key) for key in Repaint.WEIGHTS}
+    else:
+        tested, names = baselines(pca, test, config), level_names(config, pca)
+        facts |= {f"{key}_psnr": psnr(value) for key, value in tested.items()}
+        facts |= {"gain_over_pca": psnr(error) - psnr(tested["pca"]), "manner_weight": config.manner_weight}
+        print(*(f"{name}: {psnr(tested[key]):.2f} dB" for key, name in names.items()), sep=", ")
+    name, outdated = ("train_style", "style_transfer") if "val_hits" in facts else ("train_autoencoder", "cluster")
     rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in facts.items()}
-    runs.add_facts(run, "train_autoencoder", rounded, outdated=("cluster",))
-    compared = ", ".join(f"{name} {psnr(tested[key]):.2f} dB" for key, name in names.items())
-    print(f"test paintings: {facts['psnr']:.2f} dB; {compared}")
-
-
-def report_style(run, state, model, validation, config, device) -> None:
-    history = state["history"]
-    panels = {
-        "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
-        "share in the style asked for": {"the guide says, validation": "val_hits"},
-    }
-    figures.curves(run / "style_curves.png", history, panels)
-    show_styles(run, model, validation, config, device, "of validation paintings")
-    facts = {
-        "epochs": len(history),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "cpu_minutes": round(sum(record["cpu_seconds"] for record in history) / 60, 2),
-        **{key: history[-1][key] for key in ("val_mse", "val_psnr", "val_hits")},
-        **{key: state["config"][key] for key in ("crop", "code", "embed", "batch_size", "seed", *Repaint.WEIGHTS)},
-    }
-    runs.add_facts(run, "train_style", facts, outdated=("style_transfer",))
+    runs.add_facts(run, name, rounded, outdated=(outdated,))
 
 
 if __name__ == "__main__":

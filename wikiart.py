@@ -139,7 +139,8 @@ class WikiArt(Dataset):
     def batch(self, items, device):
         """Pictures uint8 (B, 3, S, S) and labels (B,) of the given paintings (B,), on the device."""
         if self.on_device is not None:
-            return self.on_device[items.to(device)], self.labels[items].to(device)
+            held = self.on_device.device
+            return self.on_device[items.to(held)].to(device), self.labels[items].to(device)
         pixels = torch.from_numpy(self.pixels[self.rows[items.numpy()]])
         return pixels.to(device, non_blocking=True), self.labels[items].to(device)
 

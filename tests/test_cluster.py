@@ -12,6 +12,7 @@ from test_autoencoder import TINY_CODES
 import cluster
 import runs
 import train_autoencoder
+import wikiart
 
 
 def planted(classes=5, each=30, seed=0):
@@ -82,10 +83,38 @@ def test_every_source_that_is_there_gets_scores_figures_and_codes(studied):
 
 def test_codes_do_not_depend_on_the_batch_size(studied, demo, tmp_path):
     (tmp_path / "autoencoder.pt").write_bytes((studied / "autoencoder.pt").read_bytes())
-    cluster.main([*TINY, "--data", str(demo), "--run", str(tmp_path), "--batch-size", "7"])
-    one, other = (np.load(run / "codes/autoencoder.npz") for run in (studied, tmp_path))
-    assert np.allclose(one["test"], other["test"], atol=1e-4)
-    assert (one["test_paths"] == other["test_paths"]).all()
+    arguments = [*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path), "--batch-size", "7"]
+    cluster.main([*arguments, "--codes", "autoencoder", "pixels"])
+    for source in ("autoencoder", "pixels"):
+        one, other = (np.load(run / f"codes/{source}.npz") for run in (studied, tmp_path))
+        assert np.allclose(one["test"], other["test"], atol=1e-3)
+        assert (one["test_paths"] == other["test_paths"]).all()
+
+
+def test_codes_are_those_of_the_autoencoder(studied, demo):
+    model = wikiart.build_model(runs.load_checkpoint(studied / "autoencoder.pt"))
+    data = wikiart.WikiArt(demo, "test", size=32, processes=1)
+    images = wikiart.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
+    with torch.no_grad(), np.load(studied / "codes/autoencoder.npz") as table:
+        assert torch.allclose(model.encode(images), torch.from_numpy(table["test"]), atol=1e-4)
+
+
+def test_rows_of_one_table_were_made_alike(studied, demo, tmp_path):
+    for name in ("autoencoder.pt", "facts.json"):
+        (tmp_path / name).write_bytes((studied / name).read_bytes())
+    arguments = [*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path)]
+    cluster.main([*arguments, "--method", "hdbscan"])
+    table = (tmp_path / "clusters.md").read_text()
+    assert "HDBSCAN" in table
+    assert "| autoencoder |" in table
+    assert "| colours |" not in table
+
+
+def test_a_file_that_holds_no_codes_gets_one_clear_line(demo, tmp_path):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes/colours.npz").write_text("no codes")
+    with pytest.raises(runs.Problem, match="not a file of codes"):
+        cluster.main([*TINY, "--data", str(demo), "--run", str(tmp_path), "--codes", "colours"])
 
 
 def test_stale_codes_are_refused_until_they_are_renewed(studied, demo, tmp_path):

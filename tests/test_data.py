@@ -448,3 +448,12 @@ def test_holding_out_artists_shares_none(tmp_path):
     assert not set(training.artists) & set(test.artists)
     assert {path.split("/")[0] for path in (*training.paths, *test.paths)} == {"train", "test"}
     assert all(test.counts() > 0)
+
+
+def test_a_batch_comes_to_the_device_that_is_asked_for(folder):
+    data = WikiArt(folder, "train", size=8, processes=1)
+    data.on_device = torch.zeros(len(data), 3, 8, 8, device="meta")  # stands for a GPU that holds all pixels
+    assert data.batch(torch.tensor([1, 0]), torch.device("meta"))[0].device.type == "meta"
+    data.on_device = data.on_device.new_zeros(data.on_device.shape, device="cpu")
+    assert data.batch(torch.tensor([1, 0]), torch.device("meta"))[0].device.type == "meta"
+    assert data.batch(torch.tensor([1, 0]), torch.device("cpu"))[0].device.type == "cpu"

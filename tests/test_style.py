@@ -153,7 +153,7 @@ def test_one_picture_a_folder_and_the_way_between_two_styles(styled, demo, tmp_p
     assert np.array_equal(ways[0], np.asarray(Image.open(tmp_path / "out/wide_Dots.png")))
     picture(tmp_path / "in" / "deeper" / "wide.jpg", seed=1)
     (tmp_path / "in" / "text.jpg").write_text("no picture")
-    with pytest.raises(runs.Problem, match=r"2 of 3 pictures repainted; not .*text.jpg"):
+    with pytest.raises(runs.Problem, match=r"2 of 3 files repainted; not .*text.jpg"):
         style_transfer.main([*arguments, "--image", str(tmp_path / "in"), "--style", "Dots", "--detail"])
     assert (tmp_path / "out/wide.png_Dots.png").exists()
     assert (tmp_path / "out/deeper/wide.jpg_Dots.png").exists()
