@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from sklearn.metrics import classification_report
-from sklearn.neighbors import KNeighborsClassifier
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -438,11 +437,19 @@ def train_on(task: Task, model, inputs, guesses, settings, config) -> dict:
     return best
 
 
+@torch.no_grad()
 def nearest(task: Task, config):
     """What most of the five training paintings at the smallest angles are; there is nothing to keep."""
-    train, test = (np.concatenate([inputs.cpu() for inputs, _ in task.batches(part)]) for part in ("all", "test"))
-    near = KNeighborsClassifier(min(5, len(train)), metric="cosine").fit(train, task.parts["all"].labels)
-    return None, near.predict(test), {}
+    guesses = []
+    for inputs, _ in task.batches("test"):
+        best = inputs.new_empty(len(inputs), 0)
+        names = torch.empty(len(inputs), 0, dtype=torch.long, device=task.device)
+        for others, labels in task.batches("all"):  # block by block, so that memory does not grow with the paintings
+            likeness = torch.cat([best, F.normalize(inputs) @ F.normalize(others).T], 1)
+            best, places = likeness.topk(min(5, likeness.shape[1]))
+            names = torch.cat([names, labels.expand(len(inputs), -1)], 1).gather(1, places)
+        guesses.append(names.mode(1).values.cpu())
+    return None, torch.cat(guesses).numpy(), {}
 
 
 # Scores, the checkpoint, the table ------------------------------------------------------------------------------------

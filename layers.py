@@ -91,10 +91,12 @@ def trunk(width: int, depth: int = 1) -> nn.Sequential:
 
 def texture(maps, deviation: bool = True):
     """Mean and deviation of each map, wherever in the picture: (B, C, H, W) to (B, 2 * C, 1, 1)."""
-    means = maps.mean((2, 3), keepdim=True)
-    if not deviation:
-        return means
-    return torch.cat([means, (maps.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()], 1)
+    places = maps.movedim(1, 3).flatten(1, 2)  # as they lie in memory with channels_last: four times as fast as var()
+    means = places.mean(1)
+    if deviation:
+        spreads = ((places - means[:, None]).square().mean(1) + 1e-5).sqrt()
+        means = torch.cat([means, spreads], 1)
+    return means[:, :, None, None]
 
 
 class Up(nn.Upsample):
