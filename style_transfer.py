@@ -157,7 +157,7 @@ def repaint_files(model, checkpoint, config, device) -> None:
     """Every picture of --image in every style of --style, in its own proportions."""
     source, out, classes = Path(config.image), Path(config.out), checkpoint["classes"]
     if not source.exists():
-        raise runs.Problem(f"no picture and no folder {source}")
+        raise runs.Problem(f"no file and no folder {source}")
     files = [source]
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -384,7 +384,10 @@ class Autoencoder(nn.Module):
         maps = tint(fine + outer(up(tint(inner(coarse)))))
         first, second, brush, shuffle = self.paint
         maps = tint(second(tint(first(maps))))
-        return self.normalise.restore(sketch + shuffle(brush(maps)))
+        return self.normalise.restore(self.finish(sketch + shuffle(brush(maps)), tint))
+
+    def finish(self, pictures, tint):
+        return pictures
 
     def forward(self, images, glimpses=None):
         """What comes back; with other windows of the same paintings, also both textures' points (2 * B, points)."""
@@ -409,11 +412,15 @@ class StyleAutoencoder(Autoencoder):
     def __init__(self, styles: int, embedding: int = 64, given: int = 0, **plain):
         super().__init__(**plain)
         code, width = plain["code"], plain["width"]
-        steps = (code, width, 2 * width, 2 * width, width, width, width)
+        steps = (code, width, 2 * width, 2 * width, width, width, width, width // 2)
         self.films.extend(Film(embedding, channels) for channels in steps)
         if given:
             self.register_buffer("given", torch.zeros(styles, given))
         self.embedding = nn.Linear(given or styles, embedding, bias=False)
+        self.strokes = nn.Conv2d(3, width // 2, 5, padding=2)
+        self.retouch = nn.Conv2d(width // 2, 3, 5, padding=2)
+        nn.init.zeros_(self.retouch.weight)
+        nn.init.zeros_(self.retouch.bias)
         self.reader = nn.Linear(8 * width, styles)  # names the style of a painting, so that its own can be kept
 
     def embed(self, shares):
@@ -422,6 +429,10 @@ class StyleAutoencoder(Autoencoder):
     def decode(self, codes, shares):
         """Images (B, 3, crop, crop) of the content (B, code) in the styles (B, styles)."""
         return super().decode(codes, self.embed(shares))
+
+    def finish(self, pictures, tint):
+        """Pixel by pixel, over the seams of the tiles of 4 x 4 that the decoder paints."""
+        return pictures + self.retouch(F.relu(tint(self.strokes(pictures))))
 
     def forward(self, images, shares, others):
         """For training: contents, pictures in their own styles and in others, and logits of the styles that it reads.

@@ -39,6 +39,7 @@ def model():
         torch.nn.init.normal_(film.ask.weight)
     model.start_as_pca(torch.rand(40, 3, 32, 32))
     torch.nn.init.normal_(model.paint[-2].weight)
+    torch.nn.init.normal_(model.retouch.weight)
     torch.nn.init.normal_(model.add.weight)
     return model
 
@@ -175,7 +176,7 @@ def test_mistakes_get_one_clear_line(styled, tmp_path):
     for more, message in (
         (("--image", good, "--style", "Dada"), "no style Dada"),
         (("--image", tmp_path / "bad.jpg"), "bad.jpg"),
-        (("--image", tmp_path / "nowhere.jpg"), "no picture"),
+        (("--image", tmp_path / "nowhere.jpg"), "no file and no folder"),
         (("--checkpoint", styled / "autoencoder.pt", "--image", good), "a StyleAutoencoder is needed"),
     ):
         assert message in clear_line(script("style_transfer.py", *TINY, *arguments, *more))
