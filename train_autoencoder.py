@@ -89,7 +89,7 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     begin = begin_style if style else begin_plain
-    objective, arguments = begin(training, config, not partial.exists())
+    objective, arguments = begin(training, config, device, not partial.exists())
     model = objective.to(device, memory_format=torch.channels_last).model
     optimizers = runs.Optimizers(objective, config, config.epochs * (len(training) // config.batch_size))
     state = {
@@ -151,7 +151,7 @@ def main(argv=None):
     runs.leave_processes()
 
 
-def begin_plain(training, config, fresh: bool):
+def begin_plain(training, config, device, fresh: bool):
     """What is trained, with a plain Autoencoder inside that starts as PCA where it is `fresh`; and its arguments."""
     mean, std = channel_statistics(training)
     arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
@@ -162,7 +162,7 @@ def begin_plain(training, config, fresh: bool):
     return Copy(model, config, float(np.mean(np.square(std)))), arguments
 
 
-def begin_style(training, config, fresh: bool):
+def begin_style(training, config, device, fresh: bool):
     """The same with a StyleAutoencoder that starts as a trained plain one, and a classifier to guide it."""
     plain = runs.load_checkpoint(runs.find_checkpoint(config.run, config.start), "Autoencoder")
     guide = runs.load_checkpoint(runs.find_checkpoint(config.run, config.guide), "CNN")
@@ -178,6 +178,7 @@ def begin_style(training, config, fresh: bool):
     model = make_model("StyleAutoencoder", arguments)
     weights = plain["weights"] if features is None else plain["weights"] | {"given": features}
     model.load_state_dict(weights, strict=False)  # what styles need is new, what tells manners apart is left out
+    network = network.to(device, memory_format=torch.channels_last)
     return Repaint(model, network, config, float(np.mean(np.square(arguments["std"])))), arguments
 
 
