@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import runs
-from folder import DataError, as_rgb, end_with, hold_out
+from folder import DataError, as_rgb, end_with
 from wikiart import Pretrained, WikiArt, head, predict, random_crops
 
 try:
@@ -289,12 +289,11 @@ class Task:
     """One target on one backbone: its paintings, their features, and the loss that balances its classes."""
 
     def __init__(self, target, train, test, model, features, rows, config, device):
-        held_out = hold_out(train.labels.numpy(), train.groups, config.validation, config.split_seed)
-        if not held_out.any() or len(train.classes) < 2:
+        training, validation = train.set_apart(config.validation, config.split_seed)
+        if not len(validation) or len(train.classes) < 2:
             raise runs.Problem(f"{len(train)} paintings of {len(train.classes)} classes are too few to learn {target}")
         self.target, self.model, self.features, self.device = target, model, features, device
-        self.parts = {"all": train, "training": train.subset(~held_out), "validation": train.subset(held_out),
-                      "test": test}  # fmt: skip
+        self.parts = {"all": train, "training": training, "validation": validation, "test": test}
         self.rows = {name: torch.tensor([rows[path] for path in part.paths]) for name, part in self.parts.items()}
         frequency = (torch.bincount(train.labels, minlength=len(train.classes)) / len(train)).to(device)
         # As in train.py: the loss sees logits plus log-frequency (Menon et al. 2021), or weighs rare classes more.

@@ -88,8 +88,11 @@ def main(argv=None):
     training.move_to(device)
 
     torch.manual_seed(config.seed)
-    begin = begin_style if style else begin_plain
-    objective, arguments = begin(training, config, device, not partial.exists())
+    if style:
+        objective, arguments = begin_style(training, config, device)
+    else:
+        rows = with_mirrors(training, config)  # for both PCAs: the one to start from and the one to beat
+        objective, arguments = begin_plain(training, config, None if partial.exists() else rows)
     model = objective.to(device, memory_format=torch.channels_last).model
     optimizers = runs.Optimizers(objective, config, config.epochs * (len(training) // config.batch_size))
     state = {
@@ -107,7 +110,7 @@ def main(argv=None):
     if first:
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     trained = runs.parallel(objective, device)
-    pca = fit_pca(training, config) if first and not style else None
+    pca = fit_pca(rows.numpy(), config) if first and not style else None
     levels = baselines(pca, validation, config) if pca else {}
     kept = len(state["history"])  # epochs in the checkpoint
     try:
@@ -151,18 +154,18 @@ def main(argv=None):
     runs.leave_processes()
 
 
-def begin_plain(training, config, device, fresh: bool):
-    """What is trained, with a plain Autoencoder inside that starts as PCA where it is `fresh`; and its arguments."""
+def begin_plain(training, config, rows):
+    """What is trained, with a plain Autoencoder inside that starts as PCA of the pictures in `rows`; its arguments."""
     mean, std = channel_statistics(training)
     arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
     arguments["points"] = 128 if config.manner_weight else 0
     model = make_model("Autoencoder", arguments)
-    if fresh:
-        model.start_as_pca(with_mirrors(training, config).view(-1, 3, config.crop, config.crop))
+    if rows is not None:  # a resumed one has started before
+        model.start_as_pca(rows.view(-1, 3, config.crop, config.crop))
     return Copy(model, config, float(np.mean(np.square(std)))), arguments
 
 
-def begin_style(training, config, device, fresh: bool):
+def begin_style(training, config, device):
     """The same with a StyleAutoencoder that starts as a trained plain one, and a classifier to guide it."""
     plain = runs.load_checkpoint(runs.find_checkpoint(config.run, config.start), "Autoencoder")
     guide = runs.load_checkpoint(runs.find_checkpoint(config.run, config.guide), "CNN")
@@ -296,8 +299,7 @@ def with_mirrors(data, config):
     return torch.cat([each.flatten(1) for batch in batches for each in batch])
 
 
-def fit_pca(training, config) -> PCA:
-    rows = with_mirrors(training, config).numpy()
+def fit_pca(rows: np.ndarray, config) -> PCA:
     return PCA(min(config.code, *rows.shape), svd_solver="randomized", random_state=config.seed).fit(rows)
 
 
