@@ -91,8 +91,7 @@ def main(argv=None):
     if style:
         objective, arguments = begin_style(training, config, device)
     else:
-        rows = with_mirrors(training, config)  # for both PCAs: the one to start from and the one to beat
-        objective, arguments = begin_plain(training, config, None if partial.exists() else rows)
+        objective, arguments = begin_plain(training, config, start=not partial.exists())
     model = objective.to(device, memory_format=torch.channels_last).model
     optimizers = runs.Optimizers(objective, config, config.epochs * (len(training) // config.batch_size))
     state = {
@@ -110,7 +109,7 @@ def main(argv=None):
     if first:
         print(f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters on {device}")
     trained = runs.parallel(objective, device)
-    pca = fit_pca(rows.numpy(), config) if first and not style else None
+    pca = fit_pca(training, config) if first and not style else None
     levels = baselines(pca, validation, config) if pca else {}
     kept = len(state["history"])  # epochs in the checkpoint
     try:
@@ -154,14 +153,17 @@ def main(argv=None):
     runs.leave_processes()
 
 
-def begin_plain(training, config, rows):
-    """What is trained, with a plain Autoencoder inside that starts as PCA of the pictures in `rows`; its arguments."""
+def begin_plain(training, config, start: bool):
+    """What is trained, with a plain Autoencoder inside that starts as PCA; its arguments.
+
+    This PCA sees windows of the paintings, too, as training does: it generalises better than that of whole ones alone.
+    """
     mean, std = channel_statistics(training)
     arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
     arguments["points"] = 128 if config.manner_weight else 0
     model = make_model("Autoencoder", arguments)
-    if rows is not None:  # a resumed one has started before
-        model.start_as_pca(rows.view(-1, 3, config.crop, config.crop))
+    if start:  # a resumed one has started before
+        model.start_as_pca(with_mirrors(training, config, windows=3))
     return Copy(model, config, float(np.mean(np.square(std)))), arguments
 
 
@@ -291,15 +293,20 @@ def best_epoch(history: list[dict], last: bool) -> int:
 # What needs no network ------------------------------------------------------------------------------------------------
 
 
-def with_mirrors(data, config):
-    """Whole pictures and their mirror images as rows, (2 * N, 3 * crop * crop) in [0, 1], for PCA; of more than
-    --pca-images an even choice."""
+def with_mirrors(data, config, windows: int = 0):
+    """Batches of pictures (B, 3, crop, crop) in [0, 1] for PCA: whole ones, random windows, and the mirror images of
+    both; of more than --pca-images paintings an even choice."""
     chosen, cpu = torch.arange(len(data))[:: -(-len(data) // config.pca_images)], torch.device("cpu")
-    batches = [views(data.batch(items, cpu)[0], config.crop) for items in chosen.split(config.batch_size)]
-    return torch.cat([each.flatten(1) for batch in batches for each in batch])
+    for items in chosen.split(config.batch_size):
+        pixels, _ = data.batch(items, cpu)
+        yield from views(pixels, config.crop)
+        for _ in range(windows):
+            window = one_window(pixels, config.crop, torch.rand(5), config.smallest)
+            yield from (window, window.flip(3))
 
 
-def fit_pca(rows: np.ndarray, config) -> PCA:
+def fit_pca(data, config) -> PCA:
+    rows = torch.cat([images.flatten(1) for images in with_mirrors(data, config)]).numpy()
     return PCA(min(config.code, *rows.shape), svd_solver="randomized", random_state=config.seed).fit(rows)
 
 

@@ -351,9 +351,9 @@ class Autoencoder(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def start_as_pca(self, images) -> None:
-        """Set the straight path, so that codes have deviation 1; images (N, 3, crop, crop)."""
-        rows = self.shrink(self.normalise(images))
+    def start_as_pca(self, batches) -> None:
+        """Set the straight path, so that codes have deviation 1; batches of images (B, 3, crop, crop)."""
+        rows = torch.cat([self.shrink(self.normalise(images)) for images in batches])
         _, spreads, components = torch.pca_lowrank(rows, min(len(self.scales) + 16, *rows.shape), center=False, niter=4)
         found = min(len(self.scales), len(spreads))
         self.components[:found] = components.T[:found]

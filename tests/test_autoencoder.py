@@ -86,7 +86,7 @@ def test_restoring_undoes_the_normalisation():
 def test_every_weight_gets_a_gradient():
     model = wikiart.Autoencoder(crop=32, code=8, width=8, points=16)
     images = torch.rand(40, 3, 32, 32)
-    model.start_as_pca(images)
+    model.start_as_pca([images])
     for last in (model.add, model.paint[-2]):  # zero to begin with, which stops gradients
         torch.nn.init.normal_(last.weight)
     painted, points = model(images[:4], images[4:8])
@@ -100,7 +100,7 @@ def test_it_starts_where_pca_ends():
     images = torch.rand(60, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # 48 numbers say all
     for code, most in ((48, 1e-6), (24, 0.05)):
         model = wikiart.Autoencoder(crop=32, code=code, width=8).eval()
-        model.start_as_pca(images)
+        model.start_as_pca([images])
         with torch.no_grad():
             painted, codes = model(images), model.encode(images)
         smooth = torch.nn.functional.interpolate(

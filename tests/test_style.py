@@ -37,7 +37,7 @@ def model():
     model = wikiart.StyleAutoencoder(3, embedding=4, crop=32, code=8, width=8)
     for film in model.films:
         torch.nn.init.normal_(film.ask.weight)
-    model.start_as_pca(torch.rand(40, 3, 32, 32))
+    model.start_as_pca([torch.rand(40, 3, 32, 32)])
     torch.nn.init.normal_(model.paint[-2].weight)
     torch.nn.init.normal_(model.retouch.weight)
     torch.nn.init.normal_(model.add.weight)
