@@ -130,7 +130,7 @@ $(VENV)/ready: requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-download.txt requirements-embed.txt
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-download.txt requirements-embed.txt requirements-magenta.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

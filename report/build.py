@@ -5,7 +5,8 @@
     python report/build.py --check                        # are they what the templates and report/facts.json give?
 
 A template holds {script.fact} or {script.fact:format}, e.g. {test.accuracy:.1%}, for every number; a fact that the
-run does not have is an error. Figures are named as they stand in the run folder.
+run does not have is an error. {mlp.train.epochs} is a fact of the run in the run's folder mlp/. Figures are named as
+they stand in the run folder.
 """
 
 import argparse
@@ -49,10 +50,12 @@ def documents(facts: dict) -> dict[Path, str]:
 
 
 def read_facts(folder: Path) -> dict:
+    """A run's facts, with those of the runs in its folders under their names."""
     path = folder / "facts.json"
     if not path.exists():
         sys.exit(f"build.py: no {path}: run make first, or give another --run")
-    return json.loads(path.read_text())
+    parts = {each.parent.name: json.loads(each.read_text()) for each in sorted(folder.glob("*/facts.json"))}
+    return parts | json.loads(path.read_text())
 
 
 def main():
@@ -77,8 +80,9 @@ def main():
         if options.publish:
             shutil.copyfile(options.run / figure, REPORT / figure)
     if options.publish:
-        for file in ("facts.json", "classifier.pt", "autoencoder.pt"):  # numbers, and the weights they speak of
-            shutil.copyfile(options.run / file, REPORT / file)
+        (REPORT / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+        for weights in ("classifier.pt", "autoencoder.pt", "style.pt"):  # which the numbers speak of
+            shutil.copyfile(options.run / weights, REPORT / weights)
         for path, filled in documents(facts).items():
             path.write_text(filled)
         print(f"renewed: {REPORT / 'README.md'}, {README}")

@@ -111,6 +111,15 @@ def test_transplanted_statistics(method):
         assert torch.allclose(*spread, atol=0.05)
 
 
+def test_a_net_of_others_goes_through_the_same_scores(styled, demo):
+    style_transfer.main([*TINY, "--data", str(demo), "--run", str(styled), "--method", "magenta", "--paintings", "1"])
+    facts = json.loads((styled / "facts.json").read_text())["style_transfer"]
+    assert facts["magenta"]["paintings"] == 1
+    assert 0 < facts["magenta"]["ssim"] < 1
+    assert facts["magenta"]["own_mse"] == 0
+    assert "hit_rate" in facts
+
+
 def test_measures_of_pictures():
     torch.manual_seed(0)
     images = torch.rand(5, 3, 32, 32)
