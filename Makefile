@@ -84,10 +84,13 @@ $(RUN)/judge/classifier.pt: train.py judge.json $(SHARED)
 	$(PY) train.py $(FLAGS) -c judge.json --run $(RUN)/judge \
 	    $(if $(wildcard $(RUN)/judge/classifier.partial.pt),--resume)
 
+# A second judge where there is one: embed.py --shrink 64 makes it.
+JUDGES = --judges judge $(notdir $(wildcard $(RUN)/embed_*_64.pt))
+
 $(RUN)/style_grid.png: style_transfer.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
-	$(PY) style_transfer.py $(FLAGS) --method adain
-	$(PY) style_transfer.py $(FLAGS) --method wct
-	$(PY) style_transfer.py $(FLAGS)
+	$(PY) style_transfer.py $(FLAGS) --method adain $(JUDGES)
+	$(PY) style_transfer.py $(FLAGS) --method wct $(JUDGES)
+	$(PY) style_transfer.py $(FLAGS) $(JUDGES)
 
 # The rest -------------------------------------------------------------------------------------------------------------
 
@@ -112,7 +115,26 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt config.json cpu.json report/ablat
 	@for file in $^; do find $(RUN)/$* \( -name classifier.pt -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
-publish: pipeline $(COMPARISONS)
+# Other settings of the autoencoders, each a run in a folder of the run: without the second aim; told the style, with one
+# ingredient each, and with the classifier's mean features of a style instead of a learned embedding.
+$(RUN)/plain/clusters.md: train_autoencoder.py cluster.py losses.py $(SHARED)
+	$(PY) train_autoencoder.py $(FLAGS) --run $(RUN)/plain --manner-weight 0 \
+	    $(if $(wildcard $(RUN)/plain/autoencoder.partial.pt),--resume)
+	$(PY) cluster.py $(FLAGS) --run $(RUN)/plain --codes autoencoder manner --renew
+
+style_course := --hit-weight 0 --texture-weight 0 --critic-weight 0 --layout-weight 0
+style_hit := --texture-weight 0 --critic-weight 0
+style_texture := --hit-weight 0 --critic-weight 0
+style_critic := --hit-weight 0 --texture-weight 0
+style_means := --embed means
+style_all :=
+VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,course hit texture critic means all)
+$(VARIANTS): $(RUN)/style_grid_%.png: train_autoencoder.py style_transfer.py losses.py $(RUN)/style_grid.png
+	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder --run $(RUN)/style_$* --start $(RUN)/autoencoder.pt \
+	    --guide $(RUN)/classifier.pt --epochs 5 $(style_$*) $(if $(wildcard $(RUN)/style_$*/style.partial.pt),--resume)
+	$(PY) style_transfer.py $(FLAGS) --checkpoint $(RUN)/style_$*/style.pt --name $* $(JUDGES)
+
+publish: pipeline $(COMPARISONS) $(RUN)/plain/clusters.md $(VARIANTS)
 	$(PY) report/build.py --run $(RUN) --publish
 
 embed: $(VENV)/ready-embed
