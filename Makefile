@@ -74,7 +74,12 @@ $(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier
 $(RUN)/autoencoder.pt: train_autoencoder.py losses.py $(SHARED)
 	$(PY) train_autoencoder.py $(FLAGS) $(if $(wildcard $(RUN)/autoencoder.partial.pt),--resume)
 
-$(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/classifier.pt
+# The same, which tells windows of one painting from others, too: its maps know of manner.
+$(RUN)/manner/autoencoder.pt: train_autoencoder.py losses.py $(SHARED)
+	$(PY) train_autoencoder.py $(FLAGS) --run $(RUN)/manner --manner-weight 0.15 \
+	    $(if $(wildcard $(RUN)/manner/autoencoder.partial.pt),--resume)
+
+$(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/manner/autoencoder.pt $(RUN)/classifier.pt
 	$(PY) cluster.py $(FLAGS) --codes all --renew
 
 $(RUN)/style.pt: train_autoencoder.py losses.py $(RUN)/autoencoder.pt $(RUN)/classifier.pt
@@ -115,26 +120,21 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt config.json cpu.json report/ablat
 	@for file in $^; do find $(RUN)/$* \( -name classifier.pt -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
-# Other settings of the autoencoders, each a run in a folder of the run: without the second aim; told the style, with one
-# ingredient each, and with the classifier's mean features of a style instead of a learned embedding.
-$(RUN)/plain/clusters.md: train_autoencoder.py cluster.py losses.py $(SHARED)
-	$(PY) train_autoencoder.py $(FLAGS) --run $(RUN)/plain --manner-weight 0 \
-	    $(if $(wildcard $(RUN)/plain/autoencoder.partial.pt),--resume)
-	$(PY) cluster.py $(FLAGS) --run $(RUN)/plain --codes autoencoder manner --renew
-
-style_course := --hit-weight 0 --texture-weight 0 --critic-weight 0 --layout-weight 0
+# The autoencoder told the style with one ingredient each, told it in other ways, and all that is used.
+style_course := --told style --hit-weight 0 --texture-weight 0 --critic-weight 0 --layout-weight 0
 style_hit := --texture-weight 0 --critic-weight 0
 style_texture := --hit-weight 0 --critic-weight 0
 style_critic := --hit-weight 0 --texture-weight 0
+style_absolute := --told style
 style_means := --embed means
 style_all :=
-VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,course hit texture critic means all)
+VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,course hit texture critic absolute means all)
 $(VARIANTS): $(RUN)/style_grid_%.png: train_autoencoder.py style_transfer.py losses.py $(RUN)/style_grid.png
 	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder --run $(RUN)/style_$* --start $(RUN)/autoencoder.pt \
 	    --guide $(RUN)/classifier.pt --epochs 5 $(style_$*) $(if $(wildcard $(RUN)/style_$*/style.partial.pt),--resume)
-	$(PY) style_transfer.py $(FLAGS) --checkpoint $(RUN)/style_$*/style.pt --name $* $(JUDGES)
+	$(PY) style_transfer.py $(FLAGS) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 100 $(JUDGES)
 
-publish: pipeline $(COMPARISONS) $(RUN)/plain/clusters.md $(VARIANTS)
+publish: pipeline $(COMPARISONS) $(VARIANTS)
 	$(PY) report/build.py --run $(RUN) --publish
 
 embed: $(VENV)/ready-embed

@@ -1,7 +1,8 @@
 """Do art styles cluster? Group the codes of paintings without their labels, then compare the groups with the styles.
 
     python cluster.py                                   # the codes of autoencoder.pt in the run folder
-    python cluster.py --codes classifier                # or: manner, pixels, colours, features made by embed.py
+    python cluster.py --codes classifier                # or: pixels, colours, features made by embed.py, and manner
+    python train_autoencoder.py --manner-weight 0.15 --run runs/demo/manner    # what manner needs
     python cluster.py --codes all                       # every source that is there, in one table: the answer
     python cluster.py --method hdbscan                  # kmeans, agglomerative, gaussian or hdbscan
 
@@ -55,7 +56,7 @@ HELP = {
 }
 CHECKPOINTS = {  # in the run folder: the file, what it holds, and the method that makes codes of images
     "autoencoder": ("autoencoder.pt", "Autoencoder", "encode"),
-    "manner": ("autoencoder.pt", "Autoencoder", "features"),
+    "manner": ("manner/autoencoder.pt", "Autoencoder", "features"),
     "classifier": ("classifier.pt", "CNN", "features"),
 }
 PIXELS = 64  # side of the pictures that pixels and colours are taken from

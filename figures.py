@@ -6,6 +6,7 @@ matplotlib.use("Agg")  # files only: GPU servers have no screen
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 from PIL import Image  # noqa: E402
 
 plt.rcParams.update(
@@ -78,6 +79,10 @@ def lines(path, xs: list, panels: dict, xlabel: str, mark: tuple, levels=None, l
         if mark[0] is not None:
             axis.axvline(mark[0], color="0.6", lw=1, ls=":", label=mark[1])
         axis.set(title=title, xlabel=xlabel, ylabel=title, yscale="log" if title in logarithmic else "linear")
+        if title in logarithmic:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")  # the usual ones are formulas, which are off
+            axis.yaxis.set_minor_formatter("")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     save(figure, path)

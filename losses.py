@@ -53,7 +53,7 @@ class Critic(nn.Module):
     """Tells a style's paintings from what is repainted in it, at each place of a frozen classifier's maps.
 
     Maps instead of pixels make it small and quick to learn (Sauer et al. 2021, "Projected GANs converge faster"). A
-    look at the pixels shows it what these maps are blind to: the seams of the tiles that the decoder paints.
+    look at the pixels shows it what these maps are blind to.
     """
 
     def __init__(self, channels: list[int], styles: int, width: int = 64):
@@ -116,8 +116,8 @@ class Repaint(nn.Module):
         side = 4 * round((0.7 + 0.7 * float(numbers[5])) * images.shape[-1] / 4)
         config, half = self.config, len(images) // 2
         shares, asked = (F.one_hot(each, self.model.reader.out_features).float() for each in (labels, others))
-        codes, own, other, read = self.model(images, shares[:half], asked)
-        error = F.mse_loss(own.float(), images[:half])
+        codes, same, other, read = self.model(images, shares, asked, half)
+        error = F.mse_loss(same.float(), images[:half])
         loss = error / self.variance + F.cross_entropy(read.float(), labels)
         if config.layout_weight:
             loss = loss + config.layout_weight * (1 - (layout(other.float()) * layout(images)).sum(1).mean())

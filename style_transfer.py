@@ -179,10 +179,11 @@ def repaint(model, pixels, own, wanted, strength: float, crop: int):
     `own` (B, styles) are the styles that they are in; None: what the model reads from them.
     """
     images = views(pixels, crop)[0].contiguous(memory_format=torch.channels_last)
+    told = hasattr(model, "own_style")
     if own is None:
-        own = model.own_style(images) if hasattr(model, "own_style") else torch.zeros_like(wanted)
-    shares = (1 - strength) * own + strength * wanted
-    return model.decode(model.encode(images), shares).float().clamp(0, 1)
+        own = model.own_style(images) if told else torch.zeros_like(wanted)
+    styles = ((1 - strength) * own + strength * wanted, *[own] * told)
+    return model.decode(model.encode(images), *styles).float().clamp(0, 1)
 
 
 # New pictures ---------------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ def study(model, checkpoint, config, device) -> None:
 
 def verdicts(judge, pictures, config, device):
     """The styles (N,) that a classifier sees in pictures (N, 3, crop, crop), at the size that it was fitted at."""
-    network, side = build_model(judge).to(device), judge["data"]["size"]
+    network, side = build_model(judge).to(device, memory_format=torch.channels_last), judge["data"]["size"]
     said = []
     for batch in pictures.split(config.batch_size):
         if batch.shape[-1] != side:

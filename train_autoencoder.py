@@ -3,6 +3,7 @@
     python train_autoencoder.py                           # settings from config.json
     python train_autoencoder.py --model StyleAutoencoder  # starts from autoencoder.pt, guided by classifier.pt
     python train_autoencoder.py -c cpu.json --code 64     # a shorter code, on a machine without a GPU
+    python train_autoencoder.py --manner-weight 0.15 --run runs/demo/manner    # also learns manner, for cluster.py
     python train_autoencoder.py --resume                  # go on after Ctrl-C, a kill or a power cut
     torchrun --nproc-per-node=2 -- train_autoencoder.py   # several GPUs: the same result, sooner
 
@@ -50,6 +51,8 @@ HELP = {
     "guide": "the classifier that says what a style looks like",
     "embedding": "numbers that a style is told in",
     "embed": ("what these are: learned, or made from the classifier's mean features of a style", ("learned", "means")),
+    "told": ("what the decoder is told: the way from the own style to the one asked for, or the latter alone",
+             ("change", "style")),
     "hit_weight": "weight of the guide's naming the style asked for, in the loss; 0: off",
     "texture_weight": "weight of maps with the statistics of a painting of that style; 0: off",
     "critic_weight": "weight of a critic of maps; 0: off",
@@ -59,7 +62,7 @@ HELP = {
     "pca_images": "training pictures, each also mirrored, for the PCA to start from and to be held against, at most",
     "show": "paintings in reconstructions.png",
     "resume": "go on from autoencoder.partial.pt in the run folder",
-}
+}  # fmt: skip
 # What may change when a run is resumed.
 FREE = ("data", "run", "device", "processes", "config", "resume", "hide", "show")
 
@@ -176,6 +179,7 @@ def begin_style(training, config, device):
     if plain["crop"] != config.crop:
         raise runs.Problem(f"{config.start} was trained with --crop {plain['crop']}: give that here too")
     arguments = plain["arguments"] | {"styles": len(training.classes), "embedding": config.embedding, "points": 0}
+    arguments["relative"] = config.told == "change"
     network, features = build_model(guide), None
     if config.embed == "means":
         features = mean_features(network, training, guide["crop"], config)
@@ -241,7 +245,8 @@ def reconstruct(model, data, items, config, device):
     with runs.autocast(device):
         codes = model.encode(images)
         if config.model == "StyleAutoencoder":
-            painted = model.decode(codes, own_styles(data, items, device))
+            own = own_styles(data, items, device)
+            painted = model.decode(codes, own, own)
         else:
             painted = model.decode(codes)
     return images, painted.float().clamp(0, 1)
@@ -260,7 +265,8 @@ def hits(objective, data, config, device) -> float:
         others = (data.labels[items] + 1 + items % (styles - 1)) % styles
         images = views(data.batch(items, device)[0], config.crop)[0].contiguous(memory_format=torch.channels_last)
         with runs.autocast(device):
-            painted = model.decode(model.encode(images), F.one_hot(others, styles).float().to(device))
+            wanted = F.one_hot(others, styles).float().to(device)
+            painted = model.decode(model.encode(images), wanted, own_styles(data, items, device))
             _, logits = objective.look(painted)
         hit += int((logits.argmax(1).cpu() == others).sum())
     return hit / len(data)
@@ -377,8 +383,8 @@ def show_styles(run, model, data, config, device, when: str) -> None:
     images, painted = reconstruct(model, data, items, config, device)
     rows, codes = {"original": images.cpu(), "own style": painted.cpu()}, model.encode(images)
     for style, name in list(enumerate(data.classes))[:8]:
-        shares = torch.eye(len(data.classes), device=device)[[style]].expand(len(items), -1)
-        rows[figures.plain(name)] = model.decode(codes, shares).clamp(0, 1).cpu()
+        wanted = torch.eye(len(data.classes), device=device)[[style]].expand(len(items), -1)
+        rows[figures.plain(name)] = model.decode(codes, wanted, own_styles(data, items, device)).clamp(0, 1).cpu()
     draw(run / "repaintings.png", rows, data, items, f"Repaintings {when}")
 
 
@@ -408,7 +414,7 @@ def report(run, state, model, training, validation, test, pca, config, device) -
     }
     print(f"test paintings: {facts['psnr']:.2f} dB")
     if config.model == "StyleAutoencoder":
-        facts |= {"val_hits": best["val_hits"], "embed": config.embed}
+        facts |= {"val_hits": best["val_hits"], "embed": config.embed, "told": config.told}
         facts |= {key: getattr(config, key) for key in Repaint.WEIGHTS}
     else:
         tested, names = baselines(pca, test, config), level_names(config, pca)

@@ -382,12 +382,13 @@ class Autoencoder(nn.Module):
         coarse = tint(self.coarse(fine) + self.spread(codes))
         inner, up, outer = self.join
         maps = tint(fine + outer(up(tint(inner(coarse)))))
-        first, second, brush, shuffle = self.paint
+        first, second, *_ = self.paint
         maps = tint(second(tint(first(maps))))
-        return self.normalise.restore(self.finish(sketch + shuffle(brush(maps)), tint))
+        return self.normalise.restore(sketch + self.detail(maps, tint))
 
-    def finish(self, pictures, tint):
-        return pictures
+    def detail(self, maps, tint):
+        """What the last maps add to the sketch, in tiles of 4 x 4 pixels."""
+        return self.paint[2:](maps)
 
     def forward(self, images, glimpses=None):
         """What comes back; with other windows of the same paintings, also both textures' points (2 * B, points)."""
@@ -405,44 +406,46 @@ class Autoencoder(nn.Module):
 class StyleAutoencoder(Autoencoder):
     """An autoencoder whose decoder is told the style to paint in: each of its steps is scaled and shifted by it (FiLM).
 
-    A style is given as shares (B, styles) of all styles, mostly 1 for one of them: mixtures and half strengths are as
-    good. What an embedding is: learned, or made from `given` (styles, numbers), a classifier's mean features.
+    Styles are given as shares (B, styles) of all styles, mostly 1 for one of them: mixtures and half strengths are as
+    good. With `relative` the decoder is told the way from the painting's own style to the one asked for, else only the
+    latter. What an embedding is: learned, or made from `given` (styles, numbers), a classifier's mean features.
     """
 
-    def __init__(self, styles: int, embedding: int = 64, given: int = 0, **plain):
+    def __init__(self, styles: int, embedding: int = 64, given: int = 0, relative: bool = True, **plain):
         super().__init__(**plain)
         code, width = plain["code"], plain["width"]
-        steps = (code, width, 2 * width, 2 * width, width, width, width, width // 2)
+        self.relative = relative
+        steps = (code, width, 2 * width, 2 * width, width, width, width, width)
         self.films.extend(Film(embedding, channels) for channels in steps)
         if given:
             self.register_buffer("given", torch.zeros(styles, given))
         self.embedding = nn.Linear(given or styles, embedding, bias=False)
-        self.strokes = nn.Conv2d(3, width // 2, 5, padding=2)
-        self.retouch = nn.Conv2d(width // 2, 3, 5, padding=2)
-        nn.init.zeros_(self.retouch.weight)
-        nn.init.zeros_(self.retouch.bias)
+        self.paint = self.paint[:2]
+        self.strokes = nn.Sequential(Up(), nn.Conv2d(width, width, 3, padding=1))
+        self.pixels = nn.Sequential(nn.ReLU(), Up(), nn.Conv2d(width, 3, 5, padding=2))
+        nn.init.zeros_(self.pixels[-1].weight)
+        nn.init.zeros_(self.pixels[-1].bias)
         self.reader = nn.Linear(8 * width, styles)  # names the style of a painting, so that its own can be kept
 
     def embed(self, shares):
         return self.embedding(shares @ self.given if hasattr(self, "given") else shares)
 
-    def decode(self, codes, shares):
-        """Images (B, 3, crop, crop) of the content (B, code) in the styles (B, styles)."""
-        return super().decode(codes, self.embed(shares))
+    def decode(self, codes, wanted, own):
+        """Images (B, 3, crop, crop) of the content (B, code) in the styles wanted, out of its own; (B, styles) both."""
+        return super().decode(codes, self.embed(wanted - own if self.relative else wanted))
 
-    def finish(self, pictures, tint):
-        """Pixel by pixel, over the seams of the tiles of 4 x 4 that the decoder paints."""
-        return pictures + self.retouch(F.relu(tint(self.strokes(pictures))))
+    def detail(self, maps, tint):
+        """Enlarged step by step: where styles want contrasts, the seams of tiles would show (Odena et al. 2016)."""
+        return self.pixels(tint(self.strokes(maps)))
 
-    def forward(self, images, shares, others):
-        """For training: contents, pictures in their own styles and in others, and logits of the styles that it reads.
-
-        The own styles are painted for the first len(shares) of the images.
-        """
+    def forward(self, images, own, wanted, kept: int):
+        """For training: contents, the first `kept` of the pictures in their own styles, all in the styles wanted, and
+        logits of the styles that it reads."""
         codes, maps = self.code(self.normalise(images))
-        painted = self.decode(torch.cat([codes[: len(shares)], codes]), torch.cat([shares, others]))
-        own, other = painted.split([len(shares), len(images)])
-        return codes, own, other, self.reader(texture(maps).flatten(1).detach())
+        both = torch.cat([own[:kept], wanted]), torch.cat([own[:kept], own])
+        painted = self.decode(torch.cat([codes[:kept], codes]), *both)
+        same, other = painted.split([kept, len(images)])
+        return codes, same, other, self.reader(texture(maps).flatten(1).detach())
 
     def own_style(self, images):
         """The shares (B, styles) of styles in the images, as far as the encoder can tell."""

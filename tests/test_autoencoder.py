@@ -119,7 +119,7 @@ def test_windows_of_one_painting_are_told_from_others():
 
 
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch):
-    arguments = [*TINY_CODES, "--data", str(demo)]
+    arguments = [*TINY_CODES, "--data", str(demo), "--manner-weight", "0.15"]
     train_autoencoder.main([*arguments, "--run", str(tmp_path / "whole")])
     whole = train_autoencoder.train_epoch
 
@@ -139,7 +139,7 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, 
 
 
 def test_two_processes_train_like_one(demo, tmp_path):
-    plain = ["--optimizer", "adamw", "--data", str(demo)]  # Muon blows rounding up
+    plain = ["--optimizer", "adamw", "--manner-weight", "0.15", "--data", str(demo)]  # Muon blows rounding up
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
     command = [*torchrun, ROOT / "train_autoencoder.py", *TINY_CODES, *plain, "--run", tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -60,7 +60,8 @@ def test_a_colour_histogram_counts_shares():
 def studied(demo, trained, tmp_path_factory):
     """A run folder with an autoencoder and a classifier, all sources clustered."""
     run = tmp_path_factory.mktemp("studied")
-    train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(run)])
+    for folder, weight in ((run, "0"), (run / "manner", "0.15")):
+        train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(folder), "--manner-weight", weight])
     (run / "classifier.pt").write_bytes((trained / "classifier.pt").read_bytes())
     cluster.main([*TINY, "--size", "32", "--data", str(demo), "--run", str(run), "--codes", "all"])
     return run
@@ -68,7 +69,7 @@ def studied(demo, trained, tmp_path_factory):
 
 def test_every_source_that_is_there_gets_scores_figures_and_codes(studied):
     facts = json.loads((studied / "facts.json").read_text())
-    assert {"autoencoder", "classifier", "pixels", "colours"} <= set(facts["cluster"])
+    assert {"autoencoder", "manner", "classifier", "pixels", "colours"} <= set(facts["cluster"])
     for source, found in facts["cluster"].items():
         assert -1 <= found["ari"] <= 1
         assert 0 <= found["probe"] <= 1

@@ -25,8 +25,8 @@ esac
 """
 
 
-STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "cluster.py", "train_autoencoder.py", "train.py",
-          *3 * ["style_transfer.py"]]  # fmt: skip
+STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "train_autoencoder.py", "cluster.py",
+          "train_autoencoder.py", "train.py", *3 * ["style_transfer.py"]]  # fmt: skip
 
 
 @pytest.fixture

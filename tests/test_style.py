@@ -38,29 +38,29 @@ def model():
     for film in model.films:
         torch.nn.init.normal_(film.ask.weight)
     model.start_as_pca([torch.rand(40, 3, 32, 32)])
-    torch.nn.init.normal_(model.paint[-2].weight)
-    torch.nn.init.normal_(model.retouch.weight)
+    torch.nn.init.normal_(model.pixels[-1].weight)
     torch.nn.init.normal_(model.add.weight)
     return model
 
 
 def test_the_style_reaches_the_picture_and_every_weight_gets_a_gradient(model):
     images, shares = torch.rand(4, 3, 32, 32), torch.eye(3)[[0, 1, 2, 0]]
-    codes, own, other, read = model(images, shares[:2], shares.roll(1, 0))
+    codes, own, other, read = model(images, shares, shares.roll(1, 1), 2)
     assert own.shape == (2, 3, 32, 32)
     assert other.shape == (4, 3, 32, 32)
     (own.square().mean() + other.square().mean() + read.square().mean()).backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
     model.eval()
     with torch.no_grad():
-        one, two = (model.decode(codes, torch.eye(3)[[style] * 4]) for style in (0, 1))
+        one, two = (model.decode(codes, torch.eye(3)[[style] * 4], shares) for style in (0, 1))
     assert (one - two).abs().mean() > 0.01
 
 
 def test_a_style_changes_nothing_before_training():
     model = wikiart.StyleAutoencoder(3, crop=32, code=8, width=8).eval()
     codes = torch.rand(2, 8)
-    assert torch.equal(model.decode(codes, torch.eye(3)[:2]), wikiart.Autoencoder.decode(model, codes))
+    wanted, own = torch.eye(3)[:2], torch.eye(3)[1:]
+    assert torch.equal(model.decode(codes, wanted, own), wikiart.Autoencoder.decode(model, codes))
 
 
 def test_training_starts_from_the_plain_autoencoder_and_everything_is_in_the_checkpoint(styled, demo):
@@ -73,8 +73,9 @@ def test_training_starts_from_the_plain_autoencoder_and_everything_is_in_the_che
     images = wikiart.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
     with torch.no_grad():
         codes = model.encode(images)
-        own = model.decode(codes, torch.eye(8)[data.labels])
-        other = model.decode(codes, torch.eye(8)[(data.labels + 1) % 8])
+        styles = torch.eye(8)[data.labels]
+        own = model.decode(codes, styles, styles)
+        other = model.decode(codes, styles.roll(1, 1), styles)
     assert (own - images).square().mean() < (images.mean((2, 3), keepdim=True) - images).square().mean()
     assert (own - other).abs().mean() > 1e-4
 
