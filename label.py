@@ -49,7 +49,7 @@ HELP = {
     "batch_size": "pictures at a time, and pictures that one request to label_batch may hold",
     "serve": "serve the page and the API instead",
     "host": "address to listen at; 0.0.0.0 lets other machines in",
-    "port": "port to listen at",
+    "port": "port to listen at; 0: the first free one from 7860 on",
     "megabytes": "size of an upload, at most",
     "megapixels": "pixels of an upload in millions, at most",
     "corrections": "file of the labels that users confirmed, in the run folder",
@@ -58,7 +58,7 @@ HELP = {
 }
 SHOWN = 3  # likeliest classes in a row, and in an answer
 # What the page takes: no SVG, and nothing that Pillow hands on to another program (EPS).
-FORMATS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "TIFF": ".tif", "BMP": ".bmp", "GIF": ".gif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 
 
 def main(argv=None):
@@ -69,7 +69,7 @@ def main(argv=None):
     if config.export:
         return export(corrections, Path(config.export))
     if not given and not config.serve:
-        raise runs.Problem("give a folder of pictures first, e.g. python label.py paintings/, or --serve, or --export")
+        raise runs.Problem("give a folder of paintings first, e.g. python label.py paintings/, or --serve, or --export")
     device = runs.pick_device(config.device)
     labeller = Labeller(runs.find_checkpoint(config.run, config.checkpoint), device)
     artist = None
@@ -307,8 +307,8 @@ def export(corrections: Corrections, target: Path) -> None:
         raise runs.Problem(f"no {corrections.path}: nothing was confirmed on the page yet")
     count = 0
     for key, name, picture, choice in corrections.latest():
-        with Image.open(io.BytesIO(picture), formats=list(FORMATS)) as image:
-            ending = FORMATS[image.format]
+        with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
+            ending = ".jpg" if image.format in ("JPEG", "MPO") else f".{image.format.lower()}"  # MPO: of some phones
         # The artist, before the first "_", stays readable for folder.artist_of.
         stem = re.sub(r"[^\w-]+", "-", name_of(name)).strip("-")[:80] or "picture"
         path = target / choice / f"{stem}-{key[:12]}{ending}"
@@ -328,7 +328,7 @@ def read_upload(data: bytes, shape: dict, megapixels: float) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
         if width * height <= megapixels * 1e6:  # before anything is decoded: a small file can hold a vast picture
             return read_picture(io.BytesIO(data), **shape).copy()
