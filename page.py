@@ -47,6 +47,7 @@ CSS = """
 .pictures {display: flex; flex-wrap: wrap; gap: 1em} figure {margin: 0; max-width: 100%}
 .pictures img, figure img {max-width: 100%; height: auto; display: block}
 .small figure {width: 9em} figcaption {font-size: .9em}
+.file-preview .download {display: none}
 .wide {overflow-x: auto} .wide td, .wide th {padding: .2em .5em; text-align: right}
 .wide th:first-child {text-align: left}
 """
@@ -82,8 +83,8 @@ class Uploads:
             self.held.pop(token, None)
 
 
-def upload_route(uploads: Uploads) -> Route:
-    """Takes the place of Gradio's upload, which writes to the disk."""
+def upload_routes(uploads: Uploads) -> list[Route]:
+    """They take the place of Gradio's upload, which writes to the disk."""
 
     async def upload(request):
         tokens = []
@@ -96,7 +97,10 @@ def upload_route(uploads: Uploads) -> Route:
             return PlainTextResponse(str(problem), status_code=503)
         return JSONResponse([f"{gr.utils.get_upload_folder()}/{token}" for token in tokens])  # a file there never is
 
-    return Route("/gradio_api/upload", upload, methods=["POST"])
+    async def progress(request):  # whose bar the page shows: none is needed
+        return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
+    return [Route("/gradio_api/upload", upload, methods=["POST"]), Route("/gradio_api/upload_progress", progress)]
 
 
 class Guard:
@@ -149,11 +153,10 @@ def figure(image: Image.Image, alternative: str, caption: str) -> str:
             "</figcaption></figure>")  # fmt: skip
 
 
-def bars(rows: list[tuple[str, float, str]]) -> str:
-    """Names, heights and what they are in words, as bars that a screen reader can read."""
-    most = max((height for _, height, _ in rows), default=1)
+def bars(rows: list[tuple[str, float, str]], most: float) -> str:
+    """Names, heights of at most `most` and what they are in words, as bars that a screen reader can read."""
     items = (f'<li>{html.escape(name)}: <b>{words}</b><meter aria-label="{html.escape(name)}" '
-             f'aria-valuetext="{words}" max="{most:.4f}" value="{height:.4f}"></meter></li>'
+             f'aria-valuetext="{words}" max="{most:g}" value="{height:.4f}"></meter></li>'
              for name, height, words in rows)  # fmt: skip
     return f'<ol class="bars">{"".join(items)}</ol>'
 
@@ -252,7 +255,9 @@ def collection(config) -> str:
     sizes = facts.get("train", {}).get("class_sizes", {})
     rows = [(plain(name), size, str(size)) for name, size in sorted(sizes.items(), key=lambda each: -each[1])]
     shown.append("<h2>Training paintings per style</h2>")
-    shown.append(bars(rows) if rows else f"<p>{html.escape(config.run)} has no facts of train.py.</p>")
+    shown.append(
+        bars(rows, max(sizes.values())) if rows else f"<p>{html.escape(config.run)} has no facts of train.py.</p>"
+    )
     shown.append("<h2>Styles over the years</h2>" + years(read_metadata(Path(config.data) / "metadata.csv")))
     maps = sorted(Path(config.run).glob("tsne_*.png"), key=lambda path: path.stem != "tsne_classifier")
     shown.append("<h2>Map</h2>")
@@ -349,8 +354,8 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
             probabilities = labeller(pixels)[0]
             (guess, probability), *_ = likeliest = labeller.likeliest(probabilities)
             image = small(io.BytesIO(data), 512)
-            shown = [f'<h2 role="status">{html.escape(plain(guess))}, {probability:.0%}</h2>',
-                     bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest])]  # fmt: skip
+            shown = [f'<div role="status"><h2>{html.escape(plain(guess))}, {probability:.0%}</h2></div>',
+                     bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest], 1)]  # fmt: skip
             if artist:
                 (painter_name, share), *_ = artist.likeliest(artist(pixels)[0])
                 words = f"Painter: {painter_name.replace('-', ' ').title()}, {share:.0%}"
@@ -430,7 +435,7 @@ def launch(labeller, artist, corrections, read_upload, config, **options) -> tup
             server_name=config.host,
             server_port=config.port or None,
             app_kwargs={
-                "routes": [upload_route(uploads)],
+                "routes": upload_routes(uploads),
                 "middleware": [Middleware(Guard, megabytes=config.megabytes)],
             },
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
