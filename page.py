@@ -46,7 +46,7 @@ CSS = """
 .bars meter {width: 100%; height: 1.2em; display: block}
 .pictures {display: flex; flex-wrap: wrap; gap: 1em} figure {margin: 0; max-width: 100%}
 .pictures img, figure img {max-width: 100%; height: auto; display: block}
-.small figure {width: 9em} figcaption {font-size: .9em}
+.pictures figure {width: 18em} .pictures.small figure {width: 9em} figcaption {font-size: .9em}
 .file-preview .download {display: none}
 .wide {overflow-x: auto} .wide td, .wide th {padding: .2em .5em; text-align: right}
 .wide th:first-child {text-align: left}
@@ -172,7 +172,7 @@ def small(source, side: int) -> Image.Image:
 
 def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
     """The picture, grey and dark but for the regions whose evidence (h, w) is positive."""
-    share = Image.fromarray((255 * evidence.clip(0) / max(evidence.max(), 1e-9)).astype(np.uint8))
+    share = Image.fromarray((255 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
     share = share.resize(image.size, Image.Resampling.BICUBIC)
     return Image.composite(image, image.convert("L").point(lambda value: value * 0.35).convert("RGB"), share)
 
