@@ -4,6 +4,7 @@
 #   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
+#   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make test                         the tests
 #   make clean                        forget the demo's data and results
 
@@ -29,7 +30,7 @@ endif
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
 SHARED := wikiart.py layers.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline embed features report publish test lint clean FORCE
+.PHONY: all pipeline embed features serve report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -147,12 +148,22 @@ $(VENV)/ready-embed: $(VENV)/ready requirements-embed.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-embed.txt
 	touch $@
 
+HOST ?= 127.0.0.1
+PORT ?= 7860
+
+serve: $(VENV)/ready-label
+	$(PY) label.py --serve $(FLAGS) --host $(HOST) --port $(PORT)
+
+$(VENV)/ready-label: $(VENV)/ready requirements-label.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-label.txt
+	touch $@
+
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/ready-test: $(VENV)/ready requirements-test.txt requirements-download.txt requirements-embed.txt requirements-magenta.txt
+$(VENV)/ready-test: $(VENV)/ready $(wildcard requirements-*.txt)
 	$(PY) -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

@@ -324,7 +324,9 @@ def flat_outlines(scene, hand, rng):
     shaded = colour.mean(2) < means(colour, region).mean(2)
     line = np.diff(region, 1, 0, region[:1]) | np.diff(region, 1, 1, region[:, :1]) != 0
     width = 1 + 2 * round(scene.size / 180 * hand.grain)
-    line = Image.fromarray(line).convert("L").filter(ImageFilter.MaxFilter(width))
+    line = Image.fromarray(line).convert("L")
+    if width > 1:  # Pillow 12.3, which Gradio asks for, crashes at a filter of one pixel
+        line = line.filter(ImageFilter.MaxFilter(width))
     return np.where(np.asarray(line)[..., None] > 0, scene.tone.dark * 0.7, means(colour, region * 2 + shaded) * 1.05)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import figures
 import runs
 from folder import name_of, title_of
-from wikiart import WikiArt, build_model, predict
+from wikiart import WikiArt, build_model, calibrate, predict
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {
@@ -44,7 +44,9 @@ def main(argv=None):
         raise runs.Problem("the paintings have changed since training, so that its test part is no longer known: "
                            "train again")  # fmt: skip
     truth = data.labels.numpy()
-    probabilities = classify(checkpoint, data, config, device)
+    raw = classify(checkpoint, data, config, device)
+    temperature = checkpoint.get("temperature", 1.0)  # older checkpoints have none
+    probabilities = calibrate(torch.from_numpy(raw), temperature).numpy()
 
     def score(guesses):
         return scores(truth, guesses, len(classes), config.bootstrap, config.seed)
@@ -62,6 +64,8 @@ def main(argv=None):
         command = f"python train.py -c mlp.json --data {config.data} --run {baseline.parent}"
         print(f"no baseline for these classes in {baseline.parent}: {command} trains one")
     facts |= {f"{who}_{name}": value for who, named in others.items() for name, value in named.items()}
+    facts |= {"temperature": temperature, "ece_before": calibration_error(truth, raw),
+              "ece_after": calibration_error(truth, probabilities)}  # fmt: skip
     facts |= seen_and_unseen(checkpoint, data, probabilities.argmax(1))
 
     suffix = "" if config.split == "test" else "_train"
@@ -151,6 +155,15 @@ def count_pairs(truth, guesses, classes: int) -> np.ndarray:
     return np.bincount(truth * classes + guesses, minlength=classes**2).reshape(classes, classes)
 
 
+def calibration_error(truth, probabilities, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): how far the share that is right lies from the probability that was
+    given, as a mean over paintings in bins of like probability."""
+    sure, right = probabilities.max(1), probabilities.argmax(1) == truth
+    number = np.minimum((sure * bins).astype(int), bins - 1)
+    gaps = np.bincount(number, right - sure, bins)  # of each bin, times its paintings
+    return float(np.abs(gaps).sum() / len(truth))
+
+
 def write_tables(run, suffix, data, truth, probabilities, classes) -> tuple[list[str], dict]:
     """Scores per class and every prediction, as CSV; returns the first as lines, and its best and worst class."""
     guesses = probabilities.argmax(1)
@@ -228,6 +241,8 @@ def print_summary(facts, lines, run, suffix, split) -> None:
         if f"{name}_artists_accuracy" in facts:
             print(f"artists {name} in training: {facts[f'{name}_artists_accuracy']:.1%} of "
                   f"{facts[f'{name}_artists_images']} pictures")  # fmt: skip
+    print(f"probabilities are off by {facts['ece_before']:.3f} on average (expected calibration error); with the "
+          f"temperature {facts['temperature']:.2f} of the validation part by {facts['ece_after']:.3f}")  # fmt: skip
     print(f"\n{split} accuracy {facts['accuracy']:.1%}; tables and figures are in {run}/ (confusion{suffix}.png, "
           f"roc{suffix}.png, mistakes{suffix}.png, report{suffix}.txt)")  # fmt: skip
 

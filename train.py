@@ -26,7 +26,16 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import BalancedSampler, WikiArt, channel_statistics, make_model, predict, random_crops
+from wikiart import (
+    BalancedSampler,
+    WikiArt,
+    build_model,
+    calibrate,
+    channel_statistics,
+    make_model,
+    predict,
+    random_crops,
+)
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
 HELP = {
@@ -161,6 +170,9 @@ def main(argv=None):
     if first:
         del state["resume"]
         state["weights"] = runs.halved(state["weights"])
+        kept = build_model(state).to(device, memory_format=torch.channels_last)
+        probabilities = judge(kept, validation, config, device, config.windows)
+        state["temperature"] = fit_temperature(probabilities, validation.labels)
         report(run, state, model, training, validation, drawn)
         runs.save_checkpoint(final, state)
         partial.unlink(missing_ok=True)  # last, so that a full disk loses nothing
@@ -245,16 +257,38 @@ def train_epoch(model, averaged, data, order, names, optimizers, epoch, config, 
 def evaluate(model, data, config, device) -> dict:
     """Balanced loss, accuracy and balanced accuracy on whole pictures; balanced: the mean over classes."""
     model.eval()
-    chunks = torch.arange(len(data)).split(config.batch_size)
-    probabilities = torch.cat([predict(model, data.batch(chunk, device)[0], config.crop).cpu() for chunk in chunks])
+    probabilities = judge(model, data, config, device)
     correct = (probabilities.argmax(1) == data.labels).float()
-    losses = F.nll_loss(probabilities.clamp_min(1e-9).log(), data.labels, reduction="none")
-    classes = [data.labels == label for label in data.labels.unique()]
     return {
-        "val_loss": torch.stack([losses[members].mean() for members in classes]).mean().item(),
+        "val_loss": balanced(log_loss(probabilities, data.labels), data.labels),
         "val_accuracy": correct.mean().item(),
-        "val_balanced_accuracy": torch.stack([correct[members].mean() for members in classes]).mean().item(),
+        "val_balanced_accuracy": balanced(correct, data.labels),
     }
+
+
+def judge(model, data, config, device, windows=(1.0,)):
+    """Class probabilities (N, classes) of all paintings, averaged over the views of these windows."""
+    chunks = torch.arange(len(data)).split(config.batch_size)
+    return torch.cat([predict(model, data.batch(chunk, device)[0], config.crop, windows).cpu() for chunk in chunks])
+
+
+def log_loss(probabilities, labels):
+    return F.nll_loss(probabilities.clamp_min(1e-9).log(), labels, reduction="none")
+
+
+def balanced(values, labels) -> float:
+    """The mean over classes of the mean of each one's values (N,)."""
+    return torch.stack([values[labels == label].mean() for label in labels.unique()]).mean().item()
+
+
+def fit_temperature(probabilities, labels) -> float:
+    """The temperature with which probabilities (N, classes) fit the labels (N,) best: see wikiart.calibrate.
+
+    Averaging over views and smoothed labels make a network less sure than it may be, long training surer. Every class
+    weighs the same, as in choosing the epoch.
+    """
+    temperatures = torch.logspace(-1, 1, 201).tolist()
+    return min(temperatures, key=lambda each: balanced(log_loss(calibrate(probabilities, each), labels), labels))
 
 
 def best_epoch(history: list[dict]) -> int:
@@ -305,6 +339,7 @@ def report(run, state, model, training, validation, drawn) -> None:
         "class_sizes": dict(zip(state["classes"], training.counts().tolist(), strict=True)),
         "val_accuracy": best["val_accuracy"],
         "val_balanced_accuracy": best["val_balanced_accuracy"],
+        "temperature": round(state["temperature"], 4),
         "cpu_minutes": round(sum(record["cpu_seconds"] for record in history) / 60, 2),
         "minutes": round(sum(record["seconds"] for record in history) / 60, 2),
         **{key: state["config"][key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},

@@ -275,6 +275,14 @@ def predict(model: nn.Module, images, crop: int, windows=(1.0,)) -> torch.Tensor
     return over_views(lambda view: model(view).float().softmax(1), images, crop, windows)
 
 
+def calibrate(probabilities, temperature: float):
+    """Probabilities (B, classes) made surer by a temperature below 1, less sure by one above (Guo et al. 2017).
+
+    Their order stays.
+    """
+    return (probabilities.clamp_min(1e-9).log() / temperature).softmax(1)
+
+
 # Networks -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,11 @@
 """Tiny settings and a tiny painted data set, shared by all tests."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,31 @@ def picture(path, seed=0, size=(24, 20), mode="RGB", **options):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, **options)
     return path
+
+
+@contextlib.contextmanager
+def served(run, *flags):
+    """`label.py --serve` of a run folder as a process of its own; yields the process, with its `address`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "label.py", "--serve", "--run", run, "--port", port, "--device", "cpu", *flags]
+    log = open(Path(run) / "serve.log", "a+")
+    process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+    process.address = f"http://127.0.0.1:{port}/"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            log.seek(0)
+            assert process.poll() is None and time.monotonic() < deadline, log.read()
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,0 +1,489 @@
+"""What `label.py --serve` serves: a page for one painting and the collection, and an HTTP API for scripts (Gradio).
+
+Uploads stay in memory and are forgotten within the hour; only Corrections writes, when a label is confirmed. Pictures
+reach the page inside its HTML, each with its alternative text, so that no file is served at all.
+"""
+
+import base64
+import contextlib
+import html
+import io
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nobody is told what is done here
+
+import gradio as gr  # noqa: E402
+import httpx  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from starlette.datastructures import UploadFile  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import JSONResponse, PlainTextResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+import runs  # noqa: E402
+from figures import plain  # noqa: E402
+from folder import as_rgb, read_metadata, read_picture, title_of  # noqa: E402
+from wikiart import build_model, views  # noqa: E402
+
+AT_ONCE = 2  # pictures under way: one is decoded while the network looks at the other
+NEIGHBOURS = 6
+HELD = 2**30  # bytes of uploads that are held, at most
+FORGET = 3600  # seconds after which an upload is forgotten
+# Of Gradio's own addresses those that the page and the API need. The rest reads files, or fetches from elsewhere.
+OPEN = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run",
+        "startup-events", "theme.css", "upload", "upload_progress"}  # fmt: skip
+CSS = """
+.bars {list-style: none; padding: 0; margin: 0 0 1em} .bars li {margin: .3em 0}
+.bars meter {width: 100%; height: 1.2em; display: block}
+.pictures {display: flex; flex-wrap: wrap; gap: 1em} figure {margin: 0; max-width: 100%}
+.pictures img, figure img {max-width: 100%; height: auto; display: block}
+.pictures figure {width: 18em} .pictures.small figure {width: 9em} figcaption {font-size: .9em}
+.file-preview .download {display: none}
+.wide {overflow-x: auto} .wide td, .wide th {padding: .2em .5em; text-align: right}
+.wide th:first-child {text-align: left}
+"""
+
+
+# Uploads --------------------------------------------------------------------------------------------------------------
+
+
+class Uploads:
+    """Uploaded files, in memory, by tokens that nobody can guess: there is no path that could lead elsewhere."""
+
+    def __init__(self):
+        self.held, self.lock = {}, threading.Lock()
+
+    def put(self, name: str, data: bytes) -> str:
+        with self.lock:
+            now = time.monotonic()
+            self.held = {token: each for token, each in self.held.items() if now - each[2] < FORGET}
+            if len(data) + sum(len(each[1]) for each in self.held.values()) > HELD:
+                raise runs.Problem("too many uploads are waiting: try again later")
+            token = secrets.token_urlsafe(24)
+            self.held[token] = (name, data, now)
+            return token
+
+    def get(self, token) -> tuple[str, bytes]:
+        found = self.held.get(token)
+        if not found:
+            raise runs.Problem("this is no upload of the last hour: upload the picture first")
+        return found[:2]
+
+    def drop(self, token) -> None:
+        with self.lock:
+            self.held.pop(token, None)
+
+
+def upload_routes(uploads: Uploads) -> list[Route]:
+    """They take the place of Gradio's upload, which writes to the disk."""
+
+    async def upload(request):
+        tokens = []
+        try:
+            async with request.form(max_files=1000) as form:
+                for part in form.getlist("files"):
+                    if isinstance(part, UploadFile):
+                        tokens.append(uploads.put(part.filename or "", await part.read()))
+        except runs.Problem as problem:
+            return PlainTextResponse(str(problem), status_code=503)
+        return JSONResponse([f"{gr.utils.get_upload_folder()}/{token}" for token in tokens])  # a file there never is
+
+    async def progress(request):  # whose bar the page shows: none is needed
+        return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
+    return [Route("/gradio_api/upload", upload, methods=["POST"]), Route("/gradio_api/upload_progress", progress)]
+
+
+class Guard:
+    """Turns away what is larger than it may be, before it is read, and addresses that nobody here needs."""
+
+    def __init__(self, app, megabytes: float):
+        self.app, self.limit = app, megabytes * 1e6
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and (refusal := self.refuse(scope)):
+            return await PlainTextResponse(refusal[1], status_code=refusal[0])(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def refuse(self, scope):
+        parts = scope["path"].strip("/").split("/")
+        if parts[0] in ("gradio_api", "custom_component", "monitoring") and not (
+            parts[0] == "gradio_api" and len(parts) > 1 and parts[1] in OPEN
+        ):
+            return 404, "no such address"
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if scope["method"] == "POST" and b"content-length" not in headers:
+            return 411, "say how long it is"
+        if not length.isdigit() or int(length) > self.limit:
+            return 413, f"a request may have {self.limit / 1e6:g} MB at most"
+
+
+def token_of(file) -> str:
+    """The token in what Gradio's clients send for a file."""
+    return Path(str(file.get("path", "") if isinstance(file, dict) else "")).name
+
+
+@contextlib.contextmanager
+def said_to_the_user():
+    """A Problem is an answer to this request, no more."""
+    try:
+        yield
+    except runs.Problem as problem:
+        raise gr.Error(str(problem), print_exception=False, duration=None) from None
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def figure(image: Image.Image, alternative: str, caption: str) -> str:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return (f'<figure><img src="{source}" alt="{html.escape(alternative)}"><figcaption>{html.escape(caption)}'
+            "</figcaption></figure>")  # fmt: skip
+
+
+def bars(rows: list[tuple[str, float, str]], most: float) -> str:
+    """Names, heights of at most `most` and what they are in words, as bars that a screen reader can read."""
+    items = (f'<li>{html.escape(name)}: <b>{words}</b><meter aria-label="{html.escape(name)}" '
+             f'aria-valuetext="{words}" max="{most:g}" value="{height:.4f}"></meter></li>'
+             for name, height, words in rows)  # fmt: skip
+    return f'<ol class="bars">{"".join(items)}</ol>'
+
+
+def small(source, side: int) -> Image.Image:
+    """A picture file, in its own proportions, of at most `side` pixels a side."""
+    with Image.open(source) as image:
+        image.draft("RGB", (2 * side, 2 * side))
+        image = as_rgb(ImageOps.exif_transpose(image))
+    image.thumbnail((side, side))
+    return image
+
+
+def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
+    """The picture, grey and dark but for the regions whose evidence (h, w) is positive."""
+    share = Image.fromarray((255 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
+    share = share.resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(image, image.convert("L").point(lambda value: value * 0.35).convert("RGB"), share)
+
+
+def place_of(evidence: np.ndarray) -> str:
+    """Where the evidence (h, w) is strongest, in words."""
+    row, column = np.unravel_index(evidence.argmax(), evidence.shape)
+    down, across = (int(3 * (at + 0.5) / size) for at, size in zip((row, column), evidence.shape, strict=True))
+    words = f"{('top', 'middle', 'bottom')[down]} {('left', 'centre', 'right')[across]}"
+    return words.replace("middle centre", "centre")
+
+
+class Nearest:
+    """The training paintings whose codes are most like a picture's, from what `cluster.py --codes classifier` made."""
+
+    def __init__(self, labeller, config):
+        self.labeller, self.root, self.codes, self.why_not = labeller, Path(config.data), None, ""
+        path = Path(config.run) / "codes" / "classifier.npz"
+        command = f"python cluster.py --codes classifier --renew --data {config.data} --run {config.run}"
+        if labeller.kind != "CNN" or not path.exists():
+            self.why_not = f"To see the nearest training paintings: {command}"
+            return
+        with np.load(path) as table:
+            if not str(table["made_from"]).startswith(labeller.hash):
+                self.why_not = f"{path} was made from another checkpoint. To make it again: {command}"
+                return
+            codes, self.paths, self.artists = table["train"], table["train_paths"], table["train_artists"]
+            self.styles = table["classes"][table["train_labels"]]
+        genres = {path: row.get("genre", "") for path, row in read_metadata(self.root / "metadata.csv").items()}
+        fit = [not any(word in path or word == genres.get(path) for word in config.hide) for path in self.paths]
+        self.shown = np.flatnonzero(fit)
+        self.mean, self.deviation = codes.mean(0), codes.std(0) + 1e-6
+        self.codes = self.unit(codes[self.shown])
+
+    def unit(self, codes):
+        codes = (codes - self.mean) / self.deviation
+        return codes / np.linalg.norm(codes, axis=1, keepdims=True)
+
+    def show(self, pixels) -> str:
+        if self.codes is None:
+            return f"<p>{html.escape(self.why_not)}</p>"
+        alike = self.codes @ self.unit(self.labeller.code(pixels))[0]
+        found = []
+        for row in self.shown[np.argsort(-alike, kind="stable")[:NEIGHBOURS]]:
+            artist = self.artists[row].replace("-", " ").title() or "unknown"
+            words = f"{title_of(self.paths[row]).capitalize() or 'Painting'} by {artist}, {plain(self.styles[row])}"
+            try:
+                found.append(figure(small(self.root / self.paths[row], 288), words, words))
+            except OSError:  # the codes are here, the paintings need not be
+                found.append(f"<p>{html.escape(words)}</p>")
+        return f'<div class="pictures small">{"".join(found)}</div>'
+
+
+class Painter:
+    """Repaints a picture in a style, where the run folder has a style.pt: see style_transfer.py."""
+
+    def __init__(self, config, device):
+        path = Path(config.run) / "style.pt"
+        self.model, self.classes, self.device = None, [], device
+        if path.exists():
+            checkpoint = runs.load_checkpoint(path, "StyleAutoencoder")
+            self.model = build_model(checkpoint).to(device)
+            self.classes, self.crop = checkpoint["classes"], checkpoint["crop"]
+            self.shape = {key: checkpoint["data"][key] for key in ("size", "resize")}
+
+    @torch.no_grad()
+    def paint(self, data: bytes, style: str) -> Image.Image:
+        """The picture in the style, in its own proportions."""
+        pixels = torch.from_numpy(read_picture(io.BytesIO(data), **self.shape).copy())[None].to(self.device)
+        wanted = torch.eye(len(self.classes), device=self.device)[[self.classes.index(style)]]
+        painted = self.model.decode(self.model.encode(views(pixels, self.crop)[0]), wanted)[0]
+        painted = Image.fromarray((255 * painted.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy())
+        return painted.resize(small(io.BytesIO(data), 512).size, Image.Resampling.BICUBIC)
+
+
+def collection(config) -> str:
+    """Paintings per style, styles over the years, and the t-SNE map, as far as the run and the data have them."""
+    facts_path, shown = Path(config.run) / "facts.json", []
+    facts = json.loads(facts_path.read_text()) if facts_path.exists() else {}
+    sizes = facts.get("train", {}).get("class_sizes", {})
+    rows = [(plain(name), size, str(size)) for name, size in sorted(sizes.items(), key=lambda each: -each[1])]
+    shown.append("<h2>Training paintings per style</h2>")
+    shown.append(
+        bars(rows, max(sizes.values())) if rows else f"<p>{html.escape(config.run)} has no facts of train.py.</p>"
+    )
+    shown.append("<h2>Styles over the years</h2>" + years(read_metadata(Path(config.data) / "metadata.csv")))
+    maps = sorted(Path(config.run).glob("tsne_*.png"), key=lambda path: path.stem != "tsne_classifier")
+    shown.append("<h2>Map</h2>")
+    if maps:
+        words = "Map by t-SNE: paintings that the network finds alike lie together; coloured by style, and by cluster"
+        shown.append(figure(small(maps[0], 1600), words, words))
+    else:
+        shown.append("<p>cluster.py draws it.</p>")
+    return "".join(shown)
+
+
+def years(metadata: dict[str, dict]) -> str:
+    """A table of paintings, style by period."""
+    dated = []
+    for path, row in metadata.items():
+        year = re.search(r"\d{4}", row.get("year") or "")
+        parts = path.split("/")
+        if year and len(parts) > 1:
+            dated.append((parts[1] if len(parts) > 2 and parts[0] in ("train", "test") else parts[0], int(year[0])))
+    if not dated:
+        return "<p>metadata.csv of the data knows no years.</p>"
+    spread = max(year for _, year in dated) - min(year for _, year in dated)
+    step = next((step for step in (5, 10, 25, 50) if spread / step < 12), 100)
+    counts = Counter((style, year // step * step) for style, year in dated)
+    periods, most = sorted({period for _, period in counts}), max(counts.values())
+
+    def cell(number):
+        share = 0.6 * number / most
+        return f'<td style="background: rgb(68 119 170 / {share:.2f})">{number or ""}</td>'
+
+    head = "".join(f'<th scope="col">{period} to {period + step - 1}</th>' for period in periods)
+    lines = (f'<tr><th scope="row">{html.escape(plain(style))}</th>'
+             + "".join(cell(counts[style, period]) for period in periods) + "</tr>"
+             for style in sorted({style for style, _ in counts}))  # fmt: skip
+    table = f'<table><tr><th scope="col">Style</th>{head}</tr>{"".join(lines)}</table>'
+    return f'<div class="wide" tabindex="0">{table}</div>'
+
+
+# The page and the API -------------------------------------------------------------------------------------------------
+
+
+def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) -> gr.Blocks:
+    """The page; `read_upload` is label.py's, from bytes to pixels."""
+    nearest, painter = Nearest(labeller, config), Painter(config, labeller.device)
+
+    turns = threading.BoundedSemaphore(AT_ONCE)  # whatever is asked at once, memory holds two batches of pictures
+
+    def pixels_of(data):
+        return torch.from_numpy(read_upload(data, labeller.shape, config.megapixels))
+
+    def named(model, pixels):
+        likeliest = map(model.likeliest, model(pixels))
+        return [[{"name": name, "probability": round(share, 4)} for name, share in each] for each in likeliest]
+
+    def answers(tokens: list[str]) -> list[dict]:
+        """What the API says of uploads, which are forgotten; what is wrong with one does not touch the others."""
+        found, good = [], []
+        for token in tokens:
+            try:
+                good.append(pixels_of(uploads.get(token)[1]))
+                found.append({"model": labeller.hash[:12]})
+            except runs.Problem as problem:
+                found.append({"error": str(problem)})
+            uploads.drop(token)
+        models = ({"styles": labeller} | ({"artists": artist} if artist else {})) if good else {}
+        for key, model in models.items():
+            said = iter(named(model, torch.stack(good)))
+            found = [each if "error" in each else each | {key: next(said)} for each in found]
+        return found
+
+    def label(file):
+        with said_to_the_user(), turns:
+            answer = answers([token_of(file)])[0]
+            if "error" in answer:
+                raise runs.Problem(answer["error"])
+            return answer
+
+    def label_batch(files):
+        with said_to_the_user(), turns:
+            if not isinstance(files, list) or not 0 < len(files) <= config.batch_size:
+                raise runs.Problem(f"give a list of 1 to {config.batch_size} files")
+            return answers([token_of(file) for file in files])
+
+    def look(file):
+        """The result, what later clicks need, and which controls are there now."""
+        with said_to_the_user(), turns:
+            token = token_of(file)
+            try:
+                name, data = uploads.get(token)
+                pixels = pixels_of(data)[None]
+            except runs.Problem:
+                uploads.drop(token)
+                raise
+            probabilities = labeller(pixels)[0]
+            (guess, probability), *_ = likeliest = labeller.likeliest(probabilities)
+            image = small(io.BytesIO(data), 512)
+            shown = [f'<div role="status"><h2>{html.escape(plain(guess))}, {probability:.0%}</h2></div>',
+                     bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest], 1)]  # fmt: skip
+            if artist:
+                (painter_name, share), *_ = artist.likeliest(artist(pixels)[0])
+                words = f"Painter: {painter_name.replace('-', ' ').title()}, {share:.0%}"
+                shown.append(f"<p>{html.escape(words)}</p>")
+            pictures = [figure(image, "The painting as it was uploaded", Path(name).name)]
+            if labeller.kind == "CNN":
+                evidence = labeller.evidence(pixels, int(probabilities.argmax()))
+                where = f"What spoke for {plain(guess)}: most of all the {place_of(evidence)}"
+                pictures.append(figure(highlight(image, evidence), where, f"{where}. Dark and grey: nothing."))
+            shown.append(f'<h3>Why</h3><div class="pictures">{"".join(pictures)}</div>')
+            shown.append("<h3>The nearest training paintings</h3>" + nearest.show(pixels))
+            seen = {"token": token, "guess": guess, "probability": probability}
+            return "".join(shown), seen, gr.update(visible=True), gr.update(value=guess), "", ""
+
+    def save(seen, choice):
+        with said_to_the_user():
+            if choice not in labeller.classes:
+                raise runs.Problem("choose one of the styles first")
+            name, data = uploads.get((seen or {}).get("token"))
+            corrections.add(name, data, labeller.hash[:12], seen["guess"], seen["probability"], choice)
+            return f'<p role="status">Saved: {html.escape(plain(choice))}.</p>'
+
+    def repaint(seen, style):
+        with said_to_the_user(), turns:
+            if style not in painter.classes:
+                raise runs.Problem("choose one of the styles first")
+            _, data = uploads.get((seen or {}).get("token"))
+            words = f"The painting in the style {plain(style)}"
+            return figure(painter.paint(data, style), words, words)
+
+    def forget(seen):
+        uploads.drop((seen or {}).get("token"))
+        return "", None, gr.update(visible=False)
+
+    with gr.Blocks(title="Which style is this painting?", analytics_enabled=False) as page:
+        gr.Markdown("# Which style is this painting?")
+        seen = gr.State(time_to_live=FORGET)
+        with gr.Tab("A painting"):
+            file = gr.File(label="Picture of a painting", file_types=["image"])
+            result = gr.HTML()
+            with gr.Column(visible=False) as more:
+                choices = [(plain(name), name) for name in labeller.classes]
+                choice = gr.Dropdown(choices, value=None, label="Its style is")
+                button, saved = gr.Button("Save this label", variant="primary"), gr.HTML()
+                button.click(save, [seen, choice], saved, api_visibility="private")
+                painted = gr.HTML(render=False)
+                if painter.model:
+                    style = gr.Dropdown([(plain(name), name) for name in painter.classes], label="Repaint it as")
+                    gr.Button("Repaint").click(repaint, [seen, style], painted, api_visibility="private")
+                painted.render()
+            file.upload(look, file, [result, seen, more, choice, saved, painted], preprocess=False,
+                        api_visibility="private")  # fmt: skip
+            file.clear(forget, seen, [result, seen, more], api_visibility="private")
+        with gr.Tab("The collection"):
+            gr.HTML(collection(config))
+        one, many = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
+        answer, hidden = gr.JSON(visible=False), gr.Button(visible=False)
+        # Answered directly: Gradio's queue was measured to add 50 ms to each answer.
+        hidden.click(label, one, answer, api_name="label", preprocess=False, queue=False)
+        hidden.click(label_batch, many, answer, api_name="label_batch", preprocess=False, queue=False)
+    for each in (file, one, many):  # Gradio would fetch a URL, or copy the file, before our code sees it
+        each.async_move_resource_to_block_cache = as_it_is
+    return page.queue(default_concurrency_limit=None)  # `turns` is the limit
+
+
+async def as_it_is(path):
+    return path
+
+
+def launch(labeller, artist, corrections, read_upload, config, **options) -> tuple[gr.Blocks, str]:
+    """Start to serve; returns the page and its address."""
+    uploads = Uploads()
+    page = build(labeller, artist, corrections, read_upload, uploads, config)
+    os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1", "localhost"]))
+    try:
+        _, address, _ = page.launch(
+            server_name=config.host,
+            server_port=config.port or None,
+            app_kwargs={
+                "routes": upload_routes(uploads),
+                "middleware": [Middleware(Guard, megabytes=config.megabytes)],
+            },
+            theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
+            css=CSS,
+            show_error=True,
+            ssr_mode=False,
+            run_history=False,
+            share=False,
+            quiet=True,
+            footer_links=["api"],
+            state_session_capacity=200,
+            **options,
+        )
+    except OSError as error:
+        raise runs.Problem(f"cannot listen at {config.host}:{config.port}: {error}") from None
+    return page, address
+
+
+def serve(labeller, artist, corrections, read_upload, config) -> None:
+    page, address = launch(labeller, artist, corrections, read_upload, config, prevent_thread_lock=True)
+    print(f"serving at {address}; Ctrl-C stops it", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+def ask(client: httpx.Client, address: str, picture: bytes) -> dict:
+    """What curl does: upload a picture, and ask for its label."""
+    token = client.post(f"{address}gradio_api/upload", files={"files": picture}).raise_for_status().json()[0]
+    file = {"path": token, "meta": {"_type": "gradio.FileData"}}
+    return client.post(f"{address}gradio_api/run/label", json={"data": [file]}).raise_for_status().json()["data"][0]
+
+
+def latencies(labeller, artist, corrections, read_upload, files: list[Path], config, requests: int = 40) -> dict:
+    """Milliseconds of one request at a time through the API, and of decoding and network alone; in turns, warm."""
+    page, address = launch(labeller, artist, corrections, read_upload, config, prevent_thread_lock=True)
+    spent = {"api": [], "alone": []}
+    try:
+        with httpx.Client(timeout=60) as client:
+            for picture in [path.read_bytes() for path in [files[0], *files[:requests]]]:
+                started = time.perf_counter()
+                ask(client, address, picture)
+                between = time.perf_counter()
+                labeller(torch.from_numpy(read_upload(picture, labeller.shape, config.megapixels))[None])
+                spent["api"].append(between - started)
+                spent["alone"].append(time.perf_counter() - between)
+    finally:
+        page.close(verbose=False)
+    api, alone = (1000 * float(np.median(times[1:])) for times in spent.values())  # the first warms up
+    return {"api_ms": api, "alone_ms": alone, "api_ratio": api / alone, "requests": len(spent["api"]) - 1}

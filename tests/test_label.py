@@ -1,0 +1,545 @@
+"""label.py: the table of a folder, what the API answers, what it turns away, and the labels that users confirm."""
+
+import csv
+import http.client
+import io
+import json
+import shutil
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_TRAIN, clear_line, picture, script, served
+from gradio_client import Client, handle_file
+from PIL import Image
+
+import label
+import page
+import runs
+import test as evaluation
+import train
+import wikiart
+
+CPU = ["--device", "cpu", "--processes", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """A run folder of our own, with the classifier alone."""
+    run = tmp_path_factory.mktemp("label")
+    shutil.copy(trained / "classifier.pt", run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def labeller(run):
+    return label.Labeller(run / "classifier.pt", torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(demo, tmp_path):
+    """Twelve paintings, some of them in folders below, two files that are none, and one without its end."""
+    folder = tmp_path / "paintings"
+    for number, path in enumerate(sorted((demo / "test").rglob("*.jpg"))[:12]):
+        target = folder / ("below" if number % 3 == 0 else "") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (folder / "empty.jpg").touch()
+    (folder / "text.png").write_text("no picture")
+    (folder / "half.jpg").write_bytes(next(folder.glob("*.jpg")).read_bytes()[:200])
+    picture(folder / ".hidden.png")
+    return folder
+
+
+def table(path):
+    with open(path, newline="", errors="surrogateescape") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def ran(folder, run, out, *flags):
+    label.main([str(folder), "--run", str(run), "--out", str(out), "--batch-size", "4", *CPU, *flags])
+    return table(out)
+
+
+def bytes_of(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# The command
+
+
+def test_the_table_says_what_the_network_says(folder, run, labeller, tmp_path):
+    rows = ran(folder, run, tmp_path / "labels.csv")
+    assert sorted(rows) == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                                  if path.is_file() and path.name != ".hidden.png")  # fmt: skip
+    for path, row in rows.items():
+        if row["problem"]:
+            assert path in ("empty.jpg", "text.png", "half.jpg")
+            assert not row["style_1"]
+            continue
+        said = label.read_upload((folder / path).read_bytes(), labeller.shape, 1)
+        truth = labeller(torch.from_numpy(said)[None])[0]
+        three = [(row[f"style_{place}"], float(row[f"style_{place}_probability"])) for place in (1, 2, 3)]
+        order = np.argsort(-truth)[:3]
+        assert [share for _, share in three] == pytest.approx(truth[order], abs=1e-3)
+        assert three[0][0] in labeller.classes
+    assert sum(bool(row["problem"]) for row in rows.values()) == 3
+
+
+def test_it_goes_on_where_it_was_killed(folder, run, tmp_path, monkeypatch, capsys):
+    out, asked, whole = tmp_path / "labels.csv", [], label.Labeller.__call__
+    complete = ran(folder, run, tmp_path / "complete.csv")
+
+    def stopped(self, pixels):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(pixels))
+        return whole(self, pixels)
+
+    monkeypatch.setattr(label.Labeller, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ran(folder, run, out)
+    kept = table(out)
+    assert len(kept) == 8
+    with open(out, "ab") as file:
+        file.write(b'"half a row, with a quote, Cubi')
+    monkeypatch.setattr(label.Labeller, "__call__", whole)
+    assert ran(folder, run, out) == complete
+    assert "8 of 15 files are in" in capsys.readouterr().out
+    before = out.read_bytes()
+    ran(folder, run, out)
+    assert out.read_bytes() == before
+
+
+def test_odd_names_come_back(run, tmp_path):
+    names = [
+        "a,b.png",
+        'quo"te.png',
+        "line\nbreak.png",
+        "ümlaut.png",
+        b"latin-\xe9.png".decode(errors="surrogateescape"),
+    ]
+    for number, name in enumerate(names):
+        picture(tmp_path / "odd" / name, number)
+    assert sorted(ran(tmp_path / "odd", run, tmp_path / "labels.csv")) == sorted(names)
+    before = (tmp_path / "labels.csv").read_bytes()
+    ran(tmp_path / "odd", run, tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_bytes() == before
+
+
+def test_copies_are_sorted_by_style(folder, run, tmp_path):
+    rows = ran(folder, run, tmp_path / "labels.csv", "--sort", str(tmp_path / "sorted"))
+    copies = {path.relative_to(tmp_path / "sorted").as_posix() for path in (tmp_path / "sorted").rglob("*.jpg")}
+    assert copies == {f"{row['style_1']}/{path}" for path, row in rows.items() if not row["problem"]}
+    for copy in copies:
+        source = folder / copy.partition("/")[2]
+        assert (tmp_path / "sorted" / copy).read_bytes() == source.read_bytes()
+    with pytest.raises(runs.Problem, match="lies in .* itself"):
+        ran(folder, run, tmp_path / "labels.csv", "--sort", str(folder / "sorted"))
+
+
+def test_an_artist_is_guessed_where_a_model_is_given(demo, folder, run, tmp_path):
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--target", "artist", "--min-images", "1",
+                "--epochs", "1"])  # fmt: skip
+    artists = runs.load_checkpoint(tmp_path / "classifier.pt")["classes"]
+    rows = ran(folder, run, tmp_path / "labels.csv", "--artist-checkpoint", str(tmp_path / "classifier.pt"))
+    assert all((row["artist"] in artists) != bool(row["problem"]) for row in rows.values())
+
+
+def test_another_checkpoint_does_not_go_on_with_the_table(folder, run, trained, tmp_path):
+    ran(folder, run, tmp_path / "labels.csv")
+    with pytest.raises(runs.Problem, match="written with another checkpoint"):
+        ran(folder, trained, tmp_path / "labels.csv", "--checkpoint", str(trained / "mlp/classifier.pt"))
+    (tmp_path / "labels.csv").write_text("my own notes")
+    with pytest.raises(runs.Problem, match="not a table"):
+        ran(folder, run, tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_text() == "my own notes"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give a folder of paintings first"),
+        (["nowhere"], "no folder nowhere"),
+        (["--export", "somewhere"], "nothing was confirmed on the page yet"),
+        (["nowhere", "--checkpoint", "missing.pt"], "no checkpoint"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(run, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(runs.Problem, match=message):
+        label.main([*flags, "--run", str(run), "--device", "cpu"])
+
+
+def test_a_user_sees_that_line():
+    assert "no folder nowhere" in clear_line(
+        script("label.py", "nowhere", "--device", "cpu", "--checkpoint", ROOT / "report/classifier.pt")
+    )
+
+
+def test_without_gradio_there_is_one_clear_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "page", None)
+    with pytest.raises(runs.Problem, match=r"requirements-label\.txt"):
+        label.main(["--serve", "--run", str(run), "--device", "cpu"])
+
+
+# Calibration
+
+
+def test_the_temperature_undoes_a_wrong_one():
+    """Labels drawn from known probabilities: made surer by a factor, they are brought back by it."""
+    random = np.random.default_rng(0)
+    true = torch.from_numpy(random.dirichlet(np.ones(5), 20000))
+    labels = torch.from_numpy(np.array([random.choice(5, p=row) for row in true.numpy()]))
+    for factor in (0.4, 2.5):
+        shown = wikiart.calibrate(true, factor)
+        assert train.fit_temperature(shown, labels) == pytest.approx(1 / factor, rel=0.06)
+        back = wikiart.calibrate(shown, train.fit_temperature(shown, labels))
+        before = evaluation.calibration_error(labels.numpy(), shown.numpy())
+        assert evaluation.calibration_error(labels.numpy(), back.numpy()) < 0.02 < 0.1 < before
+        assert torch.equal(shown.argmax(1), true.argmax(1))
+
+
+def test_the_calibration_error_worked_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.45, 0.55]])
+    # 0.9: one of two right, 0.4 off; 0.6: right, 0.4 off; 0.55: wrong, 0.55 off; each in a bin of its own
+    assert evaluation.calibration_error(np.array([0, 1, 1, 0]), probabilities, 20) == pytest.approx(
+        (2 * 0.4 + 0.4 + 0.55) / 4
+    )
+
+
+def test_the_checkpoint_has_a_temperature_and_older_ones_have_1(trained, demo, run, labeller, tmp_path):
+    checkpoint = torch.load(trained / "classifier.pt", weights_only=True)
+    assert labeller.temperature == checkpoint.pop("temperature") > 0
+    torch.save(checkpoint, tmp_path / "old.pt")
+    assert label.Labeller(tmp_path / "old.pt", torch.device("cpu")).temperature == 1
+    for name, same in (("old.pt", True), (str(run / "classifier.pt"), labeller.temperature == 1)):
+        evaluation.main(["--device", "cpu", "--processes", "1", "--data", str(demo), "--run", str(tmp_path),
+                         "--checkpoint", name, "--bootstrap", "5"])  # fmt: skip
+        facts = json.loads((tmp_path / "facts.json").read_text())["test"]
+        assert (facts["ece_before"] == pytest.approx(facts["ece_after"], abs=1e-4)) == same
+        assert 0 <= facts["ece_after"] <= 1
+
+
+# Why
+
+
+def test_the_regions_add_up_to_the_logit(labeller):
+    """The evidence of all regions is the logit above the mean of all, but for what does not depend on the picture."""
+    torch.manual_seed(0)
+    model, left = labeller.model, []
+    for number in range(3):
+        pixels = torch.from_numpy(np.random.default_rng(number).integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
+        pixels[..., : 8 * number] //= 4
+        image = wikiart.views(pixels, labeller.crop, max(1.0, *labeller.windows))[0]
+        with torch.no_grad():
+            logits = model(image)[0]
+        left.append(float(logits[2] - logits.mean()) - labeller.evidence(pixels, 2).sum())
+    assert left == pytest.approx([left[0]] * 3, abs=1e-3)
+
+
+# What is turned away
+
+
+def bomb(side):
+    """A PNG of a few bytes that says it has side x side pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+TURNED_AWAY = {
+    "a bomb": (bomb(60_000), "million pixels"),
+    "20,000 x 20,000": (bomb(20_000), "million"),
+    "11,000 x 11,000": (bomb(11_000), "11000 x 11000"),
+    "text": (b"no picture at all", "not a picture"),
+    "nothing": (b"", "empty"),
+    "SVG": (SVG, "not a picture"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "half a JPEG": (bytes_of(Image.effect_noise((200, 200), 50), "JPEG")[:900], "not a picture"),
+}
+
+
+@pytest.mark.parametrize("name", TURNED_AWAY)
+def test_what_is_no_picture_is_turned_away(name):
+    data, message = TURNED_AWAY[name]
+    with pytest.raises(runs.Problem, match=message):
+        label.read_upload(data, {"size": 32, "resize": "squash"}, 100)
+
+
+@pytest.mark.parametrize("kind", label.FORMATS)
+def test_other_formats_are_read(kind):
+    data = bytes_of(Image.effect_noise((50, 40), 50).convert("RGB"), kind)
+    assert label.read_upload(data, {"size": 32, "resize": "squash"}, 1).shape == (3, 32, 32)
+
+
+def test_uploads_are_forgotten(monkeypatch):
+    uploads, now = page.Uploads(), [0.0]
+    monkeypatch.setattr(page.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(page, "HELD", 10)
+    first = uploads.put("a", b"123456")
+    with pytest.raises(runs.Problem, match="too many uploads"):
+        uploads.put("b", b"123456")
+    assert uploads.get(first) == ("a", b"123456")
+    now[0] = page.FORGET + 1
+    uploads.put("b", b"123456")
+    with pytest.raises(runs.Problem, match="no upload of the last hour"):
+        uploads.get(first)
+
+
+# The API
+
+
+@pytest.fixture(scope="module")
+def server(run, demo):
+    with served(run, "--data", demo, "--megabytes", "2", "--batch-size", "8") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def paintings(demo):
+    return [path.read_bytes() for path in sorted((demo / "test").rglob("*.jpg"))]
+
+
+def truth(labeller, data):
+    pixels = label.read_upload(data, labeller.shape, 100)
+    return [name for name, _ in labeller.likeliest(labeller(torch.from_numpy(pixels)[None])[0])]
+
+
+def still_right(server, labeller, data):
+    with httpx.Client(timeout=60) as client:
+        found = page.ask(client, server.address, data)
+    assert [each["name"] for each in found["styles"]] == truth(labeller, data)
+
+
+def test_gradio_client_gets_one_answer_and_many(server, labeller, paintings, demo, tmp_path):
+    client = Client(server.address, verbose=False, analytics_enabled=False)
+    files = sorted((demo / "test").rglob("*.jpg"))[:3]
+    one = client.predict(handle_file(files[0]), api_name="/label")
+    assert [each["name"] for each in one["styles"]] == truth(labeller, paintings[0])
+    (tmp_path / "text.png").write_text("no picture")
+    many = client.predict([handle_file(path) for path in (files[1], tmp_path / "text.png", files[2])],
+                          api_name="/label_batch")  # fmt: skip
+    assert [[each["name"] for each in answer.get("styles", [])] for answer in many] == [
+        truth(labeller, paintings[1]), [], truth(labeller, paintings[2])]  # fmt: skip
+    assert "not a picture" in many[1]["error"]
+    with pytest.raises(Exception, match="1 to 8 files"):
+        client.predict([handle_file(files[0])] * 9, api_name="/label_batch")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here: apt-get install curl, as .ci/run does")
+def test_curl_as_the_readme_has_it(server, labeller, paintings, demo):
+    text = (ROOT / "README.md").read_text().partition("### API")[2].partition("\n## ")[0]
+    command = text.partition("```sh\n")[2].partition("```")[0]
+    assert command.count("curl") == 2
+    command = command.replace("http://127.0.0.1:7860/", server.address)
+    command = command.replace("my.jpg", str(min((demo / "test").rglob("*.jpg"))))
+    done = subprocess.run(["bash", "-euc", command], capture_output=True, text=True, check=True, timeout=60)
+    found = json.loads(done.stdout)["data"][0]["styles"]
+    assert [each["name"] for each in found] == truth(labeller, paintings[0])
+
+
+@pytest.mark.parametrize("name", TURNED_AWAY)
+def test_a_bad_upload_is_an_error_of_its_request_only(server, labeller, paintings, name):
+    data, message = TURNED_AWAY[name]
+    with httpx.Client(timeout=60) as client, pytest.raises(httpx.HTTPStatusError) as error:
+        page.ask(client, server.address, data)
+    assert message in error.value.response.json()["error"]
+    still_right(server, labeller, paintings[0])
+
+
+def test_what_is_too_large_is_turned_away_before_it_is_read(server, labeller, paintings):
+    with httpx.Client(timeout=60) as client:
+        large = client.post(f"{server.address}gradio_api/upload", files={"files": bytes(3 * 10**6)})
+        assert large.status_code == 413
+        endless = client.post(f"{server.address}gradio_api/upload", content=iter([b"a"] * 9))
+        assert endless.status_code == 411
+        assert client.post(f"{server.address}gradio_api/run/label", content=bytes(3 * 10**6)).status_code == 413
+    still_right(server, labeller, paintings[0])
+
+
+SECRET = "nobody else may read this"
+
+
+@pytest.mark.parametrize("how", ["file=", "file/", "proxy=", "file=%2e%2e/", "../", "stream/", "component_server/",
+                                 "custom_component/"])  # fmt: skip
+def test_no_file_is_served(server, tmp_path, how):
+    (tmp_path / "secret.txt").write_text(SECRET)
+    for path in (tmp_path / "secret.txt", "/etc/passwd", "config.json", "classifier.pt"):
+        for prefix in ("", "gradio_api/"):
+            line = http.client.HTTPConnection(server.address.split("/")[2], timeout=30)
+            line.request("GET", f"/{prefix}{how}{path}")  # as it is: httpx would tidy the path up
+            said = line.getresponse().read()
+            line.close()
+            for secret in (SECRET.encode(), b"root:", b'"train_autoencoder"', b"PK\x03\x04"):
+                assert secret not in said
+
+
+def test_no_path_is_opened_for_an_api_request(server, labeller, paintings, demo):
+    """A path, a URL, another's token: only what this client was given by the upload is looked at."""
+    own = str(min((demo / "test").rglob("*.jpg")))
+    file = {"meta": {"_type": "gradio.FileData"}}
+    with httpx.Client(timeout=60) as client:
+        token = client.post(f"{server.address}gradio_api/upload", files={"files": paintings[0]}).json()[0]
+        for path in (own, "/etc/passwd", f"{token}/../../../../etc/passwd", f"file://{own}", f"{server.address}config",
+                     str(Path(token).parent), "", token[:-1]):  # fmt: skip
+            for data in ({**file, "path": path}, {**file, "path": token[:-1], "url": path}, path, None):
+                for name, sent in (("label", data), ("label_batch", [data])):
+                    reply = client.post(f"{server.address}gradio_api/run/{name}", json={"data": [sent]})
+                    assert "styles" not in reply.text
+                    assert "root:" not in reply.text
+    still_right(server, labeller, paintings[0])
+
+
+def test_a_client_that_hangs_up_leaves_the_service_as_it_was(server, labeller, paintings):
+    with httpx.Client(timeout=60) as client:
+        token = client.post(f"{server.address}gradio_api/upload", files={"files": paintings[0]}).json()[0]
+    host, port = server.address.split("//")[1].strip("/").split(":")
+    body = json.dumps({"data": [{"path": token, "meta": {"_type": "gradio.FileData"}}]}).encode()
+    head = f"POST /gradio_api/run/label HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    for sent, length in ((body, len(body)), (body[:20], len(body)), (b"", 10**6)):
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(head.encode() + f"Content-Length: {length}\r\n\r\n".encode() + sent)
+    still_right(server, labeller, paintings[0])
+
+
+def test_200_requests_at_once_are_all_answered_and_right(server, labeller, paintings):
+    expected = [truth(labeller, data) for data in paintings]
+    assert len({tuple(each) for each in expected}) > 1  # else a mix-up would not show
+    together = threading.Barrier(200)
+
+    def one(number):
+        with httpx.Client(timeout=120) as client:
+            together.wait()
+            found = page.ask(client, server.address, paintings[number % len(paintings)])
+        return [each["name"] for each in found["styles"]]
+
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(one, range(200)))
+    assert answers == [expected[number % len(paintings)] for number in range(200)]
+
+
+def test_it_listens_on_loopback_alone(server):
+    port = int(server.address.strip("/").rpartition(":")[2])
+    lines = Path("/proc/net/tcp").read_text().splitlines() + Path("/proc/net/tcp6").read_text().splitlines()
+    listening = [line.split()[1] for line in lines if f":{port:04X} " in line and line.split()[3] == "0A"]
+    assert [each.partition(":")[0] for each in listening] == ["0100007F"]
+
+
+# Corrections
+
+
+def test_a_correction_is_there_after_kill_9(run, tmp_path):
+    """A process that says a correction is saved, and is killed at once: again and again, none is lost."""
+    code = (
+        "import label, sys\n"
+        "store, number = label.Corrections(sys.argv[1]), 0\n"
+        "while True:\n"
+        "    store.add('a_b.png', b'%d' % number, 'model', 'Cubism', 0.5, 'Rococo')\n"
+        "    print(number, flush=True)\n"
+        "    number += 1\n"
+    )
+    for turn in range(3):
+        path, said = tmp_path / f"{turn}.sqlite", -1
+        with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+            for line in process.stdout:
+                said = int(line)
+                if said == 3 + turn:
+                    process.kill()
+                    break
+            rest = process.stdout.read().split()
+        said = int(rest[-1]) if rest else said
+        with sqlite3.connect(path) as base:
+            assert base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            kept = base.execute("SELECT picture FROM corrections JOIN pictures USING (hash) ORDER BY number").fetchall()
+        assert len(kept) >= said + 1
+        assert [int(each) for (each,) in kept] == list(range(len(kept)))
+
+
+def test_two_threads_correct_at_once(tmp_path):
+    store = label.Corrections(tmp_path / "corrections.sqlite")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: store.add("a.png", b"%d" % number, "m", "Cubism", 0.5, "Rococo"), range(64)))
+    assert sorted(int(data) for _, _, data, _ in store.latest()) == list(range(64))
+
+
+def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
+    run, target = tmp_path / "run", tmp_path / "exported"
+    store = label.Corrections(run / "corrections.sqlite")
+    files = sorted((demo / "train").rglob("*.jpg"))
+    for path in files:
+        store.add(path.name, path.read_bytes(), "model", "Wrong", 0.4, path.parent.name)
+    first, other = files[0], next(path.parent.name for path in files if path.parent != files[0].parent)
+    flags = ["--run", str(run), "--export", str(target)]
+    label.main(flags)
+    exported = {path.read_bytes(): path for path in target.rglob("*.jpg")}
+    assert all(exported[path.read_bytes()].parent.name == path.parent.name for path in files)
+    before = exported[first.read_bytes()]
+    assert before.name.startswith(first.stem)
+
+    store.add(first.name, first.read_bytes(), "model", "Wrong", 0.4, other)  # thought better of it
+    label.main(flags)
+    assert not before.exists()
+    assert [path.parent.name for path in target.rglob(f"{first.stem}-*")] == [other]
+    data = wikiart.WikiArt(target, "train", size=32, processes=1)
+    assert set(data.artists) <= {path.name.partition("_")[0] for path in files}
+    train.main([*TINY_TRAIN, "--data", str(target), "--run", str(run), "--epochs", "1"])
+    assert runs.load_checkpoint(run / "classifier.pt")["classes"] == sorted({path.parent.name for path in files})
+
+
+def test_names_of_uploads_lead_nowhere_else(tmp_path):
+    store = label.Corrections(tmp_path / "corrections.sqlite")
+    names = ["../../evil.png", "/etc/passwd", "..", ".", "", "a/b\\c.png", "x" * 300 + ".png", "\x00\n.png"]
+    for number, name in enumerate(names):
+        picture(tmp_path / "a.png", number)
+        store.add(name, (tmp_path / "a.png").read_bytes(), "m", "Cubism", 0.5, "Cubism")
+    (tmp_path / "a.png").unlink()
+    label.export(store, tmp_path / "exported")
+    assert len(list((tmp_path / "exported/Cubism").glob("*.png"))) == len(names)
+    assert not [path for path in tmp_path.rglob("*.png") if path.parent != tmp_path / "exported/Cubism"]
+
+
+# How fast
+
+
+def test_measuring_gives_the_facts(demo, run):
+    label.main([str(demo / "test"), "--measure", "--run", str(run), "--batch-size", "8", *CPU, "--port", "0"])
+    facts = json.loads((run / "facts.json").read_text())["label"]
+    assert facts["folder_share"] > 0
+    assert facts["api_ratio"] == pytest.approx(facts["api_ms"] / facts["alone_ms"], rel=0.01)
+    assert facts["pictures"] == 32
+
+
+def test_the_collection_is_a_table_of_years(demo, run, trained):
+    shutil.copy(trained / "facts.json", run)
+    shown = page.collection(SimpleNamespace(run=str(run), data=str(demo)))
+    sizes = json.loads((trained / "facts.json").read_text())["train"]["class_sizes"]
+    for name, size in sizes.items():
+        assert f"{name.replace('_', ' ')}: <b>{size}</b>" in shown
+    rows = [{"path": f"train/A/{number}.jpg", "year": year} for number, year in enumerate((1601, "c. 1622", "", 1910))]
+    found = page.years({row["path"]: row | {"year": str(row["year"])} for row in rows})
+    assert "1600 to 1649" in found
+    assert ">2<" in found
+    assert page.years({}) == "<p>metadata.csv of the data knows no years.</p>"

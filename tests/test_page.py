@@ -1,0 +1,189 @@
+"""The page in a real browser: upload, result, correction, export, training on it; phone, keyboard, screen reader."""
+
+import re
+import shutil
+import signal
+import sqlite3
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_TRAIN, served
+from PIL import Image
+
+import cluster
+import label
+import runs
+import train
+import wikiart
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium, as .ci/run does")
+PATIENCE = 60_000  # milliseconds: on a busy machine everything takes long
+
+
+@pytest.fixture(scope="module")
+def run(trained, demo, tmp_path_factory):
+    """A run folder with a classifier, its codes, an untrained painter and a map."""
+    run = tmp_path_factory.mktemp("page")
+    for name in ("classifier.pt", "facts.json"):
+        shutil.copy(trained / name, run)
+    config = SimpleNamespace(run=run, data=demo, size=32, resize="squash", split_seed=0, processes=1, split="test",
+                             renew=False, batch_size=16)  # fmt: skip
+    cluster.codes_of("classifier", config, torch.device("cpu"))
+    classes = runs.load_checkpoint(run / "classifier.pt")["classes"]
+    arguments = {"styles": len(classes), "embedding": 8, "crop": 32, "code": 8, "width": 8}
+    model = wikiart.make_model("StyleAutoencoder", arguments)
+    runs.save_checkpoint(run / "style.pt", {
+        "model": "StyleAutoencoder", "arguments": arguments, "classes": classes, "crop": 32,
+        "data": {"size": 32, "resize": "squash"}, "weights": model.state_dict()})  # fmt: skip
+    Image.new("RGB", (800, 400)).save(run / "tsne_classifier.png")
+    return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # As root, which containers are, Chromium starts without its sandbox only.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def phone(browser):
+    """A page of a phone's width; what its scripts complain about fails the test."""
+    context = browser.new_context(viewport={"width": 375, "height": 700})
+    page, errors = context.new_page(), []
+    page.set_default_timeout(PATIENCE)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not errors
+
+
+def open_and_upload(page, address, path):
+    page.goto(address)
+    page.locator("input[type=file]").first.set_input_files(path)
+    page.get_by_role("heading", name=re.compile("%")).wait_for()
+
+
+def choose(page, label, style):
+    box = page.get_by_label(label)
+    box.click()
+    box.fill(style)
+    page.get_by_role("option", name=style, exact=True).click()
+
+
+def save(page):
+    page.get_by_role("button", name="Save this label").click()
+    page.get_by_text("Saved:").wait_for()
+
+
+def corrections(run):
+    with sqlite3.connect(run / "corrections.sqlite") as base:
+        return base.execute("SELECT guess, choice, picture, name FROM corrections JOIN pictures USING (hash) "
+                            "ORDER BY number").fetchall()  # fmt: skip
+
+
+def test_from_upload_to_training_on_the_correction(run, demo, phone, tmp_path):
+    """Two corrections, the server killed after each click; then export, and training on what was there and is new."""
+    paths = sorted((demo / "test").rglob("*.jpg"))
+    labeller = label.Labeller(run / "classifier.pt", torch.device("cpu"))
+    expected = []
+    for path, style in zip(paths[:2], ("Dots", "Hatching"), strict=True):
+        with served(run, "--data", demo) as server:
+            open_and_upload(phone, server.address, path)
+            pixels = label.read_upload(path.read_bytes(), labeller.shape, 100)
+            guess, share = labeller.likeliest(labeller(torch.from_numpy(pixels)[None])[0])[0]
+            assert phone.get_by_role("heading", name=f"{guess.replace('_', ' ')}, {share:.0%}").count() == 1
+            assert not (run / "corrections.sqlite").exists() or len(corrections(run)) == len(expected)  # nothing yet
+            choose(phone, "Its style is", style)
+            save(phone)
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+        expected.append((guess, style, path.read_bytes(), path.name))
+        assert corrections(run) == expected
+    target = tmp_path / "paintings"
+    shutil.copytree(demo, target, ignore=shutil.ignore_patterns(".cache"))
+    label.main(["--run", str(run), "--export", str(target / "train")])
+    for _, style, picture, name in expected:
+        found = list((target / "train" / style).glob(f"{name.rpartition('.')[0]}-*"))
+        assert [path.read_bytes() for path in found] == [picture]
+    train.main([*TINY_TRAIN, "--data", str(target), "--run", str(tmp_path / "run"), "--epochs", "1"])
+    before, after = (len(wikiart.WikiArt(root, "train", size=32, processes=1)) for root in (demo, target))
+    assert after == before + 2
+
+
+@pytest.fixture(scope="module")
+def server(run, demo):
+    with served(run, "--data", demo) as process:
+        yield process
+
+
+def test_the_result_says_why(server, run, demo, phone):
+    path = min((demo / "test").rglob("*.jpg"))
+    open_and_upload(phone, server.address, path)
+    assert phone.locator(".bars meter").count() >= 3
+    alternatives = phone.locator("figure img").evaluate_all("all => all.map(each => each.alt)")
+    assert alternatives[0] == "The painting as it was uploaded"
+    assert re.match("What spoke for .*: most of all the ", alternatives[1])
+    assert len(alternatives) == 2 + 6
+    styles = [name.name.replace("_", " ") for name in (demo / "train").iterdir()]
+    assert all(each.rpartition(", ")[2] in styles and " by " in each for each in alternatives[2:])
+    sizes = phone.locator("figure img").evaluate_all("all => all.map(each => each.naturalWidth)")
+    assert min(sizes) > 0
+
+    choose(phone, "Repaint it as", "Facets")
+    phone.get_by_role("button", name="Repaint").click()
+    phone.get_by_role("img", name="The painting in the style Facets").wait_for()
+
+
+def test_on_a_phone_nothing_is_cut_off_and_every_picture_has_its_words(server, demo, phone):
+    open_and_upload(phone, server.address, min((demo / "test").rglob("*.jpg")))
+    phone.get_by_role("tab", name="The collection").click()
+    phone.get_by_role("heading", name="Styles over the years").wait_for()
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 375
+    assert phone.locator("img:not([alt]), img[alt='']").count() == 0
+    assert phone.get_by_role("img", name=re.compile("Map by t-SNE")).count() == 1
+    phone.get_by_role("tab", name="A painting").click()
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_it_works_by_keyboard(server, run, demo, phone):
+    before = len(corrections(run)) if (run / "corrections.sqlite").exists() else 0
+    open_and_upload(phone, server.address, min((demo / "test").rglob("*.jpg")))
+    phone.locator("body").press("Home")
+    reached = []
+    for _ in range(40):
+        phone.keyboard.press("Tab")
+        name = phone.evaluate("(document.activeElement.ariaLabel || document.activeElement.textContent).trim()")
+        reached.append(name)
+        if name == "Save this label":
+            phone.keyboard.press("Enter")
+            break
+    phone.get_by_text("Saved:").wait_for()
+    assert len(corrections(run)) == before + 1
+    assert any("style" in name for name in reached)
+
+
+def test_what_is_no_picture_gets_a_message_and_the_page_goes_on(server, demo, phone, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    phone.goto(server.address)
+    phone.locator("input[type=file]").first.set_input_files(tmp_path / "text.png")
+    phone.get_by_text("not a picture").first.wait_for()
+    assert not phone.get_by_role("button", name="Save this label").is_visible()
+    open_and_upload(phone, server.address, min((demo / "test").rglob("*.jpg")))
+
+
+def test_nothing_is_asked_of_other_machines(server, demo, browser):
+    context = browser.new_context()
+    asked = []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    open_and_upload(page, server.address, min((demo / "test").rglob("*.jpg")))
+    context.close()
+    assert [url for url in asked if not url.startswith((server.address, "data:", "blob:"))] == []
