@@ -91,6 +91,8 @@ def main(argv=None):
         raise runs.Problem("no diffusers here, which has the models: pip install -r requirements-lora.txt")
     if not words or words[0] not in ACTIONS:
         raise runs.Problem(f"say first what to do: {', '.join(ACTIONS)}")
+    if config.resolution % 8 or not config.prompts:
+        raise runs.Problem("--resolution must be a multiple of 8, and --prompts needs at least one")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()  # its warnings are about what is done here on purpose
         library.utils.logging.disable_progress_bar()
@@ -251,6 +253,7 @@ def fit(styles, name: str, sets, config, device) -> None:
     levels = {"loss on test paintings": {"without": float(before.mean())}}
     figures.curves(run / f"{stem}_curve.png", history, CURVES, levels=levels)
     facts = note | {
+        "learned": ", ".join(figures.plain(style) for style in styles),
         **compare("heldout", before, measure(mine)),
         **(compare("other_styles", others_before, measure(others)) if len(others) else {}),
         "heldout_loss_known_words": round(float(plain.mean()), 6),
@@ -375,6 +378,8 @@ def paint(config, words) -> None:
         raise runs.Problem('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')
     if config.image and not Path(config.image).exists():
         raise runs.Problem(f"no file {config.image}")
+    if config.image and config.steps * config.strength < 1:
+        raise runs.Problem("--steps times --strength is less than one step: raise one of them")
     known = adapters(config.run)
     if config.style and config.style not in known:
         raise runs.Problem(f"no style {config.style} in {config.run}/lora: it knows {', '.join(known)}")

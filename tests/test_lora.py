@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -171,7 +172,10 @@ def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypat
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
     for room in (lora, diffusion):
         monkeypatch.setattr(room, "precision", lambda device: torch.bfloat16)
+    whole, seen = lora.look, []
+    monkeypatch.setattr(lora, "look", lambda pipe, *rest: seen.append(pipe.unet.dtype) or whole(pipe, *rest))
     facts = train(demo, tmp_path, *STYLE)
+    assert seen[0] == torch.bfloat16
     assert facts["heldout_change"] < 0
     assert {value.dtype for value in load_file(tmp_path / "lora" / lora.FILE).values()} == {torch.float32}
 
@@ -258,6 +262,8 @@ def test_easy_steps_do_not_drown_the_others():
         (["train", "fast"], "was given 'fast'"),
         (["paint"], "say what to paint"),
         (["paint", "a town", "--image", "missing.png"], "no file missing.png"),
+        (["paint", "a town", "--image", "{empty}", "--strength", "0.1"], "less than one step"),
+        (["train", "--resolution", "36"], "multiple of 8"),
         (["paint", "a town", "--run", "{empty}"], "no adapter in .*lora: run lora.py train"),
         (["paint", "a town", "--style", "Cubism"], "no style Cubism in .*: it knows Hatching"),
         (["train", "--styles", "Cubism"], "no style Cubism in .*: it has Bands"),
@@ -301,3 +307,76 @@ def test_without_diffusers_there_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(lora, "diffusers", None)
     with pytest.raises(runs.Problem, match="requirements-lora.txt"):
         lora.main(["train", *QUICK])
+
+
+class Attention(torch.autograd.Function):
+    """What a fused attention keeps for the way back: never the matrix of all pairs."""
+
+    @staticmethod
+    def forward(kept, query, key, value):
+        out = torch.empty_like(query)
+        kept.save_for_backward(query, key, value, out, torch.empty(query.shape[:-1], device="meta"))
+        return out
+
+
+def activations(unet, side: int, checkpointing: bool) -> int:
+    """Bytes that one training step keeps for the way back, counted on the meta device, where nothing is computed.
+
+    With checkpointing: the inputs of all blocks, and what the largest block keeps while it is computed again.
+    """
+    weights, kept, blocks = {weight.untyped_storage()._cdata for weight in unet.parameters()}, {}, [0]
+
+    def keep(tensor, where=kept):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            where[storage._cdata] = storage.nbytes(), tensor  # held, so that no other tensor gets its number
+        return tensor
+
+    def block(compute, *inputs):
+        inside = {}
+        for each in inputs:
+            if isinstance(each, torch.Tensor):
+                keep(each)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, inside), lambda tensor: tensor):
+            out = compute(*inputs)
+        blocks.append(sum(size for size, _ in inside.values()))
+        return out
+
+    if checkpointing:
+        unet.enable_gradient_checkpointing(block)
+    unet.train()
+    with torch.device("meta"):
+        latents, words = (torch.empty(1, *shape, dtype=unet.dtype) for shape in ((4, side, side), (77, 768)))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            unet(latents, torch.empty(1, dtype=torch.long), encoder_hidden_states=words)
+    return sum(size for size, _ in kept.values()) + max(blocks)
+
+
+def test_the_readme_states_the_memory_that_stable_diffusion_takes(monkeypatch):
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v)
+    )
+    with torch.device("meta"):  # diffusers' defaults are the shapes of Stable Diffusion 1.5
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(torch.bfloat16).requires_grad_(False)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        )  # fmt: skip
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))  # fmt: skip
+    million = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (unet, vae, text)]
+    with torch.device("meta"):
+        unet.add_adapter(peft.LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    added = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad) / 1e6
+    fixed = (2 * sum(million) + 16 * added) / 1e3  # bf16; weight, gradient and two moments in float32
+    plain, small, thrifty = (activations(unet, *how) / 1e9 for how in ((64, False), (32, False), (64, True)))
+    wanted = [
+        "{:.0f}, {:.0f} and {:.0f} million".format(*million),
+        f"{added:.1f} million of LoRA",
+        f"{fixed:.1f} GB",
+        f"activations {plain:.1f} GB",
+        f"`--checkpointing` {thrifty:.1f} GB",
+        f"`--resolution 256` {small:.1f} GB",
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert [text for text in wanted if text not in readme] == []
