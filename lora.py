@@ -148,7 +148,7 @@ class Adapter:
         layers = {}
         for name, state in self.state_dict().items():
             scaled = {key: value * self.scale if "lora_B" in key else value for key, value in state.items()}
-            layers[f"{name}_lora_layers"] = diffusers.utils.convert_state_dict_to_diffusers(scaled)
+            layers[f"{name}_lora_layers"] = scaled  # under peft's names: diffusers' older ones do not load beside them
         with runs.replacing(folder / FILE) as temporary:
             self.pipe.save_lora_weights(temporary.parent, **layers, weight_name=temporary.name)
 

@@ -215,15 +215,23 @@ def sdxl(tuned, tmp_path_factory):
     return folder
 
 
+@torch.no_grad()
+def told(pipe):
+    conditions = diffusion.conditions(pipe, ["a town"], 32)
+    return conditions["encoder_hidden_states"], *conditions["added_cond_kwargs"].values()
+
+
 def test_sdxl_goes_the_same_way(sdxl, demo, tmp_path):
     facts = train(demo, tmp_path, *STYLE, "--no-tiny", "--base", str(sdxl), "--text-encoder")
     assert facts["heldout_change_high"] < 0
     assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / lora.FILE)} == {
         "unet", "text_encoder", "text_encoder_2"}  # fmt: skip
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
-    before = picture_of(pipe)
+    before, (words, pooled, _) = picture_of(pipe), told(pipe)
     pipe.load_lora_weights(tmp_path / "lora")
     assert not np.array_equal(picture_of(pipe), before)
+    assert not torch.allclose(told(pipe)[0][:, :, :64], words[:, :, :64], atol=1e-5)  # both text encoders
+    assert not torch.allclose(told(pipe)[1], pooled, atol=1e-5)
     lora.main(["paint", "a town", *QUICK, "--run", str(tmp_path), "--style", "Hatching", "--out", str(tmp_path)])
     assert Image.open(tmp_path / "a-town-Hatching-0.png").size == (32, 32)
 
