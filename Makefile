@@ -5,6 +5,8 @@
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
+#   make lora                         optional: LoRA on a small text-to-image model that it teaches first (minutes)
+#   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion, from the hub; needs a GPU
 #   make test                         the tests
 #   make clean                        forget the demo's data and results
 
@@ -20,6 +22,7 @@ endif
 ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
+LORA ?= -c tiny.json --styles Hatching
 STAGES := -c demo.json
 else
 DATA := $(patsubst %/,%,$(WIKIART))
@@ -30,7 +33,7 @@ endif
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
 SHARED := wikiart.py layers.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline embed features serve report publish test lint clean FORCE
+.PHONY: all pipeline embed features lora painter serve report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -143,6 +146,21 @@ embed: $(VENV)/ready-embed
 
 features: $(RUN)/inputs.txt
 	$(PY) embed.py $(FLAGS)
+
+lora: $(VENV)/ready-lora
+	$(call with_settings,painter)
+
+painter: $(RUN)/lora_grid.png
+
+$(RUN)/lora/lora.json: lora.py diffusion.py tiny.json $(SHARED)
+	$(PY) lora.py train $(FLAGS) $(LORA) $(if $(wildcard $(RUN)/lora.partial.pt),--resume)
+
+$(RUN)/lora_grid.png: figures.py $(RUN)/lora/lora.json $(RUN)/judge/classifier.pt
+	$(PY) lora.py grid $(FLAGS) $(LORA)
+
+$(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-lora.txt
+	touch $@
 
 $(VENV)/ready-embed: $(VENV)/ready requirements-embed.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-embed.txt

@@ -18,6 +18,7 @@ case $script in
   train_autoencoder.py) mkdir -p $run; touch $run/${model:-autoencoder}.pt;;
   style_transfer.py) touch $run/style_grid.png;;
   tune.py) touch $run/$name.md;;
+  lora.py) mkdir -p $run/lora; touch $run/lora/lora.json $run/lora_grid.png;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
   -c) exit 1;;  # no accelerator
@@ -83,6 +84,19 @@ def test_a_stopped_training_goes_on(project):
     make(project)
     trainings = [line for line in (project / "calls").read_text().splitlines() if line.startswith("train.py")]
     assert ["--resume" in line for line in trainings] == [True, False, False]
+
+
+def test_lora_comes_with_the_judge_and_only_on_demand(project):
+    shutil.copy(ROOT / "requirements-lora.txt", project)
+    (project / "venv/ready-lora").touch()
+    assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "lora.py"]
+    calls = [line for line in (project / "calls").read_text().splitlines() if line.startswith("lora.py")]
+    assert [call.split()[1] for call in calls] == ["train", "grid"]
+    assert all("-c tiny.json" in call for call in calls)
+    assert make(project, "lora")[0] == []
+    make(project, "lora", f"WIKIART={project}/paintings", "LORA=--styles Cubism")
+    assert "--styles Cubism" in (project / "calls").read_text()
+    assert "tiny.json" not in (project / "calls").read_text()
 
 
 def test_spaces_in_paths_get_one_clear_line(project):

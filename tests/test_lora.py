@@ -1,0 +1,413 @@
+"""LoRA: the whole path on a small base, from training to painting in plain diffusers; SDXL's way; mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from conftest import ROOT, TINY
+from PIL import Image
+from safetensors.torch import load_file
+
+import diffusion
+import lora
+import runs
+import wikiart
+
+QUICK = ["-c", str(ROOT / "tiny.json"), *TINY, "--size", "32", "--resolution", "32", "--tiny-steps", "20", "40",
+         "--epochs", "2", "--per-class", "32", "--batch-size", "8", "--rank", "4", "--heldout", "4",
+         "--steps", "3", "--pictures", "1"]  # fmt: skip
+STYLE = ["--styles", "Hatching"]
+
+
+def train(data, run, *flags):
+    lora.main(["train", *QUICK, "--data", str(data), "--run", str(run), *flags])
+    return json.loads((run / "facts.json").read_text())["lora"]
+
+
+@pytest.fixture(scope="module")
+def tuned(demo, tmp_path_factory):
+    """A run folder with a small base and an adapter, the weights of that base, and what the trained UNet says."""
+    run, seen = tmp_path_factory.mktemp("tuned"), {}
+    whole = lora.Adapter.save
+
+    def noted(adapter, folder):
+        seen["weights"] = {name: value.clone() for name, value in adapter.pipe.unet.state_dict().items()}
+        seen["said"] = say(adapter.pipe)
+        whole(adapter, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora.Adapter, "save", noted)
+        facts = train(demo, run, *STYLE, "--alpha", "6")
+    return SimpleNamespace(run=run, facts=facts, **seen)
+
+
+@torch.no_grad()
+def say(pipe):
+    """The UNet's answer to a fixed question."""
+    draw = torch.Generator().manual_seed(0)
+    side = pipe.unet.config.sample_size
+    told = diffusion.conditions(pipe, ["a painting"], 8 * side)
+    return pipe.unet(torch.randn(1, 4, side, side, generator=draw), torch.tensor([500]), **told).sample
+
+
+def picture_of(pipe):
+    draw = torch.Generator().manual_seed(0)
+    return np.asarray(pipe("a painting", generator=draw, num_inference_steps=2, height=32, width=32).images[0])
+
+
+@pytest.fixture
+def base(tuned):
+    return diffusers.StableDiffusionPipeline.from_pretrained(tuned.run / "tiny_base", safety_checker=None)
+
+
+def test_the_loss_on_held_out_pictures_falls(tuned):
+    facts = tuned.facts
+    assert facts["heldout_change_high"] < 0
+    fall = facts["heldout_loss_after"] - facts["heldout_loss_before"]
+    assert fall == pytest.approx(facts["heldout_change"], abs=1e-4)
+    assert facts["heldout_images"] == 4
+    assert facts["other_styles_images"] == 7 * 4
+    assert facts["heldout_change"] < facts["other_styles_change"]
+    assert facts["steps"] == 2 * 32 // 8
+    history = [json.loads(line) for line in (tuned.run / "lora.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in history] == [1, 2]
+    assert history[-1]["heldout_loss"] == pytest.approx(facts["heldout_loss_after"], abs=1e-5)
+    assert not (tuned.run / "lora.partial.pt").exists()
+
+
+def test_the_weights_of_the_base_are_what_they_were(tuned, base):
+    kept = base.unet.state_dict()
+    adapted = {name.replace(".base_layer", ""): value for name, value in tuned.weights.items() if "lora_" not in name}
+    assert adapted.keys() == kept.keys()
+    assert all(torch.equal(adapted[name], kept[name]) for name in kept)
+
+
+def test_plain_diffusers_paints_with_the_adapter(tuned, base):
+    before, silent = picture_of(base), say(base)
+    base.load_lora_weights(tuned.run / "lora")
+    assert not np.array_equal(picture_of(base), before)
+    assert torch.allclose(say(base), tuned.said, atol=1e-4)  # with alpha other than rank, too
+    assert not torch.allclose(silent, tuned.said, atol=1e-3)
+    base.unload_lora_weights()
+    assert np.array_equal(picture_of(base), before)
+
+
+def test_paint_makes_pictures_from_noise_and_from_pictures(tuned, tmp_path):
+    def painted(*flags):
+        flags = [*QUICK, "--run", str(tuned.run), "--style", "Hatching", "--out", str(tmp_path), *flags]
+        lora.main(["paint", "a landscape, painting", *flags])
+        return np.asarray(Image.open(tmp_path / "a-landscape-painting-Hatching-0.png"))
+
+    first = painted()
+    assert first.shape == (32, 32, 3)
+    assert np.array_equal(painted(), first)
+    Image.new("RGB", (90, 40), "red").save(tmp_path / "red.png")
+    little, much = (painted("--image", str(tmp_path / "red.png"), "--strength", share) for share in ("0.4", "1"))
+    assert little.shape == (64, 64, 3)
+    assert not np.array_equal(little, much)
+
+
+def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
+    judge = ["--judge", str(trained / "classifier.pt")]
+    lora.main(["grid", *QUICK, "--run", str(tuned.run), *judge, "--prompts", "a painting", "a town"])
+    assert np.asarray(Image.open(tuned.run / "lora_grid.png").convert("L")).std() > 5
+    facts = json.loads((tuned.run / "facts.json").read_text())["lora"]
+    assert facts["heldout_loss_after"] == tuned.facts["heldout_loss_after"]
+    assert {facts["hit_rate"], facts["hit_rate_without"]} <= {0, 0.5, 1}
+    lora.main(["grid", *QUICK, "--run", str(tuned.run), "--judge", "nobody", "--prompts", "a town"])
+    assert "no judge" in capsys.readouterr().out
+
+
+def test_a_stopped_training_goes_on_and_ends_with_the_same_adapter(tuned, demo, tmp_path, monkeypatch):
+    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    whole = lora.look
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora, "look", stopped)
+    with pytest.raises(KeyboardInterrupt, match="1 finished epochs are kept"):
+        train(demo, tmp_path, *STYLE, "--alpha", "6")
+    monkeypatch.setattr(lora, "look", whole)
+    with pytest.raises(runs.Problem, match="--resume"):
+        train(demo, tmp_path, *STYLE, "--alpha", "6")
+    with pytest.raises(runs.Problem, match="rank = 4, now it is 2"):
+        train(demo, tmp_path, *STYLE, "--alpha", "6", "--rank", "2", "--resume")
+    monkeypatch.setattr("diffusion.read_all", lambda *_: pytest.fail("the latents are there"))
+    train(demo, tmp_path, *STYLE, "--alpha", "6", "--resume")
+    one, other = (load_file(run / "lora" / lora.FILE) for run in (tuned.run, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path):
+    def weights(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tiny_base").symlink_to(tuned.run / "tiny_base")
+        return lambda: load_file(tmp_path / name / "lora" / lora.FILE)
+
+    short = [*STYLE, "--epochs", "1", "--lr", "0.0002"]
+    whole, parts, two = (weights(name) for name in ("whole", "parts", "two"))
+    train(demo, tmp_path / "whole", *short)
+    train(demo, tmp_path / "parts", *short, "--accumulate", "4", "--checkpointing")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+    command = [*torchrun, ROOT / "lora.py", "train", *QUICK, *short, "--data", demo, "--run", tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = whole()
+    assert max(value.abs().max() for name, value in one.items() if "lora_B" in name) > 1e-4
+    for other in (parts(), two()):
+        assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch):
+    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    for room in (lora, diffusion):
+        monkeypatch.setattr(room, "precision", lambda device: torch.bfloat16)
+    whole, seen = lora.look, []
+    monkeypatch.setattr(lora, "look", lambda pipe, *rest: seen.append(pipe.unet.dtype) or whole(pipe, *rest))
+    facts = train(demo, tmp_path, *STYLE)
+    assert seen[0] == torch.bfloat16
+    assert facts["heldout_change"] < 0
+    assert {value.dtype for value in load_file(tmp_path / "lora" / lora.FILE).values()} == {torch.float32}
+
+
+def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
+    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    flags = ["--per-style", "--styles", "Hatching", "Dots", "--epochs", "1"]
+    facts = train(demo, tmp_path, *flags)
+    assert facts["Dots"]["other_styles_images"] == 7 * 4
+    one, other = (load_file(tmp_path / "lora" / style / lora.FILE) for style in ("Hatching", "Dots"))
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    train(demo, tmp_path, *flags, "--resume")
+    assert capsys.readouterr().out.count("is finished") == 2
+    lora.main(["grid", *QUICK, "--run", str(tmp_path), "--prompts", "a town"])
+    folders = lora.adapters(tmp_path)
+    assert set(folders) == {"Hatching", "Dots"}
+    pipe, _ = lora.load_adapted(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
+    assert torch.equal(next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name),
+                       next(iter(other.values())))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sdxl(tuned, tmp_path_factory):
+    """A folder like SDXL's with fresh weights: two text encoders, of which the second pools, and sizes for the UNet."""
+    small = diffusers.StableDiffusionPipeline.from_pretrained(tuned.run / "tiny_base", safety_checker=None)
+    torch.manual_seed(0)
+    second = transformers.CLIPTextModelWithProjection(small.text_encoder.config)
+    unet = diffusers.UNet2DConditionModel.from_config(
+        dict(small.unet.config) | {"cross_attention_dim": 128, "addition_embed_type": "text_time",
+                                   "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64 + 6 * 8}
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(small.scheduler.config, prediction_type="v_prediction")
+    pipe = diffusers.StableDiffusionXLPipeline(small.vae, small.text_encoder, second, small.tokenizer, small.tokenizer,
+                                               unet, scheduler, add_watermarker=False)  # fmt: skip
+    folder = tmp_path_factory.mktemp("sdxl") / "base"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def told(pipe):
+    conditions = diffusion.conditions(pipe, ["a town"], 32)
+    return conditions["encoder_hidden_states"], *conditions["added_cond_kwargs"].values()
+
+
+def test_sdxl_goes_the_same_way(sdxl, demo, tmp_path):
+    facts = train(demo, tmp_path, *STYLE, "--no-tiny", "--base", str(sdxl), "--text-encoder")
+    assert facts["heldout_change_high"] < 0
+    assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / lora.FILE)} == {
+        "unet", "text_encoder", "text_encoder_2"}  # fmt: skip
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
+    before, (words, pooled, _) = picture_of(pipe), told(pipe)
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert not np.array_equal(picture_of(pipe), before)
+    assert not torch.allclose(told(pipe)[0][:, :, :64], words[:, :, :64], atol=1e-5)  # both text encoders
+    assert not torch.allclose(told(pipe)[1], pooled, atol=1e-5)
+    lora.main(["paint", "a town", *QUICK, "--run", str(tmp_path), "--style", "Hatching", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "a-town-Hatching-0.png").size == (32, 32)
+
+
+def test_captions_say_what_is_known():
+    assert (diffusion.caption("landscape", "claude-monet", "Ukiyo_e")
+            == "a landscape painting by claude monet in the style of Ukiyo-e")  # fmt: skip
+    assert diffusion.caption("genre_painting", "", "Cubism") == "a genre painting in the style of Cubism"
+    assert diffusion.caption("", "", "") == "a painting"
+
+
+def test_parts_of_captions_drop_out_at_their_rates(demo):
+    data = wikiart.WikiArt(demo, "train", size=32, processes=1)
+    config = SimpleNamespace(drop_words=0.3, drop_caption=0.1)
+    chances = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    said = diffusion.captions_of(data, torch.zeros(2000, dtype=torch.long), chances, config)
+    assert sum(text == "" for text in said) / 2000 == pytest.approx(0.1, abs=0.03)
+    full = [text for text in said if text]
+    assert sum(" by " not in text for text in full) / len(full) == pytest.approx(0.3, abs=0.04)
+    assert all("in the style of" in text for text in full)
+
+
+def test_easy_steps_do_not_drown_the_others():
+    for kind, top in (("epsilon", 1), ("v_prediction", 1)):
+        schedule = diffusers.DDPMScheduler(prediction_type=kind)
+        weights = diffusion.weigh(schedule, torch.tensor([0, 500, 999]), 5.0)
+        assert weights[0] < 0.01 < weights[1] <= top
+    assert diffusion.weigh(schedule, torch.tensor([0, 999]), 0).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "say first what to do: train, paint, grid"),
+        (["draw"], "say first what to do"),
+        (["train", "fast"], "was given 'fast'"),
+        (["paint"], "say what to paint"),
+        (["paint", "a town", "--image", "missing.png"], "no file missing.png"),
+        (["paint", "a town", "--image", "{empty}", "--strength", "0.1"], "less than one step"),
+        (["train", "--resolution", "36"], "multiple of 8"),
+        (["paint", "a town", "--run", "{empty}"], "no adapter in .*lora: run lora.py train"),
+        (["paint", "a town", "--style", "Cubism"], "no style Cubism in .*: it knows Hatching"),
+        (["train", "--styles", "Cubism"], "no style Cubism in .*: it has Bands"),
+        (["train", *STYLE, "--batch-size", "7", "--accumulate", "2"], "multiple of"),
+        (["train", *STYLE, "--no-tiny", "--base", "{empty}"], "it is no folder in diffusers' layout"),
+        (
+            ["train", *STYLE, "--no-tiny", "--base", "nobody/nothing"],
+            "check the name and the network",
+        ),
+        (["train", *STYLE, "--targets", "to_nothing"], "--targets to_nothing: "),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = [word for word in argv[:2] if not word.startswith("-")]
+    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    run = tmp_path if argv[:1] == ["train"] else tuned.run
+    flags = [flag.replace("{empty}", str(demo)) for flag in argv[len(words) :]]
+    with pytest.raises(runs.Problem, match=message) as problem:
+        lora.main([*words, *QUICK, "--data", str(demo), "--run", str(run), *flags])
+    assert "\n" not in str(problem.value)
+
+
+def test_a_gated_base_and_too_little_memory_get_one_clear_line(tuned, demo, monkeypatch):
+    def gated(*_, **__):
+        raise OSError("403 Client Error. Cannot access gated repo")
+
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", gated)
+    with pytest.raises(runs.Problem, match="accept its terms"):
+        lora.load("some/base", torch.device("cpu"))
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(lora.ACTIONS, "train", full)
+    with pytest.raises(runs.Problem, match="--checkpointing"):
+        lora.main(["train", *QUICK])
+
+
+def test_without_diffusers_there_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(lora, "diffusers", None)
+    with pytest.raises(runs.Problem, match="requirements-lora.txt"):
+        lora.main(["train", *QUICK])
+
+
+class Attention(torch.autograd.Function):
+    """What a fused attention keeps for the way back: never the matrix of all pairs."""
+
+    @staticmethod
+    def forward(kept, query, key, value):
+        out = torch.empty_like(query)
+        kept.save_for_backward(query, key, value, out, torch.empty(query.shape[:-1], device="meta"))
+        return out
+
+
+def activations(unet, side: int, checkpointing: bool) -> int:
+    """Bytes that one training step keeps for the way back, counted on the meta device, where nothing is computed.
+
+    With checkpointing: the inputs of all blocks, and what the largest block keeps while it is computed again.
+    """
+    weights, kept, blocks = {weight.untyped_storage()._cdata for weight in unet.parameters()}, {}, [0]
+
+    def keep(tensor, where=kept):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            where[storage._cdata] = storage.nbytes(), tensor  # held, so that no other tensor gets its number
+        return tensor
+
+    def block(compute, *inputs):
+        inside = {}
+        for each in inputs:
+            if isinstance(each, torch.Tensor):
+                keep(each)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, inside), lambda tensor: tensor):
+            out = compute(*inputs)
+        blocks.append(sum(size for size, _ in inside.values()))
+        return out
+
+    if checkpointing:
+        unet.enable_gradient_checkpointing(block)
+    unet.train()
+    with torch.device("meta"):
+        latents, words = (torch.empty(1, *shape, dtype=unet.dtype) for shape in ((4, side, side), (77, 768)))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            unet(latents, torch.empty(1, dtype=torch.long), encoder_hidden_states=words)
+    return sum(size for size, _ in kept.values()) + max(blocks)
+
+
+def autocast(monkeypatch):
+    """On the meta device what torch.autocast does on a GPU: norms in float32, layers in their weights' precision."""
+
+    def floats(each):
+        return each.float() if isinstance(each, torch.Tensor) else each
+
+    def in_float(compute):
+        return lambda *given, **named: compute(
+            *map(floats, given), **{key: floats(each) for key, each in named.items()}
+        )
+
+    def as_weights(compute):
+        return lambda inputs, weight, *rest: compute(inputs.to(weight.dtype), weight, *rest)
+
+    layers = torch.nn.functional
+    for name, cast in (
+        ("group_norm", in_float),
+        ("layer_norm", in_float),
+        ("linear", as_weights),
+        ("conv2d", as_weights),
+    ):
+        monkeypatch.setattr(layers, name, cast(getattr(layers, name)))
+    monkeypatch.setattr(layers, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
+
+
+def test_the_readme_states_the_memory_that_stable_diffusion_takes(monkeypatch):
+    autocast(monkeypatch)
+    with torch.device("meta"):  # diffusers' defaults are the shapes of Stable Diffusion 1.5
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(torch.bfloat16).requires_grad_(False)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        )  # fmt: skip
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))  # fmt: skip
+    million = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (unet, vae, text)]
+    with torch.device("meta"):
+        unet.add_adapter(peft.LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    added = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad) / 1e6
+    fixed = (2 * sum(million) + 16 * added) / 1e3  # bf16; weight, gradient and two moments in float32
+    plain, small, thrifty = (activations(unet, *how) / 1e9 for how in ((64, False), (32, False), (64, True)))
+    wanted = [
+        "{:.0f}, {:.0f} and {:.0f} million".format(*million),
+        f"{added:.1f} million of LoRA",
+        f"{fixed:.1f} GB",
+        f"activations {plain:.1f} GB",
+        f"`--checkpointing` {thrifty:.1f} GB",
+        f"`--resolution 256` {small:.1f} GB",
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert not (missing := [text for text in wanted if text not in readme]), "; ".join(missing)
