@@ -413,7 +413,7 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
             gr.HTML(collection(config))
         one, many = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
         answer, hidden = gr.JSON(visible=False), gr.Button(visible=False)
-        # Answered directly: Gradio's queue was measured to add 50 ms to each answer.
+        # Answered directly: Gradio's queue would make every answer wait for its turn to be asked for.
         hidden.click(label, one, answer, api_name="label", preprocess=False, queue=False)
         hidden.click(label_batch, many, answer, api_name="label_batch", preprocess=False, queue=False)
     for each in (file, one, many):  # Gradio would fetch a URL, or copy the file, before our code sees it
