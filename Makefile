@@ -4,6 +4,7 @@
 #   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
+#   make benchmark                    optional: CPU time and memory beside what people use
 #   make test                         the tests
 #   make clean                        forget the demo's data and results
 
@@ -29,7 +30,7 @@ endif
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
 SHARED := wikiart.py layers.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline embed features report publish test lint clean FORCE
+.PHONY: all pipeline embed features benchmark report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -142,6 +143,10 @@ embed: $(VENV)/ready-embed
 
 features: $(RUN)/inputs.txt
 	$(PY) embed.py $(FLAGS)
+
+# All of it runs on the CPU, so always with the settings for one.
+benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
+	$(PY) benchmark.py -c cpu.json $(STAGES) --data $(DATA) --run $(RUN)
 
 $(VENV)/ready-embed: $(VENV)/ready requirements-embed.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-embed.txt
