@@ -7,6 +7,7 @@
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make lora                         optional: LoRA on a small text-to-image model that it teaches first (minutes)
 #   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion, from the hub; needs a GPU
+#   make benchmark                    optional: CPU time and memory beside what people use
 #   make test                         the tests
 #   make clean                        forget the demo's data and results
 
@@ -33,7 +34,7 @@ endif
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
 SHARED := wikiart.py layers.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
-.PHONY: all pipeline embed features lora painter serve report publish test lint clean FORCE
+.PHONY: all pipeline embed features lora painter serve benchmark report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -161,6 +162,10 @@ $(RUN)/lora_grid.png: figures.py $(RUN)/lora/lora.json $(RUN)/judge/classifier.p
 $(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-lora.txt
 	touch $@
+
+# All of it runs on the CPU, so always with the settings for one.
+benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
+	$(PY) benchmark.py -c cpu.json $(STAGES) --data $(DATA) --run $(RUN)
 
 $(VENV)/ready-embed: $(VENV)/ready requirements-embed.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-embed.txt

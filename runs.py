@@ -67,11 +67,9 @@ def configure(script: str, doc: str, shared: tuple, help: dict, argv: list[str] 
     `shared` names the shared keys that the script uses; `help` maps each key of its own section to its text, or to
     (text, choices). A key or a type that config.json does not have is an error.
     """
-    defaults = _read_json(HERE / "config.json")
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("-c", "--config", action="append", default=[], metavar="FILE")
-    for path in first.parse_known_args(argv)[0].config:
-        _lay_over(defaults, _read_json(path), path)
+    first.add_argument("-c", "--config", action="append", metavar="FILE")
+    defaults = settings(first.parse_known_args(argv)[0].config)
 
     help = {key: SHARED_HELP[key] for key in shared} | help
     values = {key: defaults[key] for key in shared} | defaults[script]
@@ -100,6 +98,14 @@ def configure(script: str, doc: str, shared: tuple, help: dict, argv: list[str] 
     for key in values:  # argparse checks flags only, not what came from a file
         _check(key, getattr(config, key), *_text_and_choices(help[key]))
     return config
+
+
+def settings(files: list[str] | None) -> dict:
+    """config.json, under the files given with -c: the settings of all scripts."""
+    found = _read_json(HERE / "config.json")
+    for path in files or []:
+        _lay_over(found, _read_json(path), path)
+    return found
 
 
 def _check(key: str, value, text: str, choices) -> None:
