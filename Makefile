@@ -87,8 +87,9 @@ $(RUN)/manner/autoencoder.pt: train_autoencoder.py losses.py $(SHARED)
 $(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/manner/autoencoder.pt $(RUN)/classifier.pt
 	$(PY) cluster.py $(FLAGS) --codes all --renew
 
+style_epochs := $(if $(WIKIART),--epochs 14)
 $(RUN)/style.pt: train_autoencoder.py losses.py $(RUN)/autoencoder.pt $(RUN)/classifier.pt
-	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder $(if $(wildcard $(RUN)/style.partial.pt),--resume)
+	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder $(style_epochs) $(if $(wildcard $(RUN)/style.partial.pt),--resume)
 
 $(RUN)/judge/classifier.pt: train.py judge.json $(SHARED)
 	$(PY) train.py $(FLAGS) -c judge.json --run $(RUN)/judge \
