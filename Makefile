@@ -73,7 +73,7 @@ $(RUN)/mlp/classifier.pt: train.py mlp.json $(SHARED)
 	$(PY) train.py $(FLAGS) -c mlp.json --run $(RUN)/mlp \
 	    $(if $(wildcard $(RUN)/mlp/classifier.partial.pt),--resume)
 
-$(RUN)/report.txt: test.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
+$(RUN)/report.txt: test.py scores.py figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
 	$(PY) test.py $(FLAGS)
 
 $(RUN)/autoencoder.pt: train_autoencoder.py losses.py $(SHARED)
@@ -98,7 +98,7 @@ $(RUN)/judge/classifier.pt: train.py judge.json $(SHARED)
 # A second judge where there is one: embed.py --shrink 64 makes it.
 JUDGES = --judges judge $(notdir $(wildcard $(RUN)/embed_*_64.pt))
 
-$(RUN)/style_grid.png: style_transfer.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
+$(RUN)/style_grid.png: style_transfer.py scores.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
 	$(PY) style_transfer.py $(FLAGS) --method adain $(JUDGES)
 	$(PY) style_transfer.py $(FLAGS) --method wct $(JUDGES)
 	$(PY) style_transfer.py $(FLAGS) $(JUDGES)

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import runs
 from folder import DataError, as_rgb, end_with
+from scores import seen_and_unseen, with_intervals
 from wikiart import Pretrained, WikiArt, head, predict, random_crops
 
 try:
@@ -70,7 +71,6 @@ HELP = {
     "finetune_lr": "peak learning rate of fine-tuning",
 }
 TARGETS = ("style", "genre", "artist")
-MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
 
 
 def main(argv=None):
@@ -335,8 +335,10 @@ def study(task: Task, path: Path, config) -> dict:
         torch.manual_seed(config.seed)
         started = time.perf_counter()
         model, guesses, facts = fits[name](task, config)
-        facts |= {"fit_seconds": time.perf_counter() - started} | scores(truth, guesses, count, config)
-        facts |= seen_and_unseen(train, test, guesses)
+        facts |= {"fit_seconds": time.perf_counter() - started} | with_intervals(
+            truth, guesses, count, config.bootstrap, config.seed
+        )
+        facts |= seen_and_unseen(train.artists, test, guesses)
         found[name] = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
         models |= {name: model} if model else {}
         text = classification_report(truth, guesses, labels=range(count), target_names=train.classes, zero_division=0)
@@ -451,30 +453,7 @@ def nearest(task: Task, config):
     return None, torch.cat(guesses).numpy(), {}
 
 
-# Scores, the checkpoint, the table ------------------------------------------------------------------------------------
-
-
-def scores(truth, guesses, classes: int, config) -> dict[str, float]:
-    """Accuracy, balanced accuracy and macro-F1, each with its 95 % bootstrap interval, as in test.py."""
-    random, table = np.random.default_rng(config.seed), []
-    for rows in [np.arange(len(truth)), *random.integers(len(truth), size=(config.bootstrap, len(truth)))]:
-        counts = np.bincount(truth[rows] * classes + guesses[rows], minlength=classes**2).reshape(classes, classes)
-        there = counts.sum(1) > 0
-        hits, true, said = counts.diagonal()[there], counts.sum(1)[there], counts.sum(0)[there]
-        table.append((hits.sum() / len(truth), (hits / true).mean(), (2 * hits / (true + said)).mean()))
-    low, high = np.percentile(table[1:], (2.5, 97.5), axis=0)
-    columns = {"": table[0], "_low": low, "_high": high}
-    return {name + end: float(column[place]) for place, name in enumerate(MEASURES) for end, column in columns.items()}
-
-
-def seen_and_unseen(train, test, guesses) -> dict:
-    """Accuracy on paintings by artists that training knows, and by artists that it does not."""
-    facts, seen = {}, np.isin(test.artists, train.artists)
-    for name, chosen in (("seen", seen), ("unseen", ~seen & (test.artists != ""))):
-        if chosen.any():
-            right = guesses[chosen] == test.labels.numpy()[chosen]
-            facts |= {f"{name}_artists_images": len(right), f"{name}_artists_accuracy": float(right.mean())}
-    return facts
+# The checkpoint, the table ------------------------------------------------------------------------------------
 
 
 def save(task: Task, path: Path, arguments: dict, source: str, shape: dict, config) -> None:

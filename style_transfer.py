@@ -28,7 +28,8 @@ from tqdm import tqdm
 import figures
 import runs
 from folder import as_rgb, read_picture, title_of
-from losses import layout, luminance
+from losses import layout
+from scores import similarity
 from wikiart import WikiArt, build_model, predict, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
@@ -331,17 +332,6 @@ def verdicts(judge, pictures, config, device):
         pixels = (255 * batch.clamp(0, 1)).round().byte().to(device)
         said.append(predict(network, pixels, judge["crop"], judge["windows"]).argmax(1).cpu())
     return torch.cat(said)
-
-
-def similarity(one, other):
-    """Structural similarity (Wang et al. 2004) of luminances, (N,): 1 for equal pictures (N, 3, S, S)."""
-    places = torch.arange(11) - 5
-    bell = torch.exp(-(places**2) / (2 * 1.5**2))
-    kernel = (bell[:, None] * bell / bell.sum() ** 2).view(1, 1, 11, 11)
-    x, y = luminance(one), luminance(other)
-    mx, my, xx, yy, xy = (F.conv2d(each, kernel) for each in (x, y, x * x, y * y, x * y))
-    contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
-    return (contrast * (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)).mean((1, 2, 3))
 
 
 def against_plain(originals, error: float, config, device) -> dict:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import figures
 import runs
 from folder import name_of, title_of
+from scores import MEASURES, calibration_error, count_pairs, seen_and_unseen, with_intervals
 from wikiart import WikiArt, build_model, calibrate, predict
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
@@ -49,7 +50,7 @@ def main(argv=None):
     probabilities = calibrate(torch.from_numpy(raw), temperature).numpy()
 
     def score(guesses):
-        return scores(truth, guesses, len(classes), config.bootstrap, config.seed)
+        return with_intervals(truth, guesses, len(classes), config.bootstrap, config.seed)
 
     facts = {"images": len(data), "classes": len(classes), "left_out": data.left_out} | score(probabilities.argmax(1))
     # What a classifier must beat: always naming the class that training has most of, and the baseline.
@@ -66,7 +67,7 @@ def main(argv=None):
     facts |= {f"{who}_{name}": value for who, named in others.items() for name, value in named.items()}
     facts |= {"temperature": temperature, "ece_before": calibration_error(truth, raw),
               "ece_after": calibration_error(truth, probabilities)}  # fmt: skip
-    facts |= seen_and_unseen(checkpoint, data, probabilities.argmax(1))
+    facts |= seen_and_unseen(checkpoint["artists"], data, probabilities.argmax(1))
 
     suffix = "" if config.split == "test" else "_train"
     facts |= draw_figures(run, suffix, data, truth, probabilities, classes, config)
@@ -97,22 +98,6 @@ def judge_baseline(path, checkpoint, data, config, device) -> np.ndarray:
     return classify(other, data, config, device)
 
 
-def seen_and_unseen(checkpoint, data, guesses) -> dict:
-    """Accuracy on paintings by artists that training knows, and by artists that it does not.
-
-    The first may be painter recognition in part, the second cannot be. The two groups hold different paintings.
-    """
-    facts, right = {}, guesses == data.labels.numpy()
-    seen = np.isin(data.artists, checkpoint["artists"])
-    for name, chosen in (("seen", seen), ("unseen", ~seen & (data.artists != ""))):
-        if chosen.any():
-            recalls = [right[chosen & (data.labels.numpy() == label)] for label in np.unique(data.labels[chosen])]
-            facts[f"{name}_artists_images"] = int(chosen.sum())
-            facts[f"{name}_artists_accuracy"] = float(right[chosen].mean())
-            facts[f"{name}_artists_balanced_accuracy"] = float(np.mean([recall.mean() for recall in recalls]))
-    return facts
-
-
 def classify(checkpoint, data, config, device) -> np.ndarray:
     """Class probabilities, float (N, classes), of every painting as it is: not resampled, not augmented."""
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
@@ -124,44 +109,6 @@ def classify(checkpoint, data, config, device) -> np.ndarray:
                 outputs.append(predict(model, pixels, checkpoint["crop"], checkpoint["windows"]).float().cpu())
             bar.update(len(items))
     return torch.cat(outputs).numpy()
-
-
-def scores(truth, guesses, classes: int, resamples: int, seed: int) -> dict:
-    """Accuracy, balanced accuracy and macro-F1, each with its 95 % bootstrap interval (percentiles)."""
-    random = np.random.default_rng(seed)
-    facts = dict(zip(MEASURES, measures(truth, guesses, classes), strict=True))
-    drawn = random.integers(len(truth), size=(resamples, len(truth)))
-    table = np.array([measures(truth[rows], guesses[rows], classes) for rows in drawn])
-    for name, low, high in zip(MEASURES, *np.percentile(table, (2.5, 97.5), axis=0), strict=True):
-        facts |= {f"{name}_low": low, f"{name}_high": high}
-    return {name: float(value) for name, value in facts.items()}
-
-
-MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
-
-
-def measures(truth, guesses, classes: int) -> tuple[float, float, float]:
-    """The three of MEASURES; means over classes take those that occur in the truth."""
-    counts = count_pairs(truth, guesses, classes)
-    hits, true, said = counts.diagonal(), counts.sum(1), counts.sum(0)
-    there = true > 0
-    recall = hits[there] / true[there]
-    f1 = 2 * hits[there] / (true[there] + said[there])
-    return hits.sum() / len(truth), recall.mean(), f1.mean()
-
-
-def count_pairs(truth, guesses, classes: int) -> np.ndarray:
-    """Confusion matrix, int64 (true, predicted)."""
-    return np.bincount(truth * classes + guesses, minlength=classes**2).reshape(classes, classes)
-
-
-def calibration_error(truth, probabilities, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): how far the share that is right lies from the probability that was
-    given, as a mean over paintings in bins of like probability."""
-    sure, right = probabilities.max(1), probabilities.argmax(1) == truth
-    number = np.minimum((sure * bins).astype(int), bins - 1)
-    gaps = np.bincount(number, right - sure, bins)  # of each bin, times its paintings
-    return float(np.abs(gaps).sum() / len(truth))
 
 
 def write_tables(run, suffix, data, truth, probabilities, classes) -> tuple[list[str], dict]:

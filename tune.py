@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import figures
 import runs
+from scores import MEASURES
 
 SHARED = ("data", "run", "device")
 HELP = {
@@ -30,7 +31,6 @@ HELP = {
     "jobs": "trainings at a time",
 }
 RUNNING = []  # processes under way
-MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 import cluster
 import embed
 import runs
+import scores
 import test as evaluation
 import wikiart
 
@@ -63,7 +64,7 @@ def test_three_targets_are_named_by_three_classifiers(embedded):
         assert facts["images_per_second"] > 0
         assert facts["accuracy"] == facts[facts["kept"]]["accuracy"]
         for name in ("linear", "mlp", "neighbours"):
-            for measure in embed.MEASURES:
+            for measure in scores.MEASURES:
                 assert facts[name][f"{measure}_low"] <= facts[name][measure] <= facts[name][f"{measure}_high"]
             report = (embedded / "embed" / f"tf_efficientnet_lite0_{target}_{name}.txt").read_text()
             assert f"{facts[name]['accuracy']:.2f}" in report
@@ -79,13 +80,6 @@ def test_unknown_and_rare_ones_are_left_out_and_counted(embedded, demo):
     assert found["genre"]["left_out"] > 0
     assert found["artist"]["left_out"] >= found["style"]["unseen_artists_images"] > 0
     assert "unseen_artists_accuracy" not in found["artist"]
-
-
-def test_scores_agree_with_test_py():
-    random = np.random.default_rng(0)
-    truth, guesses = random.integers(5, size=200), random.integers(6, size=200)
-    config = SimpleNamespace(seed=3, bootstrap=50)
-    assert embed.scores(truth, guesses, 6, config) == pytest.approx(evaluation.scores(truth, guesses, 6, 50, 3))
 
 
 def test_cluster_reads_the_features(embedded, demo):

@@ -27,6 +27,7 @@ from PIL import Image
 import label
 import page
 import runs
+import scores
 import test as evaluation
 import train
 import wikiart
@@ -208,15 +209,15 @@ def test_the_temperature_undoes_a_wrong_one():
         shown = wikiart.calibrate(true, factor)
         assert train.fit_temperature(shown, labels) == pytest.approx(1 / factor, rel=0.06)
         back = wikiart.calibrate(shown, train.fit_temperature(shown, labels))
-        before = evaluation.calibration_error(labels.numpy(), shown.numpy())
-        assert evaluation.calibration_error(labels.numpy(), back.numpy()) < 0.02 < 0.1 < before
+        before = scores.calibration_error(labels.numpy(), shown.numpy())
+        assert scores.calibration_error(labels.numpy(), back.numpy()) < 0.02 < 0.1 < before
         assert torch.equal(shown.argmax(1), true.argmax(1))
 
 
 def test_the_calibration_error_worked_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.45, 0.55]])
     # 0.9: one of two right, 0.4 off; 0.6: right, 0.4 off; 0.55: wrong, 0.55 off; each in a bin of its own
-    assert evaluation.calibration_error(np.array([0, 1, 1, 0]), probabilities, 20) == pytest.approx(
+    assert scores.calibration_error(np.array([0, 1, 1, 0]), probabilities, 20) == pytest.approx(
         (2 * 0.4 + 0.4 + 0.55) / 4
     )
 

@@ -17,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import figures
 import runs
+import scores
 import test as evaluation
 import train
 import wikiart
@@ -158,7 +159,7 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     hits = [row["class"] == row["predicted"] for row in rows]
     assert facts["images"] == len(rows) == 32
     assert facts["accuracy"] == pytest.approx(np.mean(hits), abs=1e-4)
-    for name in evaluation.MEASURES:
+    for name in scores.MEASURES:
         assert facts[f"{name}_low"] <= facts[name] <= facts[f"{name}_high"]
     assert facts["majority_accuracy"] == pytest.approx(1 / 8)
     assert facts["seen_artists_images"] + facts["unseen_artists_images"] == 32
@@ -184,7 +185,7 @@ def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
 def test_measures_agree_with_scikit_learn():
     random = np.random.default_rng(0)
     truth, guesses = random.integers(5, size=200), random.integers(5, size=200)
-    accuracy, balanced, f1 = evaluation.measures(truth, guesses, 5)
+    accuracy, balanced, f1 = scores.measures(truth, guesses, 5)
     assert accuracy == pytest.approx((truth == guesses).mean())
     assert balanced == pytest.approx(balanced_accuracy_score(truth, guesses))
     assert f1 == pytest.approx(f1_score(truth, guesses, average="macro"))
@@ -192,7 +193,7 @@ def test_measures_agree_with_scikit_learn():
 
 def test_a_class_missing_from_the_truth_counts_for_nothing():
     truth, guesses = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
-    assert evaluation.measures(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
+    assert scores.measures(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
 
 
 def test_figures_are_readable_at_27_classes(tmp_path):

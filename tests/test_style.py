@@ -11,6 +11,7 @@ from test_autoencoder import TINY_CODES
 
 import losses
 import runs
+import scores
 import style_transfer
 import train
 import train_autoencoder
@@ -124,8 +125,8 @@ def test_a_net_of_others_goes_through_the_same_scores(styled, demo):
 def test_measures_of_pictures():
     torch.manual_seed(0)
     images = torch.rand(5, 3, 32, 32)
-    assert torch.allclose(style_transfer.similarity(images, images), torch.ones(5))
-    assert style_transfer.similarity(images, images.roll(1, 0)).max() < 0.5
+    assert torch.allclose(scores.similarity(images, images), torch.ones(5))
+    assert scores.similarity(images, images.roll(1, 0)).max() < 0.5
     likeness = losses.layout(images) @ losses.layout(images * 0.5 + 0.2).T  # lighter and flatter, the same layout
     assert (likeness.argmax(1) == torch.arange(5)).all()
     assert torch.allclose(likeness.diagonal(), torch.ones(5), atol=1e-2)
