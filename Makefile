@@ -109,7 +109,7 @@ ifeq ($(WIKIART),)
 report:
 	@echo 'make report publishes a run on real paintings: give WIKIART=/path'; exit 1
 else
-report: $(VENV)/ready
+report: $(VENV)/ready $(VENV)/ready-embed $(VENV)/ready-magenta
 	$(call with_settings,publish)
 endif
 
@@ -140,7 +140,19 @@ $(VARIANTS): $(RUN)/style_grid_%.png: train_autoencoder.py style_transfer.py los
 	    --guide $(RUN)/classifier.pt --epochs 5 $(style_$*) $(if $(wildcard $(RUN)/style_$*/style.partial.pt),--resume)
 	$(PY) style_transfer.py $(FLAGS) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 100 $(JUDGES)
 
-publish: pipeline $(COMPARISONS) $(VARIANTS)
+# What others trained, to compare with; LITES="0.pth 1.pth 2.pth" are files of these weights, else they come from the hub.
+lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
+$(RUN)/embed.md: embed.py scores.py $(SHARED)
+	$(PY) embed.py $(FLAGS) --backbone $(lites) $(if $(LITES),--weights $(LITES))
+
+$(RUN)/embed_tf_efficientnet_lite0_64.pt: embed.py scores.py $(SHARED)
+	$(PY) embed.py $(FLAGS) --backbone $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES))) \
+	    --target style --shrink 64
+
+$(RUN)/style_grid_magenta.png: style_transfer.py scores.py figures.py $(RUN)/style_grid.png
+	$(PY) style_transfer.py $(FLAGS) --method magenta --paintings 16 $(JUDGES)
+
+publish: $(RUN)/embed.md $(RUN)/embed_tf_efficientnet_lite0_64.pt pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png
 	$(PY) report/build.py --run $(RUN) --publish
 
 embed: $(VENV)/ready-embed
@@ -167,6 +179,10 @@ $(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt
 # All of it runs on the CPU, so always with the settings for one.
 benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
 	$(PY) benchmark.py -c cpu.json $(STAGES) --data $(DATA) --run $(RUN)
+
+$(VENV)/ready-magenta: $(VENV)/ready requirements-magenta.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-magenta.txt
+	touch $@
 
 $(VENV)/ready-embed: $(VENV)/ready requirements-embed.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-embed.txt

@@ -14,6 +14,7 @@ centroids_<source>.png (the paintings nearest to each centre), map_<source>.png 
 
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def main(argv=None):
     config = runs.configure("cluster", __doc__, SHARED, HELP, argv)
     device = runs.pick_device(config.device)
     run = Path(config.run)
-    sources = config.codes
+    sources, made = config.codes, []
     if sources == ["all"]:
         there = [source for source, (name, model, _) in CHECKPOINTS.items()
                  if (run / name).exists() and runs.load_checkpoint(run / name)["model"] == model]  # fmt: skip
@@ -74,13 +75,18 @@ def main(argv=None):
         sources = list(dict.fromkeys([*there, "pixels", "colours", *made]))
     if not sources:
         raise runs.Problem("--codes needs a source, or all")
-    facts = {}
     for source in sources:
-        table, data = codes_of(source, config, device)
+        try:
+            table, data = codes_of(source, config, device)
+        except runs.Problem as problem:
+            if source not in made:  # these only embed.py can make again
+                raise
+            print(f"left out: {problem}")
+            continue
         print(f"{source}: {table['train'].shape[1]} numbers a painting", flush=True)
-        facts[source] = study(source, table, data, config)
-    runs.add_facts(run, "cluster", facts, merge=True)
-    setting, known = facts[sources[0]]["setting"], json.loads((run / "facts.json").read_text())["cluster"]
+        facts = study(source, table, data, config)
+        runs.add_facts(run, "cluster", {re.sub(r"\W", "_", source): facts}, merge=True)
+    setting, known = facts["setting"], json.loads((run / "facts.json").read_text())["cluster"]
     alike = {source: found for source, found in known.items() if found.get("setting") == setting}
     write_table(run / "clusters.md", alike)
 
@@ -102,6 +108,10 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
         checkpoint = runs.load_checkpoint(weights, CHECKPOINTS[source][1])
         identity = hashlib.sha256(weights.read_bytes()).hexdigest()
         settings = {key: checkpoint["data"][key] for key in settings}
+        if checkpoint["data"].get("holdout", "none") != "none":
+            raise runs.Problem(
+                f"{weights} was trained with --holdout, on a part of the test folder too: train it without"
+            )
     elif source not in ("pixels", "colours") and not path.exists():
         raise runs.Problem(f"no codes {path}: give {', '.join(CHECKPOINTS)}, pixels, colours, or run embed.py first")
     sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in ("train", "test")}
@@ -192,7 +202,8 @@ def study(source, table, data, config) -> dict:
     reduce = make_pipeline(StandardScaler(), PCA(max(most, 1), random_state=config.seed)).fit(table["train"])
     codes = reduce.transform(table[config.split])
     clusters = group(codes, config.method, count, config.seed)
-    setting = f"{METHODS[config.method]}, {count} clusters asked for, {len(labels)} {config.split} paintings"
+    setting = (f"{METHODS[config.method]}, {count} clusters asked for, {len(labels)} {config.split} paintings, "
+               f"{config.components} components, seed {config.seed}")  # fmt: skip
     found = len(np.unique(clusters[clusters >= 0]))
     facts = {"setting": setting, "clusters": found, "numbers": table["train"].shape[1]}
     facts |= scores(labels, clusters, codes, config.seed)

@@ -211,6 +211,8 @@ def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple
     with open(flat, "ab") as target:
         done = target.tell() // (4 * width)
         done -= done % config.batch_size if done < len(files) else 0
+        if done == len(files) and not known["speed"]:  # killed before it could be noted
+            done = max(0, done - config.batch_size)
         if done < len(files):
             target.truncate(4 * width * done)
             table.unlink(missing_ok=True)
@@ -357,10 +359,12 @@ def fit_linear(task: Task, config):
     for strength in sorted(config.strengths, reverse=True):
         descend(task, layer, "training", strength)
         tried[strength] = task.score(task.guesses(layer, "validation"))
+        if strength == max(tried, key=tried.get):
+            task.model = with_parts(task.model, head=copy.deepcopy(layer))  # where fine-tuning starts
     strength = max(tried, key=tried.get)
     descend(task, layer, "all", strength)
-    task.model = with_parts(task.model, head=layer)  # where fine-tuning starts
-    return task.model, task.guesses(layer, "test"), {"strength": strength, "val_balanced_accuracy": tried[strength]}
+    facts = {"strength": strength, "val_balanced_accuracy": tried[strength]}
+    return with_parts(task.model, head=layer), task.guesses(layer, "test"), facts
 
 
 def descend(task: Task, layer, part: str, strength: float) -> None:

@@ -15,12 +15,15 @@ def contrast(points, temperature: float = 0.2):
 
     points (2, B, D): of two windows of each painting; those of all processes count.
     """
-    if dist.is_initialized():
-        points = torch.cat(all_gather(points.contiguous()), 1)
-    points = F.normalize(points.flatten(0, 1), dim=1)
+    points = F.normalize(of_all_processes(points, 1).flatten(0, 1), dim=1)
     likeness = (points @ points.T / temperature).fill_diagonal_(-torch.inf)
     other = torch.arange(len(points), device=points.device).roll(len(points) // 2)
     return F.cross_entropy(likeness, other)
+
+
+def of_all_processes(values, dim: int = 0):
+    """The values of the whole batch, of which every process holds a part; gradients find their way back."""
+    return torch.cat(all_gather(values.contiguous()), dim) if dist.is_initialized() else values
 
 
 def luminance(images):
@@ -114,7 +117,7 @@ class Repaint(nn.Module):
         (B, 3, crop, crop), numbers: random ones in [0, 1) (6,) that choose the window.
         """
         side = 4 * round((0.7 + 0.7 * float(numbers[5])) * images.shape[-1] / 4)
-        config, half = self.config, len(images) // 2
+        config, half = self.config, -(-len(images) // 2)
         shares, asked = (F.one_hot(each, self.model.reader.out_features).float() for each in (labels, others))
         codes, same, other, read = self.model(images, shares, asked, half)
         error = F.mse_loss(same.float(), images[:half])
@@ -143,7 +146,8 @@ def unlike(maps, aims):
     distances = []
     for one, other in zip(maps, aims, strict=True):
         one, other = texture(one.float()).flatten(1), texture(other.float()).flatten(1)
-        distances.append(F.smooth_l1_loss(one / (other.std(0) + 0.05), other / (other.std(0) + 0.05)))
+        spread = of_all_processes(other).std(0) + 0.05
+        distances.append(F.smooth_l1_loss(one / spread, other / spread))
     return sum(distances) / len(distances)
 
 

@@ -243,7 +243,8 @@ class Painter:
         """The picture in the style, in its own proportions."""
         pixels = torch.from_numpy(read_picture(io.BytesIO(data), **self.shape).copy())[None].to(self.device)
         wanted = torch.eye(len(self.classes), device=self.device)[[self.classes.index(style)]]
-        painted = self.model.decode(self.model.encode(views(pixels, self.crop)[0]), wanted)[0]
+        images = views(pixels, self.crop)[0]
+        painted = self.model.decode(self.model.encode(images), wanted, self.model.own_style(images))[0]
         painted = Image.fromarray((255 * painted.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy())
         return painted.resize(small(io.BytesIO(data), 512).size, Image.Resampling.BICUBIC)
 

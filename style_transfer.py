@@ -39,7 +39,7 @@ HELP = {
                "autoencoder: means and deviations (adain), or covariances (wct); or magenta's",
                ("model", "adain", "wct", "magenta")),
     "image": "a picture, or a folder of them, to repaint; none: the test paintings, with scores",
-    "style": "styles to paint in; none: all",
+    "style": "styles to paint in, in the grid those of the columns; none: all",
     "strength": "0: the painting's own style, 1: the style asked for; between them a mixture",
     "steps": "pictures on the way from the first of two styles to the second; 0: none",
     "detail": "add only what changes to the picture itself, which stays sharp",
@@ -68,12 +68,15 @@ def main(argv=None):
         raise runs.Problem(f"no style {unknown[0]} in {path}: it knows {', '.join(checkpoint['classes'])}")
     if config.steps and len(config.style) != 2:
         raise runs.Problem("--steps needs two styles: --style Rococo Cubism")
+    if not config.image and (config.steps or config.detail or config.strength < 1):
+        raise runs.Problem("--strength, --steps and --detail need --image")
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     if plain:
         data = WikiArt(config.data, "train", processes=config.processes, classes=checkpoint["classes"],
                        **checkpoint["data"])  # fmt: skip
         if config.method == "magenta":
-            model, checkpoint["crop"] = Magenta(data, config.seed), checkpoint["data"]["size"]
+            model = Magenta(data, config.seed)  # at the full size, but scored at ours
+            checkpoint |= {"crop": checkpoint["data"]["size"], "scored": checkpoint["crop"]}
         else:
             transplant(model, data, checkpoint["crop"], config, device)
     if config.image:
@@ -258,6 +261,7 @@ def finish(picture: Image.Image, painted, plain) -> Image.Image:
 def study(model, checkpoint, config, device) -> None:
     """Repaint test paintings in every style; score and show the result."""
     run, classes, crop = Path(config.run), checkpoint["classes"], checkpoint["crop"]
+    side = checkpoint.get("scored", crop)
     data = WikiArt(config.data, "test", classes=classes, processes=config.processes, **checkpoint["data"])
     items = torch.from_numpy(np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int))
     labels, styles = data.labels[items], len(classes)
@@ -267,17 +271,25 @@ def study(model, checkpoint, config, device) -> None:
         if judge["classes"] != classes:
             raise runs.Problem(f"{name} knows other styles than the model: train it on the same paintings")
     eye = torch.eye(styles)
-    own = eye[labels] if config.method == "model" else torch.zeros(len(items), styles)
+    rows = choose(data.fit_to_show(config.hide)[items], labels, config.rows)
+    if not rows:
+        raise runs.Problem("--hide leaves no painting to show")
 
-    def paint(wanted, strength=1.0, chosen=slice(None)):
-        """The chosen paintings in the wanted styles (N, styles), as float (N, 3, crop, crop)."""
-        batches = zip(items[chosen].split(config.batch_size), own[chosen].split(config.batch_size),
-                      wanted.split(config.batch_size), strict=True)  # fmt: skip
-        return torch.cat([repaint(model, data.batch(batch, device)[0], mine.to(device), asked.to(device), strength,
-                                  crop).cpu() for batch, mine, asked in batches])  # fmt: skip
+    def paint(wanted, strength=1.0, chosen=slice(None), known=config.method == "model"):
+        """The chosen paintings in the wanted styles (N, styles), as float (N, 3, side, side); are their own known?"""
+        parts = (each.split(config.batch_size) for each in (items[chosen], labels[chosen], wanted))
+        made = []
+        for batch, mine, asked in zip(*parts, strict=True):
+            own = eye[mine].to(device) if known else None
+            pictures = repaint(model, data.batch(batch, device)[0], own, asked.to(device), strength, crop)
+            made.append(scaled(pictures.cpu(), side))
+        return torch.cat(made)
 
-    originals = torch.cat([views(data.batch(batch, torch.device("cpu"))[0], crop)[0]
-                           for batch in items.split(config.batch_size)])  # fmt: skip
+    def untouched(items):
+        return torch.cat([views(data.batch(batch, torch.device("cpu"))[0], side)[0]
+                          for batch in items.split(config.batch_size)])  # fmt: skip
+
+    originals = untouched(items)
     rebuilt = paint(eye[labels], 0.0)
     painted = [paint(eye[[style]].expand(len(items), -1)) for style in tqdm(range(styles), "styles", leave=False)]
 
@@ -298,12 +310,17 @@ def study(model, checkpoint, config, device) -> None:
                               for mine in range(styles)])  # fmt: skip
             facts["hits"] = {name: float(hits[asked[:, style], style].float().mean())
                              for style, name in enumerate(classes)}  # fmt: skip
-    where = layout(originals)
+    if config.method == "model":  # as for a painting of unknown style
+        blind = [paint(eye[[style]].expand(len(items), -1), known=False) for style in range(styles)]
+        says = torch.stack([verdicts(judges[0], pictures, config, device) for pictures in blind], 1)
+        facts["own_unknown_hit_rate"] = float((says == torch.arange(styles))[asked].float().mean())
+    rest = torch.from_numpy(np.setdiff1d(np.arange(len(data)), items))[: max(0, 500 - len(items))]
+    where = layout(torch.cat([originals, untouched(rest)]) if len(rest) else originals)
     found = [(layout(pictures) @ where.T).argmax(1) == torch.arange(len(items)) for pictures in painted]
     facts["source_found"] = float(torch.stack(found, 1)[asked].float().mean())
     alike = [similarity(originals, pictures) for pictures in painted]
     facts["ssim"] = float(torch.stack(alike, 1)[asked].mean())
-    facts |= against_plain(originals, facts["own_mse"], config, device)
+    facts |= against_plain(originals, facts["own_mse"], checkpoint["arguments"]["code"], config, device)
     facts |= truth(data, items, originals, painted)
 
     name = config.name or ("" if config.method == "model" else config.method)
@@ -311,7 +328,6 @@ def study(model, checkpoint, config, device) -> None:
     title = "How often the judge sees the style asked for"
     axes = ("style asked for", "style of the painting")
     figures.heat(run / f"style_hits{ending}.png", 100 * rates, classes, classes, title, "% of the paintings", axes)
-    rows = choose(data.fit_to_show(config.hide)[items], labels, config.rows)
     write_grid(run / f"style_grid{ending}.png", classes, labels, originals, rebuilt, painted, rows, config)
     write_strengths(run / f"style_strength{ending}.png", classes, labels, paint, rows[:5])
     known = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
@@ -327,20 +343,24 @@ def verdicts(judge, pictures, config, device):
     network, side = build_model(judge).to(device, memory_format=torch.channels_last), judge["data"]["size"]
     said = []
     for batch in pictures.split(config.batch_size):
-        if batch.shape[-1] != side:
-            batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        pixels = (255 * batch.clamp(0, 1)).round().byte().to(device)
+        pixels = (255 * scaled(batch, side).clamp(0, 1)).round().byte().to(device)
         said.append(predict(network, pixels, judge["crop"], judge["windows"]).argmax(1).cpu())
     return torch.cat(said)
 
 
-def against_plain(originals, error: float, config, device) -> dict:
-    """How much more is lost than by the plain autoencoder in the same run folder."""
+def scaled(pictures, side: int):
+    if pictures.shape[-1] == side:
+        return pictures
+    return F.interpolate(pictures, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+def against_plain(originals, error: float, code: int, config, device) -> dict:
+    """How much more is lost than by the plain autoencoder in the same run folder, if its code is as long."""
     path = Path(config.run) / "autoencoder.pt"
     if config.method != "model" or not path.exists():
         return {}
     checkpoint = runs.load_checkpoint(path, "Autoencoder")
-    if checkpoint["crop"] != originals.shape[-1]:
+    if checkpoint["crop"] != originals.shape[-1] or checkpoint["arguments"]["code"] != code:
         return {}
     model, total = build_model(checkpoint).to(device), 0.0
     with torch.no_grad():
@@ -350,10 +370,12 @@ def against_plain(originals, error: float, config, device) -> dict:
 
 
 def truth(data, items, originals, painted) -> dict:
-    """Where the test set holds the same title in the other style: how much nearer to that the repainting is."""
+    """Where the test set holds the same scenes in every style, as the demo does: how much nearer to the true picture
+    the repainting is than its source."""
     place = {(title_of(data.paths[item]), int(data.labels[item])): row for row, item in enumerate(items)}
-    pairs = [(row, style, place[title, style]) for (title, mine), row in place.items()
-             for style in range(len(painted)) if style != mine and (title, style) in place]  # fmt: skip
+    scenes = {title for title, _ in place if all((title, style) in place for style in range(len(painted)))}
+    pairs = [(row, style, place[title, style]) for (title, mine), row in place.items() if title in scenes
+             for style in range(len(painted)) if style != mine]  # fmt: skip
     if not pairs:
         return {}
     copied = np.mean([float((originals[row] - originals[true]).square().mean()) for row, _, true in pairs])
@@ -370,7 +392,7 @@ def choose(fit, labels, most: int) -> list[int]:
 
 def write_grid(path, classes, labels, originals, rebuilt, painted, rows, config) -> None:
     names = [figures.plain(name) for name in classes]
-    columns = range(min(len(painted), config.columns))
+    columns = [classes.index(style) for style in config.style] or range(min(len(painted), config.columns))
     shown = [originals, rebuilt, *(painted[column] for column in columns)]
     pictures = torch.stack([torch.stack([each[row] for each in shown]) for row in rows])
     titles = ["original", "own style", *(names[column] for column in columns)]

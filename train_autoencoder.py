@@ -176,6 +176,8 @@ def begin_style(training, config, device):
     guide = runs.load_checkpoint(runs.find_checkpoint(config.run, config.guide), "CNN")
     if guide["classes"] != training.classes:
         raise runs.Problem(f"{config.guide} knows other styles than these paintings have: train it on them")
+    if len(training.classes) < 2:
+        raise runs.Problem("one style only: there is no other to paint in")
     if plain["crop"] != config.crop:
         raise runs.Problem(f"{config.start} was trained with --crop {plain['crop']}: give that here too")
     arguments = plain["arguments"] | {"styles": len(training.classes), "embedding": config.embedding, "points": 0}
@@ -410,7 +412,8 @@ def report(run, state, model, training, validation, test, pca, config, device) -
         "psnr": psnr(error),
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
         "minutes": sum(record["seconds"] for record in history) / 60,
-        **{key: state["config"][key] for key in ("crop", "code", "batch_size", "seed")},
+        **{key: state["config"][key] for key in ("crop", "batch_size", "seed")},
+        "code": state["arguments"]["code"],
     }
     print(f"test paintings: {facts['psnr']:.2f} dB")
     if config.model == "StyleAutoencoder":

@@ -10,13 +10,14 @@ from conftest import ROOT
 STUB = """#!/bin/bash
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
-  case $1 in --run) run=$2;; --name) name=$2;; --model) model=style;; esac; script=${script:-$1}; shift
+  case $1 in --run) run=$2;; --name|--method) name=$2;; --model) model=style;; --shrink) small=1;; esac; script=${script:-$1}; shift
 done
 case $script in
   train.py) mkdir -p $run; touch $run/classifier.pt;;
   test.py) touch $run/report.txt;;
   train_autoencoder.py) mkdir -p $run; touch $run/${model:-autoencoder}.pt;;
   style_transfer.py) touch $run/style_grid${name:+_$name}.png;;
+  embed.py) if [ $small ]; then touch $run/embed_tf_efficientnet_lite0_64.pt; else touch $run/embed.md; fi;;
   tune.py) touch $run/$name.md;;
   lora.py) mkdir -p $run/lora; touch $run/lora/lora.json $run/lora_grid.png;;
   cluster.py) touch $run/clusters.md;;
@@ -32,14 +33,15 @@ STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "train_auto
 
 @pytest.fixture
 def project(tmp_path):
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "Makefile", ROOT / "requirements.txt"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.json"), *ROOT.glob("requirements*.txt"), ROOT / "Makefile"):
         shutil.copy(path, tmp_path)
     (tmp_path / "report").mkdir()
     shutil.copy(ROOT / "report/ablation.json", tmp_path / "report")
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").write_text(STUB)
     (tmp_path / "venv/bin/python").chmod(0o755)
-    (tmp_path / "venv/ready").touch()
+    for name in ("ready", "ready-embed", "ready-magenta"):
+        (tmp_path / "venv" / name).touch()
     (tmp_path / "paintings/train/A").mkdir(parents=True)
     (tmp_path / "others/train/A").mkdir(parents=True)
     return tmp_path
@@ -108,7 +110,8 @@ def test_the_report_is_only_published_from_real_paintings(project):
     wanted = ("report", f"WIKIART={project}/paintings")
     ran, _ = make(project, *wanted)
     variants = 7 * ["train_autoencoder.py", "style_transfer.py"]
-    assert ran == [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "report/build.py"]
+    rest = [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "style_transfer.py", "report/build.py"]
+    assert ran == ["embed.py", "embed.py", *rest]
     old = project / "runs/paintings/seeds/0/classifier.pt"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()

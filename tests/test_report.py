@@ -30,6 +30,11 @@ def test_pictures_are_small_enough_for_a_page():
         assert picture.stat().st_size <= 500_000, picture.name
 
 
+def test_weights_are_small_enough_for_a_repository():
+    for weights in (ROOT / "report").glob("*.pt"):
+        assert weights.stat().st_size <= 8_000_000, weights.name
+
+
 def test_no_number_in_the_results_was_typed_by_hand():
     bare = re.sub(r"\{[^{}]*\}", "", (ROOT / "report/results.md").read_text())
     assert not re.search(r"\d", bare.replace("F1", ""))

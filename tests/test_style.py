@@ -28,7 +28,7 @@ def styled(demo, trained, tmp_path_factory):
     train_autoencoder.main([*TINY_CODES, *shared])
     style = ["--model", "StyleAutoencoder", "--spy-weight", "0.1"]
     train_autoencoder.main([*TINY_CODES, *shared, *style, "--epochs", "4"])
-    style_transfer.main([*TINY, *shared])
+    style_transfer.main([*TINY, *shared, "--judges", "judge", "classifier.pt"])
     return run
 
 
@@ -81,10 +81,31 @@ def test_training_starts_from_the_plain_autoencoder_and_everything_is_in_the_che
     assert (own - other).abs().mean() > 1e-4
 
 
+def test_a_stopped_training_ends_with_the_weights_of_an_uninterrupted_one(styled, demo, tmp_path, monkeypatch):
+    parts = ["--start", str(styled / "autoencoder.pt"), "--guide", str(styled / "classifier.pt")]
+    command = [*TINY_CODES, "--data", str(demo), "--model", "StyleAutoencoder", *parts, "--epochs", "2", "--run"]
+    train_autoencoder.main([*command, str(tmp_path / "whole")])
+    whole = train_autoencoder.train_epoch
+
+    def stopped(*arguments):
+        if arguments[3] == 2:  # the epoch
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(train_autoencoder, "train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt, match="1 finished epochs"):
+        train_autoencoder.main([*command, str(tmp_path / "parts")])
+    monkeypatch.undo()
+    train_autoencoder.main([*command, str(tmp_path / "parts"), "--resume"])
+    one, two = (runs.load_checkpoint(tmp_path / name / "style.pt")["weights"] for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_scores_and_figures(styled):
     facts = json.loads((styled / "facts.json").read_text())
     found = facts["style_transfer"]
-    for key in ("hit_rate", "originals_rate", "judge_accuracy", "source_found"):
+    for key in ("hit_rate", "originals_rate", "judge_accuracy", "source_found", "second_judge_hit_rate",
+                "own_unknown_hit_rate"):  # fmt: skip
         assert 0 <= found[key] <= 1
     assert found["truth_pairs"] == 32 * 7  # every test scene is there in every style
     assert found["reconstruction_ratio"] > 0
