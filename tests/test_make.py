@@ -10,7 +10,8 @@ from conftest import ROOT
 STUB = """#!/bin/bash
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
-  case $1 in --run) run=$2;; --name|--method) name=$2;; --model) model=style;; --shrink) small=1;; esac; script=${script:-$1}; shift
+  case $1 in --run) run=$2;; --name|--method) name=$2;; --model) model=style;; --shrink) small=1;; esac
+  script=${script:-$1}; shift
 done
 case $script in
   train.py) mkdir -p $run; touch $run/classifier.pt;;
