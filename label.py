@@ -75,6 +75,8 @@ def main(argv=None):
     artist = None
     if config.artist_checkpoint:
         artist = Labeller(runs.find_checkpoint(config.run, config.artist_checkpoint), device)
+        if artist.target != "artist":
+            raise runs.Problem(f"{config.artist_checkpoint} names a {artist.target}: train one with --target artist")
         if artist.shape != labeller.shape:
             raise runs.Problem(f"{config.artist_checkpoint} sees pictures of another --size or --resize than "
                                f"{config.checkpoint}: train it with the same")  # fmt: skip
@@ -157,7 +159,7 @@ def label_folder(labeller, artist, folder: Path, out: Path, config) -> tuple[int
         raise runs.Problem(f"no folder {folder}")
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):
         raise runs.Problem(f"--sort {config.sort} lies in {folder} itself: its copies would be labelled next time")
-    model = labeller.hash[:12] + (f"+{artist.hash[:12]}" if artist else "")
+    model = labeller.hash[:12] + (f"+{artist.hash[:12]}" if artist else "") + f" on {folder.resolve()}"
     columns = [f"{labeller.target}_{place}" for place in range(1, min(SHOWN, len(labeller.classes)) + 1)]
     header = ["path", *itertools.chain(*((column, f"{column}_probability") for column in columns))]
     header += ["artist", "artist_probability"] if artist else []
@@ -241,7 +243,7 @@ def open_table(out: Path, header: list[str], model: str):
         if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
             raise runs.Problem(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
-            raise runs.Problem(f"{out} was written with another checkpoint: remove it, or give another --out")
+            raise runs.Problem(f"{out} is of another checkpoint or another folder: remove it, or give another --out")
         file.truncate(len(whole.encode("utf-8", "surrogateescape")))
         if not rows:
             csv.writer(file).writerow(header)
@@ -305,8 +307,14 @@ def export(corrections: Corrections, target: Path) -> None:
     """Write every confirmed picture to <target>/<Style>/<name>-<hash>; one that was relabelled since moves."""
     if not corrections.path.exists():
         raise runs.Problem(f"no {corrections.path}: nothing was confirmed on the page yet")
-    count = 0
+    count, tested = 0, {}
+    for path in (target.parent / "test").rglob("*") if target.name == "train" else ():
+        if path.is_file():
+            tested.setdefault(path.stat().st_size, []).append(path)
     for key, name, picture, choice in corrections.latest():
+        if any(path.read_bytes() == picture for path in tested.get(len(picture), ())):
+            print(f"left out: {name} is a test painting", file=sys.stderr)
+            continue
         with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
             ending = ".jpg" if image.format in ("JPEG", "MPO") else f".{image.format.lower()}"  # MPO: of some phones
         # The artist, before the first "_", stays readable for folder.artist_of.

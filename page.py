@@ -94,6 +94,8 @@ def upload_routes(uploads: Uploads) -> list[Route]:
                     if isinstance(part, UploadFile):
                         tokens.append(uploads.put(part.filename or "", await part.read()))
         except runs.Problem as problem:
+            for token in tokens:
+                uploads.drop(token)
             return PlainTextResponse(str(problem), status_code=503)
         return JSONResponse([f"{gr.utils.get_upload_folder()}/{token}" for token in tokens])  # a file there never is
 
@@ -122,7 +124,7 @@ class Guard:
             return 404, "no such address"
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if scope["method"] == "POST" and b"content-length" not in headers:
+        if scope["method"] == "POST" and (b"content-length" not in headers or b"transfer-encoding" in headers):
             return 411, "say how long it is"
         if not length.isdigit() or int(length) > self.limit:
             return 413, f"a request may have {self.limit / 1e6:g} MB at most"

@@ -162,8 +162,12 @@ def test_an_artist_is_guessed_where_a_model_is_given(demo, folder, run, tmp_path
 
 def test_another_checkpoint_does_not_go_on_with_the_table(folder, run, trained, tmp_path):
     ran(folder, run, tmp_path / "labels.csv")
-    with pytest.raises(runs.Problem, match="written with another checkpoint"):
+    with pytest.raises(runs.Problem, match="is of another checkpoint"):
         ran(folder, trained, tmp_path / "labels.csv", "--checkpoint", str(trained / "mlp/classifier.pt"))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)  # files of the same names, but not the same files
+    with pytest.raises(runs.Problem, match="or another folder"):
+        ran(elsewhere, run, tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_text("my own notes")
     with pytest.raises(runs.Problem, match="not a table"):
         ran(folder, run, tmp_path / "labels.csv")
@@ -377,6 +381,10 @@ def test_what_is_too_large_is_turned_away_before_it_is_read(server, labeller, pa
         assert large.status_code == 413
         endless = client.post(f"{server.address}gradio_api/upload", content=iter([b"a"] * 9))
         assert endless.status_code == 411
+        both = {"Content-Length": "5", "Transfer-Encoding": "chunked"}  # the second is the one that would count
+        assert (
+            client.post(f"{server.address}gradio_api/upload", content=iter([b"a"] * 9), headers=both).status_code == 411
+        )
         assert client.post(f"{server.address}gradio_api/run/label", content=bytes(3 * 10**6)).status_code == 413
     still_right(server, labeller, paintings[0])
 
@@ -508,6 +516,16 @@ def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
     assert set(data.artists) <= {path.name.partition("_")[0] for path in files}
     train.main([*TINY_TRAIN, "--data", str(target), "--run", str(run), "--epochs", "1"])
     assert runs.load_checkpoint(run / "classifier.pt")["classes"] == sorted({path.parent.name for path in files})
+
+
+def test_test_paintings_are_not_exported_into_training(demo, tmp_path, capsys):
+    store = label.Corrections(tmp_path / "corrections.sqlite")
+    tested, other = tmp_path / "data/test/Dots/one.png", tmp_path / "other.png"
+    for number, path in enumerate((picture(tested, 1), picture(other, 2))):
+        store.add(f"new-{number}.png", path.read_bytes(), "m", "Dots", 0.5, "Dots")
+    label.export(store, tmp_path / "data/train")
+    assert [path.read_bytes() for path in (tmp_path / "data/train").rglob("*.png")] == [other.read_bytes()]
+    assert "new-0.png is a test painting" in capsys.readouterr().err
 
 
 def test_names_of_uploads_lead_nowhere_else(tmp_path):
