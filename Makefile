@@ -23,7 +23,7 @@ endif
 ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
-LORA ?= -c tiny.json --styles Hatching
+LORA ?= -c tiny.json --styles Halftone
 STAGES := -c demo.json
 else
 DATA := $(patsubst %/,%,$(WIKIART))
