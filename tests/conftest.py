@@ -46,6 +46,18 @@ def clear_line(process) -> str:
     return lines[0]
 
 
+def stop_in_epoch_2(module, monkeypatch):
+    """Let the training of this script be interrupted there, until `monkeypatch.undo()`."""
+    whole = module.train_epoch
+
+    def stopped(*arguments):
+        if arguments[3] == 2:  # the epoch
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(module, "train_epoch", stopped)
+
+
 def picture(path, seed=0, size=(24, 20), mode="RGB", **options):
     """Write a random picture that no other seed gives."""
     path.parent.mkdir(parents=True, exist_ok=True)

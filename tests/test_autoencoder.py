@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, clear_line, script
+from conftest import ROOT, TINY, clear_line, script, stop_in_epoch_2
 from PIL import Image
 
 import layers
@@ -121,14 +121,7 @@ def test_windows_of_one_painting_are_told_from_others():
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch):
     arguments = [*TINY_CODES, "--data", str(demo), "--manner-weight", "0.15"]
     train_autoencoder.main([*arguments, "--run", str(tmp_path / "whole")])
-    whole = train_autoencoder.train_epoch
-
-    def stopped(*arguments):
-        if arguments[3] == 2:  # the epoch
-            raise KeyboardInterrupt
-        return whole(*arguments)
-
-    monkeypatch.setattr(train_autoencoder, "train_epoch", stopped)
+    stop_in_epoch_2(train_autoencoder, monkeypatch)
     with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* --resume"):
         train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts")])
     monkeypatch.undo()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_TRAIN, clear_line, picture, script
+from conftest import TINY, TINY_TRAIN, clear_line, picture, script, stop_in_epoch_2
 from PIL import Image
 from test_autoencoder import TINY_CODES
 
@@ -85,14 +85,7 @@ def test_a_stopped_training_ends_with_the_weights_of_an_uninterrupted_one(styled
     parts = ["--start", str(styled / "autoencoder.pt"), "--guide", str(styled / "classifier.pt")]
     command = [*TINY_CODES, "--data", str(demo), "--model", "StyleAutoencoder", *parts, "--epochs", "2", "--run"]
     train_autoencoder.main([*command, str(tmp_path / "whole")])
-    whole = train_autoencoder.train_epoch
-
-    def stopped(*arguments):
-        if arguments[3] == 2:  # the epoch
-            raise KeyboardInterrupt
-        return whole(*arguments)
-
-    monkeypatch.setattr(train_autoencoder, "train_epoch", stopped)
+    stop_in_epoch_2(train_autoencoder, monkeypatch)
     with pytest.raises(KeyboardInterrupt, match="1 finished epochs"):
         train_autoencoder.main([*command, str(tmp_path / "parts")])
     monkeypatch.undo()
