@@ -292,7 +292,8 @@ def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, conf
             scaler.scale(loss).backward()
             total += each.detach().sum().cpu()
         for weight in weights:
-            runs.sum_over_processes(weight.grad)  # each is a share of the whole batch's mean already
+            if weight.grad is not None:  # SDXL leaves the last layer of its first text encoder out
+                runs.sum_over_processes(weight.grad)  # each is a share of the whole batch's mean already
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         scaler.step(optimizer)
