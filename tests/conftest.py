@@ -46,12 +46,12 @@ def clear_line(process) -> str:
     return lines[0]
 
 
-def stop_in_epoch_2(module, monkeypatch):
-    """Let the training of this script be interrupted there, until `monkeypatch.undo()`."""
+def stop_in_epoch_2(module, monkeypatch, place=3):
+    """Interrupt a script's training there, until `monkeypatch.undo()`; the epoch is train_epoch's argument `place`."""
     whole = module.train_epoch
 
     def stopped(*arguments):
-        if arguments[3] == 2:  # the epoch
+        if arguments[place] == 2:
             raise KeyboardInterrupt
         return whole(*arguments)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_TRAIN, clear_line, picture, script
+from conftest import ROOT, TINY, TINY_TRAIN, clear_line, picture, script, stop_in_epoch_2
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
@@ -98,14 +98,7 @@ def test_same_command_same_numbers(trained, demo, tmp_path):
 
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, tmp_path, monkeypatch):
     arguments = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)]
-    whole = train.train_epoch
-
-    def stopped(*arguments):
-        if arguments[6] == 2:  # the epoch
-            raise KeyboardInterrupt
-        return whole(*arguments)
-
-    monkeypatch.setattr(train, "train_epoch", stopped)
+    stop_in_epoch_2(train, monkeypatch, place=6)
     with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* --resume"):
         train.main(arguments)
     monkeypatch.undo()
