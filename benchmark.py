@@ -107,6 +107,7 @@ def main(argv=None):
         raise runs.Problem(f"no measure {' '.join(unknown) or 'given'}: give some of {', '.join(MEASURES)}")
     if len(config.growth_images) != 2 or config.growth_images[0] >= config.growth_images[1]:
         raise runs.Problem("--growth-images needs two numbers, the smaller one first")
+    runs.keep_memory()  # as in training; so it is for what stands beside
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".benchmark.", dir=run) as scratch:  # a disk as the user's
@@ -203,6 +204,7 @@ def peak_memory(work, *arguments) -> float:
 def growth_of(work, *arguments) -> float:
     with contextlib.suppress(OSError):  # the peak while modules were imported is not meant
         Path("/proc/self/clear_refs").write_text("5")
+    runs.keep_memory()
     before = memory_now("VmRSS")
     work(*arguments)
     return memory_now("VmHWM") - before
