@@ -133,8 +133,9 @@ style_texture := --hit-weight 0 --critic-weight 0
 style_critic := --hit-weight 0 --texture-weight 0
 style_absolute := --told style
 style_means := --embed means
+style_spy := --spy-weight 0.1
 style_all :=
-VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,course hit texture critic absolute means all)
+VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,course hit texture critic absolute means spy all)
 $(VARIANTS): $(RUN)/style_grid_%.png: train_autoencoder.py style_transfer.py losses.py $(RUN)/style_grid.png
 	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder --run $(RUN)/style_$* --start $(RUN)/autoencoder.pt \
 	    --guide $(RUN)/classifier.pt --epochs 5 $(style_$*) $(if $(wildcard $(RUN)/style_$*/style.partial.pt),--resume)

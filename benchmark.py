@@ -107,6 +107,7 @@ def main(argv=None):
         raise runs.Problem(f"no measure {' '.join(unknown) or 'given'}: give some of {', '.join(MEASURES)}")
     if len(config.growth_images) != 2 or config.growth_images[0] >= config.growth_images[1]:
         raise runs.Problem("--growth-images needs two numbers, the smaller one first")
+    runs.keep_memory()  # as in training; so it is for what stands beside
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".benchmark.", dir=run) as scratch:  # a disk as the user's
@@ -203,6 +204,7 @@ def peak_memory(work, *arguments) -> float:
 def growth_of(work, *arguments) -> float:
     with contextlib.suppress(OSError):  # the peak while modules were imported is not meant
         Path("/proc/self/clear_refs").write_text("5")
+    runs.keep_memory()
     before = memory_now("VmRSS")
     work(*arguments)
     return memory_now("VmHWM") - before
@@ -581,9 +583,9 @@ def two_processes(bench) -> dict:
     seconds, cpu = ({count: np.array([record[key] for record in records]) for count, records in last.items()}
                     for key in ("seconds", "cpu_seconds"))  # fmt: skip
     pictures = config.epoch_images // settings.batch_size * settings.batch_size
-    distances = [(weight.float() - weights[2][name].float()).abs().max() for name, weight in weights[1].items()]
+    both = [torch.cat([weight.float().flatten() for weight in weights[count].values()]) for count in (1, 2)]
     return ratio("two_processes", seconds[1], seconds[2], pictures / seconds[2], pictures / seconds[1]) | {
-        "two_processes_difference": float(max(distances)),
+        "two_processes_difference": float((both[0] - both[1]).norm() / both[0].norm()),
         "two_processes_cpu": float(np.median(cpu[1]) / np.median(2 * cpu[2])),  # of both, over one's
     }
 

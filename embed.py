@@ -13,9 +13,7 @@ folder: codes/<backbone>.npz (and .float32, .json: what it grows in), embed_<bac
 checkpoint like classifier.pt), embed.md (the table), embed/ (a report for each classifier) and facts.json.
 """
 
-import contextlib
 import copy
-import ctypes
 import hashlib
 import itertools
 import json
@@ -266,9 +264,7 @@ def append(target, model, files, config, device) -> dict:
         multiprocessing_context="fork",
         worker_init_fn=partial(end_with, os.getpid()),
     )
-    with contextlib.suppress(AttributeError):  # glibc gives every large block back at once, and fresh pages cost a CPU
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # a fifth of its time: M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    runs.keep_memory()
     started, cpu = time.perf_counter(), sum(os.times()[:4])
     with torch.inference_mode(), tqdm(total=len(files), desc="features", unit="picture") as bar:
         for pixels in loader:

@@ -77,6 +77,7 @@ FREE = ("data", "run", "device", "processes", "config", "resume")  # may change 
 def main(argv=None):
     config = runs.configure("train", __doc__, SHARED, HELP, argv)
     device = runs.join_processes(runs.pick_device(config.device))
+    runs.keep_memory()
     first = runs.rank() == 0
     run = Path(config.run)
     partial, final = run / "classifier.partial.pt", run / "classifier.pt"

@@ -70,6 +70,7 @@ FREE = ("data", "run", "device", "processes", "config", "resume", "hide", "show"
 def main(argv=None):
     config = runs.configure("train_autoencoder", __doc__, SHARED, HELP, argv)
     device = runs.join_processes(runs.pick_device(config.device))
+    runs.keep_memory()
     first = runs.rank() == 0
     run = Path(config.run)
     style = config.model == "StyleAutoencoder"

@@ -213,21 +213,38 @@ def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2)
     they help to tell styles apart.
     """
     area, stretch = smallest + (1 - smallest) * random[0], torch.exp(0.3 * (random[1] - 0.5))
-    width, height = ((area.sqrt() * ratio).clamp(max=1) for ratio in (stretch, 1 / stretch))
-    across, down = (2 * random[2] - 1) * (1 - width), (2 * random[3] - 1) * (1 - height)  # in affine_grid's [-1, 1]
-    flip, zero = torch.where(random[4] < 0.5, -1.0, 1.0), torch.zeros_like(width)
-    theta = torch.stack([width * flip, zero, across, zero, height, down], dim=1).view(-1, 2, 3).to(images.device)
-    grid = F.affine_grid(theta, (len(images), 3, crop, crop), align_corners=False)
+    side, flip = images.shape[-1], random[4] < 0.5
+    width, height = ((side * area.sqrt() * ratio).round().clamp(max=side) for ratio in (stretch, 1 / stretch))
+    left, top = (random[2] * (side - width + 1)).floor(), (random[3] * (side - height + 1)).floor()
+    if images.device.type == "cpu":
+        # One by one and in bytes, which stay in the CPU's cache: seven times as fast as grid_sample on whole batches.
+        crops = torch.empty(len(images), 3, crop, crop, dtype=torch.uint8)
+        windows = torch.stack([top, top + height, left, left + width]).int().T.tolist()
+        for image, (upper, lower, west, east), mirrored, place in zip(images, windows, flip, crops, strict=True):
+            window = F.interpolate(image[None, :, upper:lower, west:east], (crop, crop), mode="bilinear",
+                                   antialias=True, align_corners=False)[0]  # fmt: skip
+            place.copy_(window.flip(2) if mirrored else window)
+        crops = crops.float().div_(255)
+    else:
+        crops = windows_at_once(images, crop, left, top, torch.where(flip, -width, width), height)
+    contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
+    return crops.mul_(1 + contrast).add_(0.25 * exposure - 0.5 * contrast)
 
+
+def windows_at_once(images, crop: int, left, top, width, height) -> torch.Tensor:
+    """Windows of whole batches on a GPU: uint8 (B, 3, S, S) to float (B, 3, crop, crop); a width below 0 mirrors."""
+    side, zero = images.shape[-1], torch.zeros_like(width)
+    across, down = (2 * left + width.abs()) / side - 1, (2 * top + height) / side - 1  # in affine_grid's [-1, 1]
+    theta = torch.stack([width / side, zero, across, zero, height / side, down], 1).view(-1, 2, 3).to(images.device)
+    grid = F.affine_grid(theta, (len(images), 3, crop, crop), align_corners=False)
     # A large window has several pixels for one of the crop's, of which grid_sample would skip most: average them first.
-    level = (torch.maximum(width, height) * images.shape[-1] / crop).log2().round().clamp(min=0)
+    level = (torch.maximum(width.abs(), height) / crop).log2().round().clamp(min=0)
     crops = torch.empty(len(images), 3, crop, crop, device=images.device)
     for each in level.unique():
         chosen = torch.nonzero(level == each).flatten().to(images.device)
         source = F.avg_pool2d(images[chosen].float() / 255, int(2**each))
         crops[chosen] = F.grid_sample(source, grid[chosen], padding_mode="reflection", align_corners=False)
-    contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
-    return 0.5 + (crops - 0.5) * (1 + contrast) + 0.25 * exposure
+    return crops
 
 
 def one_window(images, crop: int, random: torch.Tensor, smallest: float = 0.5) -> torch.Tensor:
@@ -240,9 +257,12 @@ def one_window(images, crop: int, random: torch.Tensor, smallest: float = 0.5) -
     height, width = (min(side, round(side * float(area.sqrt()) * ratio)) for ratio in (stretch, 1 / stretch))
     top, left = int(random[2] * (side - height + 1)), int(random[3] * (side - width + 1))
     part = images[:, :, top : top + height, left : left + width]
-    part = part if images.is_floating_point() else part.float() / 255
-    part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
-    return part.flip(3) if random[4] < 0.5 else part
+    part = part.flip(3) if random[4] < 0.5 else part
+    if images.is_floating_point() or images.device.type != "cpu":
+        part = part if images.is_floating_point() else part.float() / 255
+        return F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
+    part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)  # bytes: CPUs only
+    return part.float().div_(255)
 
 
 def views(images, crop: int, window: float = 1.0) -> list[torch.Tensor]:

