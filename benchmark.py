@@ -192,19 +192,24 @@ def ratio(name: str, above, below, ours, theirs) -> dict:
             f"{name}_theirs": float(np.median(theirs))}  # fmt: skip
 
 
-def peak_memory(work, *arguments) -> float:
-    """MB by which a fresh process grows, at its peak, while it does the work."""
+def peak_memory(work, *arguments, first: tuple = ()) -> float:
+    """MB by which a fresh process grows, at its peak, while it does the work.
+
+    With `first`, the arguments of a small piece of the same work, that is done before: loading code is not meant.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(growth_of, work, *arguments).result()
+            return pool.submit(growth_of, work, first, arguments).result()
         except BrokenProcessPool:
             raise runs.Problem("there is too little memory for what the course does: lower --memory-images") from None
 
 
-def growth_of(work, *arguments) -> float:
-    with contextlib.suppress(OSError):  # the peak while modules were imported is not meant
-        Path("/proc/self/clear_refs").write_text("5")
+def growth_of(work, first: tuple, arguments: tuple) -> float:
     runs.keep_memory()
+    if first:
+        work(*first)
+    with contextlib.suppress(OSError):  # nor is the peak until here
+        Path("/proc/self/clear_refs").write_text("5")
     before = memory_now("VmRSS")
     work(*arguments)
     return memory_now("VmHWM") - before
@@ -298,9 +303,7 @@ def from_cache(data: WikiArt, batch_size: int, prepare, passes: int = 1, forget:
     for _ in range(passes):
         for items in torch.randperm(len(data)).split(batch_size):
             normalise(prepare(data.batch(items, CPU)[0]))
-            if (
-                forget
-            ):  # pages of the cache that the kernel may take back whenever it likes, and else would count as ours
+            if forget:  # the cache's pages, which the kernel may take back whenever it likes, else count as ours
                 data.pixels._mmap.madvise(mmap.MADV_DONTNEED)
 
 
@@ -362,9 +365,11 @@ def memory(bench) -> dict:
     """Peaks differ by next to nothing from one time to the next, so one time is enough."""
     config = bench.config
     paths = [str(path) for root in (bench.scans, bench.many) for path in sorted((root / "train").rglob("*.jpg"))]
-    bench.data(bench.many)  # decodes them
-    ours = peak_memory(epoch_from_cache, bench.many, config.side, config.batch_size, config.memory_images)
-    theirs = peak_memory(course, paths[: config.memory_images], config.side)
+    for root in (bench.scans, bench.many):
+        bench.data(root)  # decodes them
+    ours = peak_memory(epoch_from_cache, bench.many, config.side, config.batch_size, config.memory_images,
+                       first=(bench.scans, config.side, 4, 4))  # fmt: skip
+    theirs = peak_memory(course, paths[: config.memory_images], config.side, first=(paths[:4], config.side))
     found = ratio("memory", [ours], [theirs], [ours], [theirs])
     return {key: value for key, value in found.items() if key not in ("memory_low", "memory_high")}
 
@@ -376,9 +381,8 @@ def growth(bench) -> dict:
         shutil.rmtree(root / ".cache", ignore_errors=True)  # of another measure
         started = cpu_time()
         decoding[name] = (len(bench.data(root)), cpu_time() - started)
-        facts[f"growth_memory_{name}"] = peak_memory(
-            epoch_from_cache, root, config.side, config.batch_size, counts[name]
-        )
+        facts[f"growth_memory_{name}"] = peak_memory(epoch_from_cache, root, config.side, config.batch_size,
+                                                     counts[name], first=(root, config.side, 4, 4))  # fmt: skip
     again = max(1, counts["large"] // counts["small"] // 4)  # or the small one is over too soon to be measured
 
     def epochs(name, times):
