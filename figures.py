@@ -51,9 +51,10 @@ def save(figure, path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
     plt.close(figure)
-    if temporary.stat().st_size > 450_000:  # many paintings: 256 colours make a third of the size for a web page
-        with Image.open(temporary) as picture:
-            picture.convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
+    for colours in (256, 128, 64):  # many paintings: fewer colours make a third of the size for a web page
+        if temporary.stat().st_size > 450_000:
+            with Image.open(temporary) as picture:
+                picture.convert("RGB").quantize(colours).save(temporary, format="png", optimize=True)
     temporary.replace(path)
 
 
@@ -196,6 +197,13 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
         axis.set_title(caption, y=0, va="top", fontsize=8, pad=-4)
     figure.suptitle(title)
     save(figure, path)
+
+
+def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
+    """The picture, grey and dark but for the regions whose evidence (h, w) is positive."""
+    share = Image.fromarray((255 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
+    share = share.resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(image, image.convert("L").point(lambda value: value * 0.35).convert("RGB"), share)
 
 
 def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None = None, title: str = "") -> None:

@@ -5,8 +5,9 @@
     python test.py --split train         # on all training paintings, the validation part among them
     python test.py --run runs/wikiart --data /scratch/wikiart
 
-Writes into the run folder: report.txt and report.csv (per style), confusion.png, confusion_counts.png, roc.png,
-mistakes.png, predictions.csv and facts.json; with --split train the names end in _train.
+Writes into the run folder: report.txt and report.csv (per style), samples.png (paintings of each style), regions.png
+(what spoke for their style), confusion.png, confusion_counts.png, roc.png, mistakes.png, predictions.csv and
+facts.json; with --split train the names end in _train.
 """
 
 import csv
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.metrics import auc, precision_recall_fscore_support, roc_curve
 from tqdm import tqdm
 
@@ -21,7 +23,7 @@ import figures
 import runs
 from folder import name_of, title_of
 from scores import MEASURES, calibration_error, count_pairs, seen_and_unseen, with_intervals
-from wikiart import WikiArt, build_model, calibrate, predict
+from wikiart import WikiArt, build_model, calibrate, predict, views
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {
@@ -71,6 +73,7 @@ def main(argv=None):
 
     suffix = "" if config.split == "test" else "_train"
     facts |= draw_figures(run, suffix, data, truth, probabilities, classes, config)
+    draw_paintings(run, suffix, data, truth, probabilities, checkpoint, config)
     lines, best_and_worst = write_tables(run, suffix, data, truth, probabilities, classes)
     facts = {
         key: round(value, 5) if isinstance(value, float) else value for key, value in (facts | best_and_worst).items()
@@ -130,7 +133,8 @@ def write_tables(run, suffix, data, truth, probabilities, classes) -> tuple[list
     recalls = {name: round(float(recall), 4) for name, _, recall, _, number in rows if number}
     extremes = {"best_class": best[0], "best_recall": best[2], "worst_class": worst[0], "worst_recall": worst[2]}
     extremes = {key: value if isinstance(value, str) else float(value) for key, value in extremes.items()}
-    return lines, extremes | {"recalls": recalls}
+    numbers = {name: int(number) for name, *_, number in rows}
+    return lines, extremes | {"recalls": recalls, "class_sizes": numbers}
 
 
 def write_csv(path, header, rows) -> None:
@@ -141,7 +145,7 @@ def write_csv(path, header, rows) -> None:
 
 
 def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> dict:
-    """Confusion matrices, ROC curves and the surest mistakes; returns the mean area under the ROC curves."""
+    """Confusion matrices and ROC curves; returns the mean area under the ROC curves."""
     guesses = probabilities.argmax(1)
     counts = count_pairs(truth, guesses, len(classes))
     title = f"{config.split} paintings, {len(data)} in all"
@@ -155,18 +159,47 @@ def draw_figures(run, suffix, data, truth, probabilities, classes, config) -> di
             lines[name] = false, true, auc(false, true)
     figures.roc(run / f"roc{suffix}.png", lines, f"One style against the rest: {config.split} paintings")
 
-    sure = probabilities[np.arange(len(truth)), guesses]
-    shown = (guesses != truth) & data.fit_to_show(config.hide)
-    chosen = [row for row in np.argsort(-sure, kind="stable") if shown[row]][: config.mistakes]
-    captions = [
-        f"{short(data.artists[row].replace('-', ' '))}\n"
-        f"{short(title_of(data.paths[row]) or name_of(data.paths[row]))}\n"
-        f"is {figures.plain(classes[truth[row]])}\nsaid {figures.plain(classes[guesses[row]])} {sure[row]:.0%}"
-        for row in chosen
-    ]
-    title = f"The surest mistakes on {config.split} paintings" if chosen else "No mistakes to show"
-    figures.contact_sheet(run / f"mistakes{suffix}.png", data.pixels[data.rows[chosen]], captions, 6, title)
     return {"roc_auc": float(np.mean([area for *_, area in lines.values()])) if lines else 0.0}
+
+
+def draw_paintings(run, suffix, data, truth, probabilities, checkpoint, config) -> None:
+    """Contact sheets: some paintings of each class, what spoke for their class in one of them, the surest mistakes."""
+    classes, guesses = [figures.plain(name) for name in checkpoint["classes"]], probabilities.argmax(1)
+    sure, fit = probabilities[np.arange(len(truth)), guesses], data.fit_to_show(config.hide)
+    drawn = np.random.default_rng(config.seed).permutation(len(truth))  # neither the best nor the most beautiful
+    each = [[row for row in drawn if truth[row] == label and fit[row]] for label in range(len(classes))]
+
+    def sheet(name, pictures, captions, columns, title):
+        figures.contact_sheet(run / f"{name}{suffix}.png", pictures, captions, columns, title)
+
+    def told(row):
+        return f"said {classes[guesses[row]]} {sure[row]:.0%}"
+
+    rows = [row for own in each for row in own[: 3 if len(classes) < 12 else 1]]
+    captions = [f"{name_and_title(data, row)}\n{classes[truth[row]]}" for row in rows]
+    sheet("samples", data.pixels[data.rows[rows]], captions, 6, f"Some of the {config.split} paintings")
+
+    wrong = [row for row in np.argsort(-sure, kind="stable") if guesses[row] != truth[row] and fit[row]]
+    wrong = wrong[: config.mistakes]
+    captions = [f"{name_and_title(data, row)}\nis {classes[truth[row]]}\n{told(row)}" for row in wrong]
+    title = f"The surest mistakes on {config.split} paintings" if wrong else "No mistakes to show"
+    sheet("mistakes", data.pixels[data.rows[wrong]], captions, 6, title)
+
+    if checkpoint["model"] == "CNN":
+        model, pictures, captions = build_model(checkpoint), [], []
+        for row in (own[0] for own in each[:12] if own):
+            pixels = data.pixels[data.rows[row]]
+            view = views(torch.from_numpy(pixels[None].copy()), checkpoint["crop"])[0]
+            evidence = model.evidence(view, truth[row]).numpy()
+            lit = figures.highlight(Image.fromarray(pixels.transpose(1, 2, 0)), evidence)
+            pictures += [pixels, np.asarray(lit).transpose(2, 0, 1)]
+            captions += [name_and_title(data, row), f"for {classes[truth[row]]}\n{told(row)}"]
+        sheet("regions", pictures, captions, 4, "Bright: what spoke for the painting's own style")
+
+
+def name_and_title(data, row: int) -> str:
+    title = title_of(data.paths[row]) or name_of(data.paths[row])
+    return f"{short(data.artists[row].replace('-', ' '))}\n{short(title)}"
 
 
 def short(text: str) -> str:

@@ -346,6 +346,24 @@ class CNN(nn.Module):
         logits = self.out(self.dropout(self.features(images)))
         return logits if self.training else logits[:, : self.classes]
 
+    @torch.no_grad()
+    def evidence(self, image, label: int):
+        """How far each region of one picture (1, 3, any, any) in [0, 1] spoke for a class, float (h, w).
+
+        A class activation map (Zhou et al. 2016), measured against the mean of all classes and against the average
+        painting. A region's part in the deviation of a map is what it adds to the variance, over the deviation; so
+        the regions add up to the logit, but for its bias.
+        """
+        maps = self.body(self.normalise(image))[0]  # (C, h, w)
+        weights = self.out.weight[: self.classes]
+        slopes = (weights[label] - weights.mean(0)) * self.norm.weight
+        slopes = (slopes / (self.norm.running_var + self.norm.eps).sqrt())[:, None, None]
+        parts = maps
+        if self.deviation:
+            squares = (maps - maps.mean((1, 2), keepdim=True)).square()
+            parts = torch.cat([maps, squares / (squares.mean((1, 2), keepdim=True) + 1e-5).sqrt()])
+        return ((parts - self.norm.running_mean[:, None, None]) * slopes).sum(0).div(maps[0].numel())
+
 
 class Autoencoder(nn.Module):
     """Images (B, 3, crop, crop) in [0, 1] to codes (B, code), and back; `crop` is a multiple of 16.

@@ -145,7 +145,7 @@ def test_sigterm_keeps_the_finished_epochs_and_says_how_to_go_on(demo, tmp_path)
 
 def test_evaluation_writes_tables_and_figures(trained, demo):
     evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "50"])
-    for name in ("confusion.png", "confusion_counts.png", "roc.png", "mistakes.png"):
+    for name in ("confusion.png", "confusion_counts.png", "roc.png", "mistakes.png", "samples.png", "regions.png"):
         assert np.asarray(Image.open(trained / name).convert("L")).std() > 5
     rows = list(csv.DictReader((trained / "predictions.csv").open()))
     facts = json.loads((trained / "facts.json").read_text())["test"]
@@ -196,11 +196,14 @@ def test_figures_are_readable_at_27_classes(tmp_path):
     data.paths, data.artists = np.array(["test/a/b_c.jpg"] * 300), np.array(["b"] * 300)
     data.genres, data.labels, data.rows = np.array(["nude"] * 300), torch.zeros(300), np.arange(300)
     data.pixels = random.integers(0, 256, (300, 3, 8, 8), dtype=np.uint8)
-    config = SimpleNamespace(split="test", mistakes=4, hide=["nude"])
+    config = SimpleNamespace(split="test", mistakes=4, hide=["nude"], seed=0)
     truth, probabilities = random.integers(26, size=300), random.dirichlet(np.ones(27), 300)  # the last one is missing
     evaluation.draw_figures(tmp_path, "", data, truth, probabilities, classes, config)
     assert min(Image.open(tmp_path / "confusion.png").size) > 1000
-    assert (tmp_path / "mistakes.png").stat().st_size < 20_000  # every picture has a genre that is not to be shown
+    checkpoint = {"model": "MLP", "classes": classes}
+    evaluation.draw_paintings(tmp_path, "", data, truth, probabilities, checkpoint, config)
+    for name in ("samples", "mistakes"):
+        assert (tmp_path / f"{name}.png").stat().st_size < 20_000  # every picture has a genre that is not to be shown
 
 
 # Bad input
