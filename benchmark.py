@@ -89,7 +89,8 @@ def main(argv=None):
                 print(f"measuring {name}", flush=True)
                 facts = note(run, MEASURES[name](bench))
                 print(line_of(name, facts) if name in facts else f"{name}: not measured", flush=True)
-    facts = note(run, on_paper(config, facts) | {"cores": len(os.sched_getaffinity(0)), "turns": config.turns})
+    how = {key: getattr(config, key) for key in ("turns", "batch_size", "megapixels")}
+    facts = note(run, on_paper(config, facts) | how | {"cores": len(os.sched_getaffinity(0))})
     header = [
         "| measure | beside | ratio | from turn to turn | to reach | stretch | ours | theirs | in |",
         "|---" * 9 + "|",
