@@ -228,3 +228,20 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
     axis.grid(False)
     axis.set_title(title, pad=10)
     save(figure, path)
+
+
+def front(path, panels: dict[str, object]) -> None:
+    """Four finished figures on one picture, two above each other on the left, two on the right: {title: PNG file}."""
+    pictures = [Image.open(file).convert("RGB") for file in panels.values()]
+    pictures = [each.crop((0, 0, each.width, round(0.645 * each.width))) if each.height > 1.1 * each.width else each
+                for each in pictures]  # of a high one two rows of four paintings  # fmt: skip
+    heights = [each.height / each.width + 0.1 for each in pictures]
+    figure = plt.figure(figsize=(12, 9.6), layout="constrained")
+    for number, half in enumerate(figure.subfigures(1, 2)):
+        own = slice(2 * number, 2 * number + 2)
+        axes = half.subplots(2, 1, height_ratios=heights[own])
+        for axis, title, picture in zip(axes, list(panels)[own], pictures[own], strict=True):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=15, pad=8)
+            axis.axis("off")
+    save(figure, path)
