@@ -16,6 +16,7 @@ import label
 import runs
 import train
 import wikiart
+from page import read_upload
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium, as .ci/run does")
@@ -96,7 +97,7 @@ def test_from_upload_to_training_on_the_correction(run, demo, phone, tmp_path):
     for path, style in zip(paths[:2], ("Dots", "Hatching"), strict=True):
         with served(run, "--data", demo) as server:
             open_and_upload(phone, server.address, path)
-            pixels = label.read_upload(path.read_bytes(), labeller.shape, 100)
+            pixels = read_upload(path.read_bytes(), labeller.shape, 100)
             guess, share = labeller.likeliest(labeller(torch.from_numpy(pixels)[None])[0])[0]
             assert phone.get_by_role("heading", name=f"{guess.replace('_', ' ')}, {share:.0%}").count() == 1
             assert not (run / "corrections.sqlite").exists() or len(corrections(run)) == len(expected)  # nothing yet
