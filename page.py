@@ -236,9 +236,7 @@ class Nearest:
         path = Path(config.run) / "codes" / "classifier.npz"
         command = f"python cluster.py --codes classifier --renew --data {config.data} --run {config.run}"
         if labeller.kind != "CNN":
-            self.why_not = (
-                f"They are found for a CNN of train.py alone; this classifier is another ({labeller.kind})."
-            )
+            self.why_not = f"They are found for a CNN of train.py alone; this classifier is another ({labeller.kind})."
             return
         if not path.exists():
             self.why_not = f"To see them: {command}"
