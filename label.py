@@ -78,7 +78,7 @@ def main(argv=None):
     if config.serve:
         page_module().serve(labeller, artist, corrections, config)
     elif config.measure:
-        runs.add_facts(config.run, "label", measure(labeller, corrections, Path(given), config))
+        runs.add_facts(config.run, "label", measure(labeller, Path(given), config))
     else:
         label_folder(labeller, artist, Path(given), Path(config.out), config)
         if config.sort:
@@ -321,7 +321,7 @@ def export(corrections: Corrections, target: Path) -> None:
 # How fast -------------------------------------------------------------------------------------------------------------
 
 
-def measure(labeller, corrections, folder: Path, config) -> dict:
+def measure(labeller, folder: Path, config) -> dict:
     """Rates of the whole folder and of the network alone; latencies of the API, and of decoding and network alone."""
     forward, whole = [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -334,10 +334,10 @@ def measure(labeller, corrections, folder: Path, config) -> dict:
                 raise runs.Problem(f"{len(files)} pictures in {folder} are too few to measure: "
                                    f"{2 * config.batch_size} or more")  # fmt: skip
             forward.append(forward_rate(labeller, files, config.batch_size))
-    facts = {"forward_rate": np.median(forward), "folder_rate": np.median(whole),
+    facts = {"pictures": len(files), "forward_rate": np.median(forward), "folder_rate": np.median(whole),
              "folder_share": np.median(np.array(whole) / forward)}  # fmt: skip
-    facts |= page_module().latencies(labeller, corrections, files, config)
-    facts = {key: round(float(value), 4) for key, value in facts.items()} | {"pictures": len(files)}
+    facts |= page_module().latencies(labeller, files, config)
+    facts = {key: round(value, 4) if isinstance(value, float) else value for key, value in facts.items()}
     print(f"folder: {facts['folder_rate']:.1f} pictures a second, {facts['folder_share']:.0%} of the "
           f"{facts['forward_rate']:.1f} of the network alone\nAPI: {facts['api_ms']:.0f} ms, {facts['api_ratio']:.2f} "
           f"times the {facts['alone_ms']:.0f} ms of decoding and network alone (medians, warm)")  # fmt: skip

@@ -1,6 +1,6 @@
 """What `label.py --serve` serves: a page for one painting and the collection, and an HTTP API for scripts (Gradio).
 
-Uploads stay in memory, for an hour at most; only Corrections writes, when a label is confirmed. Pictures reach the page
+Uploads stay in memory (uploads.py); only Corrections writes, when a label is confirmed. Pictures reach the page
 inside its HTML, each with its alternative text, so that no file is served at all.
 """
 
@@ -11,10 +11,8 @@ import io
 import json
 import os
 import re
-import secrets
 import threading
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -25,27 +23,16 @@ import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from starlette.datastructures import UploadFile  # noqa: E402
-from starlette.exceptions import HTTPException  # noqa: E402
-from starlette.formparsers import MultiPartParser  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
-from starlette.requests import ClientDisconnect  # noqa: E402
-from starlette.responses import JSONResponse, PlainTextResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
 
 import runs  # noqa: E402
 from figures import plain  # noqa: E402
 from folder import FORMATS, open_rgb, read_metadata, read_picture, title_of  # noqa: E402
+from uploads import FORGET, Guard, Uploads, read_upload, upload_routes  # noqa: E402
 from wikiart import build_model, views  # noqa: E402
 
 AT_ONCE = 2  # pictures under way: one is decoded while the network looks at the other
 NEIGHBOURS = 6
-HELD, FILES = 2**30, 1000  # bytes and number of the uploads that are held, at most
-FORGET = 3600  # seconds after which an upload is forgotten
-MultiPartParser.spool_max_size = 0  # no limit: what is larger would be written to the disk
-# Of Gradio's own addresses those that the page and the API need. The rest reads files, or fetches from elsewhere.
-OPEN = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run",
-        "startup-events", "theme.css", "upload", "upload_progress"}  # fmt: skip
 CSS = """
 .bars {list-style: none; padding: 0; margin: 0 0 1em} .bars li {margin: .3em 0}
 .bars meter {width: 100%; height: 1.2em; display: block}
@@ -58,119 +45,7 @@ CSS = """
 """
 
 
-# Uploads --------------------------------------------------------------------------------------------------------------
-
-
-class Uploads:
-    """Uploaded files, in memory, by tokens that nobody can guess: there is no path that could lead elsewhere."""
-
-    def __init__(self):
-        self.held, self.lock = {}, threading.Lock()  # the oldest come first
-
-    def put(self, name: str, data: bytes) -> str:
-        with self.lock:
-            token = secrets.token_urlsafe(24)
-            self.held[token] = (name[-255:], data, time.monotonic())
-            self.forget()
-            return token
-
-    def get(self, token) -> tuple[str, bytes]:
-        with self.lock:
-            self.forget()
-            if token not in self.held:
-                raise runs.Problem("this upload is not here, or no longer: upload the picture first")
-            return self.held[token][:2]
-
-    def forget(self) -> None:
-        """Let go of what is old, and of the oldest where there is too much."""
-        size = sum(len(data) for _, data, _ in self.held.values())
-        for token, (_, data, since) in list(self.held.items()):
-            if size > HELD or len(self.held) > FILES or time.monotonic() - since > FORGET:
-                del self.held[token]
-                size -= len(data)
-
-    def drop(self, token) -> None:
-        with self.lock:
-            self.held.pop(token, None)
-
-
-def upload_routes(uploads: Uploads) -> list[Route]:
-    """They take the place of Gradio's upload, which writes to the disk."""
-
-    async def upload(request):
-        try:
-            async with request.form() as form:
-                parts = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
-                tokens = [uploads.put(part.filename or "", await part.read()) for part in parts]
-        except ClientDisconnect:
-            return PlainTextResponse("this was not all", status_code=400)  # which nobody hears
-        return JSONResponse([f"{gr.utils.get_upload_folder()}/{token}" for token in tokens])  # a file there never is
-
-    async def progress(request):  # whose bar the page shows: none is needed
-        return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
-
-    return [Route("/gradio_api/upload", upload, methods=["POST"]), Route("/gradio_api/upload_progress", progress)]
-
-
-class Guard:
-    """Turns away what is larger than it may be, before it is read, and addresses that nobody here needs.
-
-    All requests that are arriving together may have HELD bytes: each is small, but there can be many.
-    """
-
-    def __init__(self, app, megabytes: float):
-        self.app, self.limit, self.arriving = app, megabytes * 1e6, 0
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and (refusal := self.refuse(scope)):
-            return await PlainTextResponse(refusal[1], status_code=refusal[0])(scope, receive, send)
-        own = 0
-
-        async def counted():
-            nonlocal own
-            message = await receive()
-            size = len(message.get("body", b""))
-            own, self.arriving = own + size, self.arriving + size
-            if self.arriving > HELD:
-                raise HTTPException(503, "too much is arriving at once: try again")
-            return message
-
-        try:
-            await self.app(scope, counted, send)
-        finally:
-            self.arriving -= own
-
-    def refuse(self, scope):
-        parts = scope["path"].strip("/").split("/")
-        if parts[0] in ("gradio_api", "custom_component", "monitoring") and not (
-            parts[0] == "gradio_api" and len(parts) > 1 and parts[1] in OPEN
-        ):
-            return 404, "no such address"
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        if scope["method"] == "POST" and (b"content-length" not in headers or b"transfer-encoding" in headers):
-            return 411, "say how long it is"
-        if not length.isdigit() or int(length) > self.limit:
-            return 413, f"a request may have {self.limit / 1e6:g} MB at most"
-
-
-def read_upload(data: bytes, shape: dict, megapixels: float) -> np.ndarray:
-    """An uploaded file's bytes as pixels uint8 (3, size, size). Raises Problem for what is no picture, or too large."""
-    if not data:
-        raise runs.Problem("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-        if width * height <= megapixels * 1e6:  # before anything is decoded: a small file can hold a vast picture
-            return read_picture(io.BytesIO(data), **shape, formats=FORMATS).copy()
-    except Image.DecompressionBombError:
-        raise runs.Problem(f"the picture has more than {megapixels:g} million pixels") from None
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        raise runs.Problem(f"this is not a picture that can be read here ({type(error).__name__}): "
-                           "JPEG, PNG, WebP, TIFF, BMP and GIF can") from None  # fmt: skip
-    raise runs.Problem(f"the picture has {width} x {height} pixels: {megapixels:g} million are the most")
+# Requests -------------------------------------------------------------------------------------------------------------
 
 
 def token_of(file) -> str:
@@ -475,7 +350,7 @@ async def as_it_is(path):
     return path
 
 
-def launch(labeller, artist, corrections, config, **options) -> tuple[gr.Blocks, str]:
+def launch(labeller, artist, corrections, config) -> tuple[gr.Blocks, str]:
     """Start to serve; returns the page and its address."""
     uploads = Uploads()
     page = build(labeller, artist, corrections, uploads, config)
@@ -485,7 +360,7 @@ def launch(labeller, artist, corrections, config, **options) -> tuple[gr.Blocks,
             server_name=config.host,
             server_port=config.port or None,
             app_kwargs={
-                "routes": upload_routes(uploads),
+                "routes": upload_routes(uploads, gr.utils.get_upload_folder()),
                 "middleware": [Middleware(Guard, megabytes=config.megabytes)],
             },
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
@@ -497,7 +372,7 @@ def launch(labeller, artist, corrections, config, **options) -> tuple[gr.Blocks,
             quiet=True,
             footer_links=["api"],
             state_session_capacity=200,
-            **options,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise runs.Problem(f"cannot listen at {config.host}:{config.port}: {error}") from None
@@ -505,7 +380,7 @@ def launch(labeller, artist, corrections, config, **options) -> tuple[gr.Blocks,
 
 
 def serve(labeller, artist, corrections, config) -> None:
-    page, address = launch(labeller, artist, corrections, config, prevent_thread_lock=True)
+    page, address = launch(labeller, artist, corrections, config)
     print(f"serving at {address}; Ctrl-C stops it", flush=True)
     try:
         threading.Event().wait()
@@ -520,9 +395,9 @@ def ask(client: httpx.Client, address: str, picture: bytes) -> dict:
     return client.post(f"{address}gradio_api/run/label", json={"data": [file]}).raise_for_status().json()["data"][0]
 
 
-def latencies(labeller, corrections, files: list[Path], config, requests: int = 40) -> dict:
+def latencies(labeller, files: list[Path], config, requests: int = 40) -> dict:
     """Milliseconds of one request at a time through the API, and of decoding and network alone; in turns, warm."""
-    page, address = launch(labeller, None, corrections, config, prevent_thread_lock=True)
+    page, address = launch(labeller, None, None, config)
     spent = {"api": [], "alone": []}
     try:
         with httpx.Client(timeout=60) as client:

@@ -16,7 +16,7 @@ import label
 import runs
 import train
 import wikiart
-from page import read_upload
+from uploads import read_upload
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium, as .ci/run does")
