@@ -622,11 +622,12 @@ def test_a_client_that_hangs_up_in_the_middle_of_an_upload_is_forgotten(server, 
     sent = {"head": body[:20], "middle": body[: len(body) // 2], "end": body}[part]
     head = (f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body) + 9}\r\n"
             "Content-Type: multipart/form-data; boundary=x\r\n\r\n")  # fmt: skip
-    said = Path(server.log.name).read_text()
+    log = Path(server.log.name)
+    before = log.read_text().count("Traceback")
     with socket.create_connection((host, int(port))) as line:
         line.sendall(head.encode() + sent)
     still_right(server, labeller, paintings[0])
-    assert Path(server.log.name).read_text() == said  # no traceback
+    assert log.read_text().count("Traceback") == before
 
 
 @pytest.mark.parametrize(
