@@ -308,7 +308,7 @@ def fit_temperature(probabilities, labels) -> float:
 
     Averaging over views and smoothed labels make a network less sure than it may be, long training surer. Every class
     weighs the same, as in choosing the epoch. The labels are smoothed by what N of them leave open (Platt 1999):
-    else a network that makes no mistake on a small part could not be sure enough.
+    else a network that makes no mistake on them would be made sure without end.
     """
     logs, weights = probabilities.clamp_min(1e-9).log(), 1 / torch.bincount(labels)[labels]
 
