@@ -20,10 +20,11 @@ WIKIART ?=
 ifneq ($(words x$(WIKIART) x$(RUN)),2)
 $(error WIKIART and RUN must be paths without spaces; a link to the folder will do)
 endif
+small_lora := -c tiny.json --styles Halftone
 ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
-LORA ?= -c tiny.json --styles Halftone
+LORA ?= $(small_lora)
 STAGES := -c demo.json
 else
 DATA := $(patsubst %/,%,$(WIKIART))
@@ -109,7 +110,7 @@ ifeq ($(WIKIART),)
 report:
 	@echo 'make report publishes a run on real paintings: give WIKIART=/path'; exit 1
 else
-report: $(VENV)/ready $(VENV)/ready-embed $(VENV)/ready-magenta
+report: $(VENV)/ready $(VENV)/ready-embed $(VENV)/ready-magenta $(VENV)/ready-lora $(VENV)/ready-label
 	$(call with_settings,publish)
 endif
 
@@ -153,7 +154,12 @@ $(RUN)/embed_tf_efficientnet_lite0_64.pt: embed.py scores.py $(SHARED)
 $(RUN)/style_grid_magenta.png: style_transfer.py scores.py figures.py $(RUN)/style_grid.png
 	$(PY) style_transfer.py $(FLAGS) --method magenta --paintings 16 $(JUDGES)
 
-publish: $(RUN)/embed.md $(RUN)/embed_tf_efficientnet_lite0_64.pt pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png
+# The demo has scenes whose true picture in every manner is known, and teaches the small text-to-image model.
+$(RUN)/demo: FORCE
+	+$(MAKE) --no-print-directory WIKIART= RUN=$(RUN)/demo LORA='$(small_lora)' pipeline painter
+
+publish: $(RUN)/embed.md $(RUN)/embed_tf_efficientnet_lite0_64.pt pipeline $(COMPARISONS) $(VARIANTS) \
+    $(RUN)/style_grid_magenta.png $(RUN)/benchmark.md $(RUN)/demo
 	$(PY) report/build.py --run $(RUN) --publish
 
 embed: $(VENV)/ready-embed
@@ -177,8 +183,11 @@ $(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-lora.txt
 	touch $@
 
+benchmark: $(VENV)/ready-label $(if $(WIKIART),,data/demo/metadata.csv)
+	$(call with_settings,$(RUN)/benchmark.md)
+
 # All of it runs on the CPU, so always with the settings for one.
-benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
+$(RUN)/benchmark.md: benchmark.py measures.py $(SHARED)
 	$(PY) benchmark.py -c cpu.json $(STAGES) --data $(DATA) --run $(RUN)
 
 $(VENV)/ready-magenta: $(VENV)/ready requirements-magenta.txt

@@ -221,9 +221,9 @@ def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2)
         crops = torch.empty(len(images), 3, crop, crop, dtype=torch.uint8)
         windows = torch.stack([top, top + height, left, left + width]).int().T.tolist()
         for image, (upper, lower, west, east), mirrored, place in zip(images, windows, flip, crops, strict=True):
-            window = F.interpolate(image[None, :, upper:lower, west:east], (crop, crop), mode="bilinear",
-                                   antialias=True, align_corners=False)[0]  # fmt: skip
-            place.copy_(window.flip(2) if mirrored else window)
+            window = image[None, :, upper:lower, west:east]
+            window = window.flip(3) if mirrored else window.contiguous()
+            place.copy_(F.interpolate(window, (crop, crop), mode="bilinear", antialias=True, align_corners=False)[0])
         crops = crops.float().div_(255)
     else:
         crops = windows_at_once(images, crop, left, top, torch.where(flip, -width, width), height)
@@ -257,12 +257,12 @@ def one_window(images, crop: int, random: torch.Tensor, smallest: float = 0.5) -
     height, width = (min(side, round(side * float(area.sqrt()) * ratio)) for ratio in (stretch, 1 / stretch))
     top, left = int(random[2] * (side - height + 1)), int(random[3] * (side - width + 1))
     part = images[:, :, top : top + height, left : left + width]
-    part = part.flip(3) if random[4] < 0.5 else part
     if images.is_floating_point() or images.device.type != "cpu":
         part = part if images.is_floating_point() else part.float() / 255
+        part = part.flip(3) if random[4] < 0.5 else part
         return F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
-    part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)  # bytes: CPUs only
-    return part.float().div_(255)
+    part = part.flip(3) if random[4] < 0.5 else part.contiguous()  # bytes that lie apart are scaled more slowly
+    return F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False).float().div_(255)
 
 
 def views(images, crop: int, window: float = 1.0) -> list[torch.Tensor]:

@@ -78,6 +78,7 @@ def main():
         if not (options.run / figure).exists():
             sys.exit(f"build.py: the report shows {figure}, which {options.run} does not have")
         if options.publish:
+            (REPORT / figure).parent.mkdir(exist_ok=True)
             shutil.copyfile(options.run / figure, REPORT / figure)
     if options.publish:
         (REPORT / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")

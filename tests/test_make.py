@@ -21,6 +21,7 @@ case $script in
   embed.py) if [ $small ]; then touch $run/embed_tf_efficientnet_lite0_64.pt; else touch $run/embed.md; fi;;
   tune.py) touch $run/$name.md;;
   lora.py) mkdir -p $run/lora; touch $run/lora/lora.json $run/lora_grid.png;;
+  benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
   -c) exit 1;;  # no accelerator
@@ -41,7 +42,7 @@ def project(tmp_path):
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").write_text(STUB)
     (tmp_path / "venv/bin/python").chmod(0o755)
-    for name in ("ready", "ready-embed", "ready-magenta"):
+    for name in ("ready", "ready-embed", "ready-label", "ready-lora", "ready-magenta"):
         (tmp_path / "venv" / name).touch()
     (tmp_path / "paintings/train/A").mkdir(parents=True)
     (tmp_path / "others/train/A").mkdir(parents=True)
@@ -90,8 +91,6 @@ def test_a_stopped_training_goes_on(project):
 
 
 def test_lora_comes_with_the_judge_and_only_on_demand(project):
-    shutil.copy(ROOT / "requirements-lora.txt", project)
-    (project / "venv/ready-lora").touch()
     assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "lora.py"]
     calls = [line for line in (project / "calls").read_text().splitlines() if line.startswith("lora.py")]
     assert [call.split()[1] for call in calls] == ["train", "grid"]
@@ -123,13 +122,15 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
     wanted = ("report", f"WIKIART={project}/paintings")
     ran, _ = make(project, *wanted)
-    variants = 7 * ["train_autoencoder.py", "style_transfer.py"]
-    rest = [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "style_transfer.py", "report/build.py"]
-    assert ran == ["embed.py", "embed.py", *rest]
+    variants = 8 * ["train_autoencoder.py", "style_transfer.py"]
+    rest = [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "style_transfer.py", "benchmark.py"]
+    demo = ["demo.py", *STAGES, "report/build.py", "lora.py", "lora.py"]
+    assert ran == ["embed.py", "embed.py", *rest, *demo, "report/build.py"]
+    assert (project / "runs/paintings/demo/lora_grid.png").exists()
     old = project / "runs/paintings/seeds/0/classifier.pt"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()
-    assert make(project, *wanted)[0] == ["report/build.py"] * 2
+    assert make(project, *wanted)[0] == ["report/build.py"] * 3  # the run's, the demo's, and the published one
     assert old.exists()
     (project / "paintings/train/B").mkdir()  # other paintings: the comparisons' trainings are out of date too
     assert make(project, *wanted)[0].count("tune.py") == 3

@@ -26,7 +26,7 @@ def test_links_and_images_resolve(page):
 
 
 def test_pictures_are_small_enough_for_a_page():
-    for picture in (ROOT / "report").glob("*.png"):
+    for picture in (ROOT / "report").rglob("*.png"):
         assert picture.stat().st_size <= 500_000, picture.name
 
 
