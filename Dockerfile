@@ -1,6 +1,8 @@
 # docker build -t wikiart .
-# docker run --gpus all -v /scratch/wikiart:/paintings -v $PWD/runs:/wikiart/runs wikiart make WIKIART=/paintings
-# docker run -p 127.0.0.1:7860:7860 -v /scratch/wikiart:/paintings -v $PWD/runs:/wikiart/runs \
+# mkdir -p runs    # yours, as what is written there shall be
+# docker run --user $(id -u) --gpus all -v /scratch/wikiart:/paintings -v $PWD/runs:/wikiart/runs \
+#     wikiart make WIKIART=/paintings
+# docker run --user $(id -u) -p 127.0.0.1:7860:7860 -v /scratch/wikiart:/paintings -v $PWD/runs:/wikiart/runs \
 #     wikiart make serve WIKIART=/paintings HOST=0.0.0.0
 FROM python:3.12-slim
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
@@ -8,6 +10,8 @@ WORKDIR /wikiart
 COPY requirements.txt requirements-label.txt Makefile ./
 RUN make .venv/ready-label
 COPY . .
-RUN touch .venv/ready && touch .venv/ready-label
+RUN touch .venv/ready && touch .venv/ready-label && mkdir -p data runs && chmod 1777 data runs
+USER 1000
+ENV HOME=/tmp
 EXPOSE 7860
 CMD ["make"]

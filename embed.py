@@ -20,23 +20,21 @@ import json
 import os
 import re
 import time
-import warnings
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.metrics import classification_report
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import runs
-from folder import DataError, as_rgb, end_with
+from folder import DataError, decoding, open_rgb
 from scores import seen_and_unseen, with_intervals
-from wikiart import Pretrained, WikiArt, head, predict, random_crops
+from wikiart import Pretrained, WikiArt, fit_temperature, head, predict, random_crops
 
 try:
     import timm
@@ -110,7 +108,8 @@ def main(argv=None):
             if target == "style":
                 hidden = 0 if isinstance(task.model.head, torch.nn.Linear) else config.hidden
                 arguments |= {"classes": len(train.classes), "hidden": hidden, "dropout": config.dropout}
-                save(task, run / f"embed_{file}.pt", arguments, source, shape, config)
+                temperature = facts[target]["temperature"]
+                save(task, temperature, run / f"embed_{file}.pt", arguments, source, shape, config)
         runs.add_facts(run, "embed", {re.sub(r"\W", "_", file): facts}, merge=True)
         lock.close()
     write_table(run / "embed.md", json.loads((run / "facts.json").read_text()))
@@ -180,13 +179,10 @@ class Paintings(Dataset):
         return len(self.files)
 
     def __getitem__(self, item):
-        warnings.simplefilter("ignore")  # as in folder.read_picture
-        with Image.open(self.files[item]) as image:
-            image.draft("RGB", (2 * self.size, 2 * self.size))
-            image = as_rgb(ImageOps.exif_transpose(image))
-            if self.shrink:
-                image = image.resize((self.shrink, self.shrink), Image.Resampling.BICUBIC)
-            return self.transform(image).numpy()
+        image = open_rgb(self.files[item], 2 * self.size)
+        if self.shrink:
+            image = image.resize((self.shrink, self.shrink), Image.Resampling.BICUBIC)
+        return self.transform(image).numpy()
 
 
 def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple[np.ndarray, dict]:
@@ -256,18 +252,12 @@ def append(target, model, files, config, device) -> dict:
     # The backbone's own size and interpolation, but all of the painting: its edges belong to it.
     settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
     transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes: the network normalises
-    loader = DataLoader(
-        Paintings(files, model.size, config.shrink, transform),
-        batch_size=config.batch_size,
-        num_workers=config.processes or len(os.sched_getaffinity(0)),
-        collate_fn=np.stack,  # arrays come through a pipe; tensors would need a large /dev/shm
-        multiprocessing_context="fork",
-        worker_init_fn=partial(end_with, os.getpid()),
-    )
+    paintings = Paintings(files, model.size, config.shrink, transform)
     runs.keep_memory()
     started, cpu = time.perf_counter(), sum(os.times()[:4])
-    with torch.inference_mode(), tqdm(total=len(files), desc="features", unit="picture") as bar:
-        for pixels in loader:
+    bar = tqdm(total=len(files), desc="features", unit="picture")
+    with torch.inference_mode(), bar, decoding(paintings, config.batch_size, config.processes, np.stack) as batches:
+        for pixels in batches:
             images = torch.from_numpy(pixels).to(device).to(memory_format=torch.channels_last) / 255
             with runs.autocast(device):
                 features = model.features(images)
@@ -311,14 +301,22 @@ class Task:
         return losses * self.weights[labels]
 
     @torch.no_grad()
-    def guesses(self, layers, part: str) -> np.ndarray:
+    def judge(self, layers, part: str) -> torch.Tensor:
+        """Class probabilities (N, classes)."""
         layers.eval()
-        return torch.cat([layers(inputs).argmax(1).cpu() for inputs, _ in self.batches(part)]).numpy()
+        return torch.cat([layers(inputs).float().softmax(1).cpu() for inputs, _ in self.batches(part)])
 
-    def score(self, guesses) -> float:
+    def guesses(self, layers) -> np.ndarray:
+        """The likeliest classes (N,) of the test paintings."""
+        return self.judge(layers, "test").argmax(1).numpy()
+
+    def score(self, probabilities) -> float:
         """Balanced accuracy on the validation part: the mean over its classes."""
-        truth = self.parts["validation"].labels.numpy()
-        return float(np.mean([(guesses[truth == label] == label).mean() for label in np.unique(truth)]))
+        guesses, truth = probabilities.argmax(1), self.parts["validation"].labels
+        return float(np.mean([(guesses[truth == label] == label).float().mean() for label in truth.unique()]))
+
+    def temperature(self, probabilities) -> float:
+        return fit_temperature(probabilities, self.parts["validation"].labels)
 
 
 def study(task: Task, path: Path, config) -> dict:
@@ -354,13 +352,15 @@ def fit_linear(task: Task, config):
     layer, tried = head(len(task.model.centre), len(task.prior)).to(task.device), {}
     for strength in sorted(config.strengths, reverse=True):
         descend(task, layer, "training", strength)
-        tried[strength] = task.score(task.guesses(layer, "validation"))
+        said = task.judge(layer, "validation")
+        tried[strength] = task.score(said)
         if strength == max(tried, key=tried.get):
             task.model = with_parts(task.model, head=copy.deepcopy(layer))  # where fine-tuning starts
+            temperature = task.temperature(said)  # while it has not seen the validation part
     strength = max(tried, key=tried.get)
     descend(task, layer, "all", strength)
-    facts = {"strength": strength, "val_balanced_accuracy": tried[strength]}
-    return with_parts(task.model, head=layer), task.guesses(layer, "test"), facts
+    facts = {"strength": strength, "val_balanced_accuracy": tried[strength], "temperature": temperature}
+    return with_parts(task.model, head=layer), task.guesses(layer), facts
 
 
 def descend(task: Task, layer, part: str, strength: float) -> None:
@@ -385,8 +385,8 @@ def fit_mlp(task: Task, config):
     layers = head(len(task.model.centre), len(task.prior), config.hidden, config.dropout).to(task.device)
     settings = SimpleNamespace(epochs=config.epochs, batch=128, lr=config.lr)
     rows = task.rows["training"]
-    facts = train_on(task, layers, lambda items: task.inputs(rows[items]), task.guesses, settings, config)
-    return with_parts(task.model, head=layers), task.guesses(layers, "test"), facts
+    facts = train_on(task, layers, lambda items: task.inputs(rows[items]), task.judge, settings, config)
+    return with_parts(task.model, head=layers), task.guesses(layers), facts
 
 
 def finetune(task: Task, config):
@@ -402,18 +402,18 @@ def finetune(task: Task, config):
         crops = random_crops(training.batch(items, task.device)[0], model.size, torch.rand(7, len(items)), 0.5)
         return crops.contiguous(memory_format=torch.channels_last)
 
-    def guesses(model, part):
+    def judge(model, part):
         model.eval()
         chunks = torch.arange(len(task.parts[part])).split(config.batch_size)
         pixels = (task.parts[part].batch(chunk, task.device)[0] for chunk in chunks)
-        return torch.cat([predict(model, each, model.size).argmax(1).cpu() for each in pixels]).numpy()
+        return torch.cat([predict(model, each, model.size).cpu() for each in pixels])
 
     settings = SimpleNamespace(epochs=config.finetune_epochs, batch=config.batch_size, lr=config.finetune_lr)
-    facts = train_on(task, model, windows, guesses, settings, config)
-    return model, guesses(model, "test"), facts
+    facts = train_on(task, model, windows, judge, settings, config)
+    return model, judge(model, "test").argmax(1).numpy(), facts
 
 
-def train_on(task: Task, model, inputs, guesses, settings, config) -> dict:
+def train_on(task: Task, model, inputs, judge, settings, config) -> dict:
     """Train by AdamW until the validation part sees no progress for a while; leaves the best weights in `model`."""
     labels, best = task.parts["training"].labels, {"val_balanced_accuracy": -1.0, "epoch": 0}
     rates = SimpleNamespace(optimizer="adamw", lr=settings.lr, weight_decay=config.weight_decay)
@@ -429,13 +429,15 @@ def train_on(task: Task, model, inputs, guesses, settings, config) -> dict:
             optimizers.zero_grad()
             loss.backward()
             optimizers.step()
-        score = task.score(guesses(model, "validation"))
+        said = judge(model, "validation")
+        score = task.score(said)
         if score >= best["val_balanced_accuracy"]:
-            best, weights = {"val_balanced_accuracy": score, "epoch": epoch}, copy.deepcopy(model.state_dict())
+            best = {"val_balanced_accuracy": score, "epoch": epoch}
+            weights, kept = copy.deepcopy(model.state_dict()), said
         elif epoch - best["epoch"] >= config.patience:
             break
     model.load_state_dict(weights)
-    return best
+    return best | {"temperature": task.temperature(kept)}
 
 
 @torch.no_grad()
@@ -456,7 +458,7 @@ def nearest(task: Task, config):
 # The checkpoint, the table ------------------------------------------------------------------------------------
 
 
-def save(task: Task, path: Path, arguments: dict, source: str, shape: dict, config) -> None:
+def save(task: Task, temperature: float, path: Path, arguments: dict, source: str, shape: dict, config) -> None:
     """The classifier as a checkpoint that build_model and test.py take like any other.
 
     It holds the backbone's weights, in half precision, to be used without hub or file; `source` names them.
@@ -474,6 +476,7 @@ def save(task: Task, path: Path, arguments: dict, source: str, shape: dict, conf
         | ({"size": config.shrink} if config.shrink else {}),
         "crop": config.shrink or task.model.size,
         "windows": [1.0],
+        "temperature": temperature,
         "config": {key: value for key, value in vars(config).items() if key != "config"},
         "fingerprint": data.fingerprint,
         "largest_class": int(data.counts().argmax()),

@@ -6,6 +6,7 @@ pixels, index = pixel_cache(Path("/scratch/wikiart/train"), Path("/scratch/wikia
 pixels[0], index["files"][0]   # uint8 (3, 128, 128), 'Baroque/rembrandt_self-portrait.jpg'
 """
 
+import contextlib
 import csv
 import fcntl
 import glob
@@ -27,28 +28,38 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+# What is taken from strangers: no SVG, and nothing that Pillow hands on to another program (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+
 
 class DataError(OSError):
     """The folder of paintings is not what it should be; the message is one line that says what to do."""
 
 
-def read_picture(path, size: int, resize: str = "squash") -> np.ndarray:
-    """Any file that Pillow reads, as uint8 (3, size, size) RGB.
+def read_picture(source, size: int, resize: str = "squash", formats=None) -> np.ndarray:
+    """Any file that Pillow reads, as uint8 (3, size, size) RGB: see open_rgb.
 
-    The whole picture is squashed into the square, or its centre is cropped out. Raises OSError, ValueError and
-    others for what is no picture, and Image.DecompressionBombError for more than 179 million pixels.
+    The whole picture is squashed into the square, or its centre is cropped out.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # big scans and odd metadata only warn; what can't be read still raises
-        with Image.open(path) as image:
-            # JPEGs decode at an eighth to the whole of their size, here at least half as large again as what is needed.
-            image.draft("RGB", (3 * size // 2, 3 * size // 2))
-            image = as_rgb(ImageOps.exif_transpose(image))
+    image = open_rgb(source, 3 * size // 2, formats)
     if resize == "crop":
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def open_rgb(source, side: int, formats=None) -> Image.Image:
+    """A picture file upright and as RGB; JPEGs decode at an eighth to the whole of their size, but above `side`.
+
+    No decoder but those of `formats`, where they are given, sees the file. Raises OSError, ValueError and others for
+    what is no picture, and Image.DecompressionBombError for more than 179 million pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # big scans and odd metadata only warn; what can't be read still raises
+        with Image.open(source, formats=formats) as image:
+            image.draft("RGB", (side, side))
+            return as_rgb(ImageOps.exif_transpose(image))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -149,30 +160,37 @@ def pixel_cache(folder: Path, where: Path, size: int, resize: str, processes: in
 def build_cache(folder: Path, files: list[str], target: Path, size: int, resize: str, processes: int) -> None:
     """Decode `files`, in several processes, into target/pixels.uint8, and write index.json and left_out.txt there."""
     hashes, broken = [], {}
-    loader = DataLoader(
-        Decoder(folder, files, size, resize),
-        batch_size=32,
-        num_workers=processes or len(os.sched_getaffinity(0)),
-        collate_fn=list,  # lists of arrays come through a pipe; tensors would need a large /dev/shm
-        multiprocessing_context="fork",  # children that start at once: all they need is Pillow and numpy
-        worker_init_fn=partial(end_with, os.getpid()),
-    )
-    decoded = itertools.chain.from_iterable(loader)
-    try:
+    with decoding(Decoder(folder, files, size, resize), 32, processes) as batches:
+        decoded = tqdm(itertools.chain.from_iterable(batches), f"decoding {folder.name}", len(files))
         with open(target / "pixels.uint8", "wb") as file:
-            for path, (picture, reason) in zip(
-                files, tqdm(decoded, f"decoding {folder.name}", len(files)), strict=True
-            ):
+            for path, (picture, reason) in zip(files, decoded, strict=True):
                 if reason:
                     broken[path] = reason
                 pixels = np.zeros((3, size, size), np.uint8) if reason else picture
                 hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
                 file.write(pixels)
-    except RuntimeError as error:  # a child was killed, for its memory most likely
-        raise DataError(f"a decoding process died, try --processes 1 ({str(error).splitlines()[0]})") from None
     names = "".join(f"{path}\t{reason}\n" for path, reason in broken.items())
     (target / "left_out.txt").write_text(names, errors="surrogateescape")  # names need not be UTF-8
     (target / "index.json").write_text(json.dumps({"files": files, "hashes": hashes, "broken": broken}))
+
+
+@contextlib.contextmanager
+def decoding(pictures: Dataset, batch_size: int, processes: int, collate=list):
+    """Batches of what a data set reads from files, in processes of their own; DataError where one of them dies."""
+    loader = DataLoader(
+        pictures,
+        batch_size=batch_size,
+        num_workers=processes or len(os.sched_getaffinity(0)),
+        collate_fn=collate,  # lists of arrays come through a pipe; tensors would need a large /dev/shm
+        multiprocessing_context="fork",  # children that start at once: all they need is Pillow and numpy
+        worker_init_fn=partial(end_with, os.getpid()),
+    )
+    try:
+        yield iter(loader)
+    except RuntimeError as error:  # raised wherever the program is when a child is killed, for its memory most likely
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(f"a decoding process died, try --processes 1 ({str(error).splitlines()[0]})") from None
 
 
 def end_with(parent: int, _) -> None:

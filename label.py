@@ -25,19 +25,16 @@ import sqlite3
 import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import runs
-from folder import Decoder, end_with, name_of, read_picture
+from folder import FORMATS, Decoder, decoding, name_of, read_picture
 from wikiart import build_model, calibrate, over_views, predict, views
 
 SHARED = ("data", "run", "device", "processes", "hide")
@@ -57,8 +54,6 @@ HELP = {
     "measure": "label the folder and a few pictures through the API, and put the rates into facts.json",
 }
 SHOWN = 3  # likeliest classes in a row, and in an answer
-# What the page takes: no SVG, and nothing that Pillow hands on to another program (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 
 
 def main(argv=None):
@@ -81,9 +76,9 @@ def main(argv=None):
             raise runs.Problem(f"{config.artist_checkpoint} sees pictures of another --size or --resize than "
                                f"{config.checkpoint}: train it with the same")  # fmt: skip
     if config.serve:
-        page_module().serve(labeller, artist, corrections, read_upload, config)
+        page_module().serve(labeller, artist, corrections, config)
     elif config.measure:
-        runs.add_facts(config.run, "label", measure(labeller, artist, corrections, Path(given), config))
+        runs.add_facts(config.run, "label", measure(labeller, Path(given), config))
     else:
         label_folder(labeller, artist, Path(given), Path(config.out), config)
         if config.sort:
@@ -111,7 +106,9 @@ class Labeller:
         self.crop, self.windows = checkpoint["crop"], checkpoint["windows"]
         self.target = checkpoint["data"].get("target", "style")
         self.shape = {key: checkpoint["data"][key] for key in ("size", "resize")}
-        self.temperature = checkpoint.get("temperature", 1.0)  # older checkpoints have none
+        self.calibrated, self.temperature = "temperature" in checkpoint, checkpoint.get("temperature", 1.0)
+        if not self.calibrated:  # an older one
+            print(f"{path} has no temperature: its probabilities are not calibrated", file=sys.stderr)
         self.hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     def __call__(self, pixels) -> np.ndarray:
@@ -153,8 +150,8 @@ class Labeller:
 # A folder -------------------------------------------------------------------------------------------------------------
 
 
-def label_folder(labeller, artist, folder: Path, out: Path, config) -> tuple[int, float]:
-    """Write a row for each file below the folder, batch by batch; returns how many were new, and the seconds."""
+def label_folder(labeller, artist, folder: Path, out: Path, config) -> float:
+    """Write a row for each file below the folder, batch by batch; returns how many a second got a label."""
     if not folder.is_dir():
         raise runs.Problem(f"no folder {folder}")
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):
@@ -164,9 +161,9 @@ def label_folder(labeller, artist, folder: Path, out: Path, config) -> tuple[int
     header = ["path", *itertools.chain(*((column, f"{column}_probability") for column in columns))]
     header += ["artist", "artist_probability"] if artist else []
     header += ["problem", "model"]
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.is_file() and path.resolve() != out.resolve()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
+    below = (path.relative_to(folder) for path in folder.rglob("*")
+             if not path.is_dir() and os.path.realpath(path) != os.path.realpath(out))  # fmt: skip
+    files = sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parts))
     if not files:
         raise runs.Problem(f"{folder} holds no file")
     with open_table(out, header, model) as (file, done):
@@ -174,8 +171,9 @@ def label_folder(labeller, artist, folder: Path, out: Path, config) -> tuple[int
         if done:
             print(f"{len(files) - len(todo)} of {len(files)} files are in {out} already")
         writer, started, broken = csv.writer(file), time.perf_counter(), []
-        with tqdm(total=len(todo), desc="labelling", unit="picture") as bar:
-            for number, decoded in enumerate(ahead(decode(folder, todo, labeller.shape, config))):
+        pictures, bar = Decoder(folder, todo, **labeller.shape), tqdm(total=len(todo), desc="labelling", unit="picture")
+        with bar, decoding(pictures, config.batch_size, config.processes) as batches:
+            for number, decoded in enumerate(ahead(batches)):
                 paths = todo[number * config.batch_size :][: len(decoded)]
                 said = iter(say(labeller, artist, [pixels for pixels, problem in decoded if not problem]))
                 for path, (_, problem) in zip(paths, decoded, strict=True):
@@ -185,25 +183,13 @@ def label_folder(labeller, artist, folder: Path, out: Path, config) -> tuple[int
                 file.flush()
                 bar.update(len(paths))
         seconds = time.perf_counter() - started
-    print(f"{len(todo)} files in {seconds:.1f} s, {len(todo) / seconds:.1f} a second: {out}")
+    rate = (len(todo) - len(broken)) / seconds
+    print(f"{len(todo) - len(broken)} pictures in {seconds:.1f} s, {rate:.1f} a second: {out}")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         some = "; ".join(broken[:3])
         print(f"{len(broken)} could not be read, see the column problem: {some}{more}", file=sys.stderr)
-    return len(todo), seconds
-
-
-def decode(folder: Path, files: list[str], shape: dict, config):
-    """Batches of (pixels uint8 (3, size, size), None) or (None, the reason), decoded in processes of their own."""
-    loader = DataLoader(
-        Decoder(folder, files, **shape),
-        batch_size=config.batch_size,
-        num_workers=config.processes or len(os.sched_getaffinity(0)),
-        collate_fn=list,  # as in folder.build_cache
-        multiprocessing_context="fork",
-        worker_init_fn=partial(end_with, os.getpid()),
-    )
-    return iter(loader)
+    return rate
 
 
 def ahead(batches):
@@ -250,12 +236,15 @@ def open_table(out: Path, header: list[str], model: str):
         yield file, {row[0] for row in rows[1:]}
 
 
+def rows_of(out: Path) -> list[list[str]]:
+    with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.reader(file))[1:]
+
+
 def sort(folder: Path, out: Path, target: Path) -> None:
     """Copy what the table has to <target>/<Style>/<path>; what is there already is left."""
-    with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = [row for row in csv.reader(file)][1:]
     copied = 0
-    for path, style, *_ in tqdm(rows, "copying", unit="picture"):
+    for path, style, *_ in tqdm(rows_of(out), "copying", unit="picture"):
         source, copy = folder / path, target / style / path
         if style and source.exists() and not (copy.exists() and copy.stat().st_size == source.stat().st_size):
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -329,58 +318,40 @@ def export(corrections: Corrections, target: Path) -> None:
     print(f"{count} pictures in {target}")
 
 
-def read_upload(data: bytes, shape: dict, megapixels: float) -> np.ndarray:
-    """An uploaded file's bytes as pixels uint8 (3, size, size). Raises Problem for what is no picture, or too large."""
-    if not data:
-        raise runs.Problem("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-        if width * height <= megapixels * 1e6:  # before anything is decoded: a small file can hold a vast picture
-            return read_picture(io.BytesIO(data), **shape).copy()
-    except Image.DecompressionBombError:
-        raise runs.Problem(f"the picture has more than {megapixels:g} million pixels") from None
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        raise runs.Problem(f"this is not a picture that can be read here ({type(error).__name__}): "
-                           "JPEG, PNG, WebP, TIFF, BMP and GIF can") from None  # fmt: skip
-    raise runs.Problem(f"the picture has {width} x {height} pixels: {megapixels:g} million are the most")
-
-
 # How fast -------------------------------------------------------------------------------------------------------------
 
 
-def measure(labeller, artist, corrections, folder: Path, config) -> dict:
-    """Rates of the network alone and of the whole folder; latencies of decoding and network, alone and by the API."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if len(files) < 2 * config.batch_size:
-        raise runs.Problem(f"{len(files)} pictures in {folder} are too few to measure: {2 * config.batch_size} or more")
+def measure(labeller, folder: Path, config) -> dict:
+    """Rates of the whole folder and of the network alone; latencies of the API, and of decoding and network alone."""
+    forward, whole = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        forward, whole = [], []
         for turn in range(3):  # in turns: whatever else runs on this machine slows both
-            forward.append(forward_rate(labeller, files, config))
-            number, seconds = label_folder(labeller, None, folder, Path(scratch, f"{turn}.csv"), config)
-            whole.append(number / seconds)
-    facts = {"forward_rate": float(np.median(forward)), "folder_rate": float(np.median(whole)), "pictures": len(files)}
-    facts["folder_share"] = float(np.median(np.array(whole) / forward))
-    facts |= page_module().latencies(labeller, artist, corrections, read_upload, files, config)
+            out = Path(scratch, f"{turn}.csv")
+            whole.append(label_folder(labeller, None, folder, out, config))
+            files = [folder / path for path, *_, problem, _ in rows_of(out)
+                     if not problem and path.lower().endswith((".jpg", ".jpeg", ".png"))]  # fmt: skip
+            if len(files) < 2 * config.batch_size:
+                raise runs.Problem(f"{len(files)} pictures in {folder} are too few to measure: "
+                                   f"{2 * config.batch_size} or more")  # fmt: skip
+            forward.append(forward_rate(labeller, files, config.batch_size))
+    facts = {"pictures": len(files), "forward_rate": np.median(forward), "folder_rate": np.median(whole),
+             "folder_share": np.median(np.array(whole) / forward)}  # fmt: skip
+    facts |= page_module().latencies(labeller, files, config)
     facts = {key: round(value, 4) if isinstance(value, float) else value for key, value in facts.items()}
     print(f"folder: {facts['folder_rate']:.1f} pictures a second, {facts['folder_share']:.0%} of the "
-          f"{facts['forward_rate']:.1f} of the network alone")  # fmt: skip
-    print(f"API: {facts['api_ms']:.0f} ms, {facts['api_ratio']:.2f} times the {facts['alone_ms']:.0f} ms of decoding "
-          "and network alone (medians, warm)")  # fmt: skip
+          f"{facts['forward_rate']:.1f} of the network alone\nAPI: {facts['api_ms']:.0f} ms, {facts['api_ratio']:.2f} "
+          f"times the {facts['alone_ms']:.0f} ms of decoding and network alone (medians, warm)")  # fmt: skip
     return facts
 
 
-def forward_rate(labeller, files: list[Path], config) -> float:
+def forward_rate(labeller, files: list[Path], size: int) -> float:
     """Pictures a second of the network alone, on a batch that is decoded already."""
-    pixels = torch.from_numpy(np.stack([read_picture(path, **labeller.shape) for path in files[: config.batch_size]]))
+    pixels = torch.from_numpy(np.stack([read_picture(path, **labeller.shape) for path in files[:size]]))
     labeller(pixels)  # warm
-    turns, started = max(1, len(files) // config.batch_size), time.perf_counter()
+    turns, started = len(files) // size, time.perf_counter()
     for _ in range(turns):
         labeller(pixels)
-    return turns * len(pixels) / (time.perf_counter() - started)
+    return turns * size / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

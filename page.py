@@ -1,7 +1,7 @@
 """What `label.py --serve` serves: a page for one painting and the collection, and an HTTP API for scripts (Gradio).
 
-Uploads stay in memory and are forgotten within the hour; only Corrections writes, when a label is confirmed. Pictures
-reach the page inside its HTML, each with its alternative text, so that no file is served at all.
+Uploads stay in memory (uploads.py); only Corrections writes, when a label is confirmed. Pictures reach the page
+inside its HTML, each with its alternative text, so that no file is served at all.
 """
 
 import base64
@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import secrets
 import threading
 import time
 from collections import Counter
@@ -23,24 +22,17 @@ import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
-from starlette.datastructures import UploadFile  # noqa: E402
+from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
-from starlette.responses import JSONResponse, PlainTextResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
 
 import runs  # noqa: E402
 from figures import plain  # noqa: E402
-from folder import as_rgb, read_metadata, read_picture, title_of  # noqa: E402
+from folder import FORMATS, open_rgb, read_metadata, read_picture, title_of  # noqa: E402
+from uploads import FORGET, Guard, Uploads, read_upload, upload_routes  # noqa: E402
 from wikiart import build_model, views  # noqa: E402
 
 AT_ONCE = 2  # pictures under way: one is decoded while the network looks at the other
 NEIGHBOURS = 6
-HELD = 2**30  # bytes of uploads that are held, at most
-FORGET = 3600  # seconds after which an upload is forgotten
-# Of Gradio's own addresses those that the page and the API need. The rest reads files, or fetches from elsewhere.
-OPEN = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run",
-        "startup-events", "theme.css", "upload", "upload_progress"}  # fmt: skip
 CSS = """
 .bars {list-style: none; padding: 0; margin: 0 0 1em} .bars li {margin: .3em 0}
 .bars meter {width: 100%; height: 1.2em; display: block}
@@ -53,81 +45,7 @@ CSS = """
 """
 
 
-# Uploads --------------------------------------------------------------------------------------------------------------
-
-
-class Uploads:
-    """Uploaded files, in memory, by tokens that nobody can guess: there is no path that could lead elsewhere."""
-
-    def __init__(self):
-        self.held, self.lock = {}, threading.Lock()
-
-    def put(self, name: str, data: bytes) -> str:
-        with self.lock:
-            now = time.monotonic()
-            self.held = {token: each for token, each in self.held.items() if now - each[2] < FORGET}
-            if len(data) + sum(len(each[1]) for each in self.held.values()) > HELD:
-                raise runs.Problem("too many uploads are waiting: try again later")
-            token = secrets.token_urlsafe(24)
-            self.held[token] = (name, data, now)
-            return token
-
-    def get(self, token) -> tuple[str, bytes]:
-        found = self.held.get(token)
-        if not found:
-            raise runs.Problem("this is no upload of the last hour: upload the picture first")
-        return found[:2]
-
-    def drop(self, token) -> None:
-        with self.lock:
-            self.held.pop(token, None)
-
-
-def upload_routes(uploads: Uploads) -> list[Route]:
-    """They take the place of Gradio's upload, which writes to the disk."""
-
-    async def upload(request):
-        tokens = []
-        try:
-            async with request.form(max_files=1000) as form:
-                for part in form.getlist("files"):
-                    if isinstance(part, UploadFile):
-                        tokens.append(uploads.put(part.filename or "", await part.read()))
-        except runs.Problem as problem:
-            for token in tokens:
-                uploads.drop(token)
-            return PlainTextResponse(str(problem), status_code=503)
-        return JSONResponse([f"{gr.utils.get_upload_folder()}/{token}" for token in tokens])  # a file there never is
-
-    async def progress(request):  # whose bar the page shows: none is needed
-        return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
-
-    return [Route("/gradio_api/upload", upload, methods=["POST"]), Route("/gradio_api/upload_progress", progress)]
-
-
-class Guard:
-    """Turns away what is larger than it may be, before it is read, and addresses that nobody here needs."""
-
-    def __init__(self, app, megabytes: float):
-        self.app, self.limit = app, megabytes * 1e6
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and (refusal := self.refuse(scope)):
-            return await PlainTextResponse(refusal[1], status_code=refusal[0])(scope, receive, send)
-        await self.app(scope, receive, send)
-
-    def refuse(self, scope):
-        parts = scope["path"].strip("/").split("/")
-        if parts[0] in ("gradio_api", "custom_component", "monitoring") and not (
-            parts[0] == "gradio_api" and len(parts) > 1 and parts[1] in OPEN
-        ):
-            return 404, "no such address"
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        if scope["method"] == "POST" and (b"content-length" not in headers or b"transfer-encoding" in headers):
-            return 411, "say how long it is"
-        if not length.isdigit() or int(length) > self.limit:
-            return 413, f"a request may have {self.limit / 1e6:g} MB at most"
+# Requests -------------------------------------------------------------------------------------------------------------
 
 
 def token_of(file) -> str:
@@ -163,11 +81,9 @@ def bars(rows: list[tuple[str, float, str]], most: float) -> str:
     return f'<ol class="bars">{"".join(items)}</ol>'
 
 
-def small(source, side: int) -> Image.Image:
+def small(source, side: int, formats=None) -> Image.Image:
     """A picture file, in its own proportions, of at most `side` pixels a side."""
-    with Image.open(source) as image:
-        image.draft("RGB", (2 * side, 2 * side))
-        image = as_rgb(ImageOps.exif_transpose(image))
+    image = open_rgb(source, 2 * side, formats)
     image.thumbnail((side, side))
     return image
 
@@ -194,8 +110,11 @@ class Nearest:
         self.labeller, self.root, self.codes, self.why_not = labeller, Path(config.data), None, ""
         path = Path(config.run) / "codes" / "classifier.npz"
         command = f"python cluster.py --codes classifier --renew --data {config.data} --run {config.run}"
-        if labeller.kind != "CNN" or not path.exists():
-            self.why_not = f"To see the nearest training paintings: {command}"
+        if labeller.kind != "CNN":
+            self.why_not = f"They are found for a CNN of train.py alone; this classifier is another ({labeller.kind})."
+            return
+        if not path.exists():
+            self.why_not = f"To see them: {command}"
             return
         with np.load(path) as table:
             if not str(table["made_from"]).startswith(labeller.hash):
@@ -223,7 +142,7 @@ class Nearest:
             words = f"{title_of(self.paths[row]).capitalize() or 'Painting'} by {artist}, {plain(self.styles[row])}"
             try:
                 found.append(figure(small(self.root / self.paths[row], 288), words, words))
-            except OSError:  # the codes are here, the paintings need not be
+            except Exception:  # the codes are here, the paintings need not be
                 found.append(f"<p>{html.escape(words)}</p>")
         return f'<div class="pictures small">{"".join(found)}</div>'
 
@@ -243,12 +162,13 @@ class Painter:
     @torch.no_grad()
     def paint(self, data: bytes, style: str) -> Image.Image:
         """The picture in the style, in its own proportions."""
-        pixels = torch.from_numpy(read_picture(io.BytesIO(data), **self.shape).copy())[None].to(self.device)
+        pixels = read_picture(io.BytesIO(data), **self.shape, formats=FORMATS)
+        pixels = torch.from_numpy(pixels.copy())[None].to(self.device)
         wanted = torch.eye(len(self.classes), device=self.device)[[self.classes.index(style)]]
         images = views(pixels, self.crop)[0]
         painted = self.model.decode(self.model.encode(images), wanted, self.model.own_style(images))[0]
         painted = Image.fromarray((255 * painted.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy())
-        return painted.resize(small(io.BytesIO(data), 512).size, Image.Resampling.BICUBIC)
+        return painted.resize(small(io.BytesIO(data), 512, FORMATS).size, Image.Resampling.BICUBIC)
 
 
 def collection(config) -> str:
@@ -302,10 +222,8 @@ def years(metadata: dict[str, dict]) -> str:
 # The page and the API -------------------------------------------------------------------------------------------------
 
 
-def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) -> gr.Blocks:
-    """The page; `read_upload` is label.py's, from bytes to pixels."""
+def build(labeller, artist, corrections, uploads: Uploads, config) -> gr.Blocks:
     nearest, painter = Nearest(labeller, config), Painter(config, labeller.device)
-
     turns = threading.BoundedSemaphore(AT_ONCE)  # whatever is asked at once, memory holds two batches of pictures
 
     def pixels_of(data):
@@ -315,10 +233,10 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
         likeliest = map(model.likeliest, model(pixels))
         return [[{"name": name, "probability": round(share, 4)} for name, share in each] for each in likeliest]
 
-    def answers(tokens: list[str]) -> list[dict]:
+    def answers(files: list) -> list[dict]:
         """What the API says of uploads, which are forgotten; what is wrong with one does not touch the others."""
         found, good = [], []
-        for token in tokens:
+        for token in map(token_of, files):
             try:
                 good.append(pixels_of(uploads.get(token)[1]))
                 found.append({"model": labeller.hash[:12]})
@@ -333,7 +251,7 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
 
     def label(file):
         with said_to_the_user(), turns:
-            answer = answers([token_of(file)])[0]
+            answer = answers([file])[0]
             if "error" in answer:
                 raise runs.Problem(answer["error"])
             return answer
@@ -342,7 +260,7 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
         with said_to_the_user(), turns:
             if not isinstance(files, list) or not 0 < len(files) <= config.batch_size:
                 raise runs.Problem(f"give a list of 1 to {config.batch_size} files")
-            return answers([token_of(file) for file in files])
+            return answers(files)
 
     def look(file):
         """The result, what later clicks need, and which controls are there now."""
@@ -356,9 +274,10 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
                 raise
             probabilities = labeller(pixels)[0]
             (guess, probability), *_ = likeliest = labeller.likeliest(probabilities)
-            image = small(io.BytesIO(data), 512)
+            image = small(io.BytesIO(data), 512, FORMATS)
             shown = [f'<div role="status"><h2>{html.escape(plain(guess))}, {probability:.0%}</h2></div>',
-                     bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest], 1)]  # fmt: skip
+                     bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest], 1),
+                     "" if labeller.calibrated else "<p>These percentages are not calibrated.</p>"]  # fmt: skip
             if artist:
                 (painter_name, share), *_ = artist.likeliest(artist(pixels)[0])
                 words = f"Painter: {painter_name.replace('-', ' ').title()}, {share:.0%}"
@@ -368,6 +287,9 @@ def build(labeller, artist, corrections, read_upload, uploads: Uploads, config) 
                 evidence = labeller.evidence(pixels, int(probabilities.argmax()))
                 where = f"What spoke for {plain(guess)}: most of all the {place_of(evidence)}"
                 pictures.append(figure(highlight(image, evidence), where, f"{where}. Dark and grey: nothing."))
+            else:
+                pictures.append("<p>Regions that spoke for it are shown for a CNN of train.py alone: the answer of "
+                                f"this classifier ({labeller.kind}) is no sum over regions.</p>")  # fmt: skip
             shown.append(f'<h3>Why</h3><div class="pictures">{"".join(pictures)}</div>')
             shown.append("<h3>The nearest training paintings</h3>" + nearest.show(pixels))
             seen = {"token": token, "guess": guess, "probability": probability}
@@ -428,17 +350,17 @@ async def as_it_is(path):
     return path
 
 
-def launch(labeller, artist, corrections, read_upload, config, **options) -> tuple[gr.Blocks, str]:
+def launch(labeller, artist, corrections, config) -> tuple[gr.Blocks, str]:
     """Start to serve; returns the page and its address."""
     uploads = Uploads()
-    page = build(labeller, artist, corrections, read_upload, uploads, config)
+    page = build(labeller, artist, corrections, uploads, config)
     os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1", "localhost"]))
     try:
         _, address, _ = page.launch(
             server_name=config.host,
             server_port=config.port or None,
             app_kwargs={
-                "routes": upload_routes(uploads),
+                "routes": upload_routes(uploads, gr.utils.get_upload_folder()),
                 "middleware": [Middleware(Guard, megabytes=config.megabytes)],
             },
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
@@ -450,15 +372,15 @@ def launch(labeller, artist, corrections, read_upload, config, **options) -> tup
             quiet=True,
             footer_links=["api"],
             state_session_capacity=200,
-            **options,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise runs.Problem(f"cannot listen at {config.host}:{config.port}: {error}") from None
     return page, address
 
 
-def serve(labeller, artist, corrections, read_upload, config) -> None:
-    page, address = launch(labeller, artist, corrections, read_upload, config, prevent_thread_lock=True)
+def serve(labeller, artist, corrections, config) -> None:
+    page, address = launch(labeller, artist, corrections, config)
     print(f"serving at {address}; Ctrl-C stops it", flush=True)
     try:
         threading.Event().wait()
@@ -473,19 +395,21 @@ def ask(client: httpx.Client, address: str, picture: bytes) -> dict:
     return client.post(f"{address}gradio_api/run/label", json={"data": [file]}).raise_for_status().json()["data"][0]
 
 
-def latencies(labeller, artist, corrections, read_upload, files: list[Path], config, requests: int = 40) -> dict:
+def latencies(labeller, files: list[Path], config, requests: int = 40) -> dict:
     """Milliseconds of one request at a time through the API, and of decoding and network alone; in turns, warm."""
-    page, address = launch(labeller, artist, corrections, read_upload, config, prevent_thread_lock=True)
+    page, address = launch(labeller, None, None, config)
     spent = {"api": [], "alone": []}
     try:
         with httpx.Client(timeout=60) as client:
-            for picture in [path.read_bytes() for path in [files[0], *files[:requests]]]:
+            for picture in [path.read_bytes() for path in files[: requests + 1]]:
                 started = time.perf_counter()
                 ask(client, address, picture)
                 between = time.perf_counter()
                 labeller(torch.from_numpy(read_upload(picture, labeller.shape, config.megapixels))[None])
                 spent["api"].append(between - started)
                 spent["alone"].append(time.perf_counter() - between)
+    except httpx.HTTPStatusError as error:
+        raise runs.Problem(f"the API turns a picture away: {error.response.text}") from None
     finally:
         page.close(verbose=False)
     api, alone = (1000 * float(np.median(times[1:])) for times in spent.values())  # the first warms up

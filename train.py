@@ -30,8 +30,8 @@ from wikiart import (
     BalancedSampler,
     WikiArt,
     build_model,
-    calibrate,
     channel_statistics,
+    fit_temperature,
     make_model,
     predict,
     random_crops,
@@ -280,16 +280,6 @@ def log_loss(probabilities, labels):
 def balanced(values, labels) -> float:
     """The mean over classes of the mean of each one's values (N,)."""
     return torch.stack([values[labels == label].mean() for label in labels.unique()]).mean().item()
-
-
-def fit_temperature(probabilities, labels) -> float:
-    """The temperature with which probabilities (N, classes) fit the labels (N,) best: see wikiart.calibrate.
-
-    Averaging over views and smoothed labels make a network less sure than it may be, long training surer. Every class
-    weighs the same, as in choosing the epoch.
-    """
-    temperatures = torch.logspace(-1, 1, 201).tolist()
-    return min(temperatures, key=lambda each: balanced(log_loss(calibrate(probabilities, each), labels), labels))
 
 
 def best_epoch(history: list[dict]) -> int:

@@ -75,7 +75,7 @@ def served(run, *flags):
     command = [sys.executable, ROOT / "label.py", "--serve", "--run", run, "--port", port, "--device", "cpu", *flags]
     log = open(Path(run) / "serve.log", "a+")
     process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
-    process.address = f"http://127.0.0.1:{port}/"
+    process.log, process.address = log, f"http://127.0.0.1:{port}/"
     try:
         deadline = time.monotonic() + 120
         while True:

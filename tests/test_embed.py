@@ -92,6 +92,7 @@ def test_cluster_reads_the_features(embedded, demo):
 
 def test_the_checkpoint_predicts_what_was_measured(embedded, demo):
     checkpoint = runs.load_checkpoint(embedded / "embed_tf_efficientnet_lite0.pt", "Pretrained")
+    assert checkpoint["temperature"] == facts_of(embedded)["tf_efficientnet_lite0"]["style"]["temperature"] != 1
     assert checkpoint["backbone"] == "tf_efficientnet_lite0"
     assert "efficientnet-lite0" in checkpoint["backbone_weights"]
     model = wikiart.build_model(checkpoint)

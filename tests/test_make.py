@@ -101,6 +101,19 @@ def test_lora_comes_with_the_judge_and_only_on_demand(project):
     assert "tiny.json" not in (project / "calls").read_text()
 
 
+def test_ci_fails_without_a_browser_instead_of_skipping_its_tests(tmp_path):
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    for name, status in (("make", 0), ("python3", 0), ("curl", 0), ("apt-get", 1)):
+        (tmp_path / name).write_text(f"#!/bin/bash\necho {name} $@ >> {tmp_path}/calls\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    command = [shutil.which("bash"), ROOT / ".ci/run"]
+    assert subprocess.run(command, env={"PATH": str(tmp_path)}, check=False).returncode != 0
+    assert "make test" not in (tmp_path / "calls").read_text()
+    (tmp_path / "chromium").symlink_to(tmp_path / "curl")
+    assert subprocess.run(command, env={"PATH": str(tmp_path)}, check=False).returncode == 0
+    assert "make test" in (tmp_path / "calls").read_text()
+
+
 def test_spaces_in_paths_get_one_clear_line(project):
     assert "paths without spaces" in make(project, "WIKIART=/a b")[1]
 

@@ -16,6 +16,7 @@ import label
 import runs
 import train
 import wikiart
+from uploads import read_upload
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium, as .ci/run does")
@@ -83,6 +84,8 @@ def save(page):
 
 
 def corrections(run):
+    if not (run / "corrections.sqlite").exists():
+        return []
     with sqlite3.connect(run / "corrections.sqlite") as base:
         return base.execute("SELECT guess, choice, picture, name FROM corrections JOIN pictures USING (hash) "
                             "ORDER BY number").fetchall()  # fmt: skip
@@ -96,10 +99,10 @@ def test_from_upload_to_training_on_the_correction(run, demo, phone, tmp_path):
     for path, style in zip(paths[:2], ("Dots", "Hatching"), strict=True):
         with served(run, "--data", demo) as server:
             open_and_upload(phone, server.address, path)
-            pixels = label.read_upload(path.read_bytes(), labeller.shape, 100)
+            pixels = read_upload(path.read_bytes(), labeller.shape, 100)
             guess, share = labeller.likeliest(labeller(torch.from_numpy(pixels)[None])[0])[0]
             assert phone.get_by_role("heading", name=f"{guess.replace('_', ' ')}, {share:.0%}").count() == 1
-            assert not (run / "corrections.sqlite").exists() or len(corrections(run)) == len(expected)  # nothing yet
+            assert len(corrections(run)) == len(expected)  # nothing yet
             choose(phone, "Its style is", style)
             save(phone)
             server.send_signal(signal.SIGKILL)
@@ -154,21 +157,68 @@ def test_on_a_phone_nothing_is_cut_off_and_every_picture_has_its_words(server, d
     assert phone.evaluate("document.documentElement.scrollWidth") <= 375
 
 
-def test_it_works_by_keyboard(server, run, demo, phone):
-    before = len(corrections(run)) if (run / "corrections.sqlite").exists() else 0
-    open_and_upload(phone, server.address, min((demo / "test").rglob("*.jpg")))
-    phone.locator("body").press("Home")
-    reached = []
+def tab_to(page, name):
+    """Press Tab until what is called so has the focus."""
     for _ in range(40):
-        phone.keyboard.press("Tab")
-        name = phone.evaluate("(document.activeElement.ariaLabel || document.activeElement.textContent).trim()")
-        reached.append(name)
-        if name == "Save this label":
-            phone.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        focused = page.evaluate("""() => {
+            const at = document.activeElement
+            const labels = [...at.labels || []].map(each => each.textContent)
+            return at === document.body ? "" : [at.ariaLabel, at.textContent, ...labels].join(" ")
+        }""")
+        if name in focused:
+            return
+    raise AssertionError(f"{name} is not reached")
+
+
+def test_everything_is_reached_by_keyboard_alone(server, run, demo, phone):
+    """Upload, classify, correct, confirm, repaint, and the collection: Tab, letters, arrows and Enter."""
+    path, before = min((demo / "test").rglob("*.jpg")), len(corrections(run))
+    phone.goto(server.address)
+    phone.get_by_role("tab", name="A painting").wait_for()
+    tab_to(phone, "Click to upload")
+    choosers = []
+    phone.on("filechooser", lambda chooser: choosers.append(chooser))
+    while not choosers:  # the button is there before its script is
+        phone.keyboard.press("Enter")
+        phone.wait_for_timeout(200)
+    choosers[0].set_files(path)
+    title = phone.get_by_role("heading", name=re.compile("%"))
+    title.wait_for()
+    tab_to(phone, "Its style is")
+    guess = title.text_content().rpartition(",")[0]
+    style = "Dots" if guess != "Dots" else "Hatching"
+    phone.keyboard.press("ControlOrMeta+a")
+    phone.keyboard.type(style[:3])
+    phone.keyboard.press("ArrowDown")
+    phone.keyboard.press("Enter")
+    tab_to(phone, "Save this label")
+    phone.keyboard.press("Enter")
+    phone.get_by_text(f"Saved: {style}.").wait_for()
+    saved = corrections(run)[before:]
+    assert [(row[0].replace("_", " "), *row[1:3]) for row in saved] == [(guess, style, path.read_bytes())]
+    tab_to(phone, "Repaint it as")
+    tab_to(phone, "Repaint")
+    phone.keyboard.press("Enter")
+    phone.get_by_role("img", name="The painting in the style").wait_for()
+    phone.keyboard.press("Home")
+    for _ in range(40):
+        phone.keyboard.press("Shift+Tab")
+        if phone.evaluate("document.activeElement.role") == "tab":
             break
-    phone.get_by_text("Saved:").wait_for()
-    assert len(corrections(run)) == before + 1
-    assert any("style" in name for name in reached)
+    phone.keyboard.press("ArrowRight")
+    phone.keyboard.press("Enter")
+    phone.get_by_role("heading", name="Styles over the years").wait_for()
+
+
+def test_a_name_of_a_file_is_no_part_of_the_page(server, demo, phone, tmp_path):
+    """Shown as it is, not run: a name that is HTML would act for whoever looks at it."""
+    name = "<img src=x onerror=document.title='taken'>&quot;.jpg"
+    shutil.copy(min((demo / "test").rglob("*.jpg")), tmp_path / name)
+    open_and_upload(phone, server.address, tmp_path / name)
+    assert phone.locator("figcaption", has_text="onerror").count() == 1
+    assert phone.locator("img[src=x]").count() == 0
+    assert phone.title() != "taken"
 
 
 def test_what_is_no_picture_gets_a_message_and_the_page_goes_on(server, demo, phone, tmp_path):
