@@ -127,24 +127,9 @@ class Labeller:
         return over_views(self.model.features, pixels.to(self.device), self.crop, [1.0, 0.7]).float().cpu().numpy()
 
     def evidence(self, pixels, label: int) -> np.ndarray:
-        """How far each region of one picture (1, 3, size, size) spoke for a class, float (h, w); only of a CNN.
-
-        A class activation map (Zhou et al. 2016), measured against the mean of all classes and against the average
-        painting. A region's part in the deviation of a map is what it adds to the variance, over the deviation; so
-        the regions add up to the logit, but for its bias.
-        """
-        model, image = self.model, views(pixels.to(self.device), self.crop, max(1.0, *self.windows))[0]
-        with torch.no_grad():
-            maps = model.body(model.normalise(image))[0]  # (C, h, w)
-            weights = model.out.weight[: model.classes]
-            slopes = (weights[label] - weights.mean(0)) * model.norm.weight
-            slopes = (slopes / (model.norm.running_var + model.norm.eps).sqrt())[:, None, None]
-            average = model.norm.running_mean[:, None, None]
-            parts = maps
-            if model.deviation:
-                squares = (maps - maps.mean((1, 2), keepdim=True)).square()
-                parts = torch.cat([maps, squares / (squares.mean((1, 2), keepdim=True) + 1e-5).sqrt()])
-            return ((parts - average) * slopes).sum(0).div(maps[0].numel()).cpu().numpy()
+        """How far each region of one picture (1, 3, size, size) spoke for a class, float (h, w); only of a CNN."""
+        view = views(pixels.to(self.device), self.crop, max(1.0, *self.windows))[0]
+        return self.model.evidence(view, label).cpu().numpy()
 
 
 # A folder -------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
+import figures  # noqa: E402
 import runs  # noqa: E402
 from figures import plain  # noqa: E402
 from folder import FORMATS, open_rgb, read_metadata, read_picture, title_of  # noqa: E402
@@ -86,13 +87,6 @@ def small(source, side: int, formats=None) -> Image.Image:
     image = open_rgb(source, 2 * side, formats)
     image.thumbnail((side, side))
     return image
-
-
-def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
-    """The picture, grey and dark but for the regions whose evidence (h, w) is positive."""
-    share = Image.fromarray((255 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
-    share = share.resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(image, image.convert("L").point(lambda value: value * 0.35).convert("RGB"), share)
 
 
 def place_of(evidence: np.ndarray) -> str:
@@ -286,7 +280,7 @@ def build(labeller, artist, corrections, uploads: Uploads, config) -> gr.Blocks:
             if labeller.kind == "CNN":
                 evidence = labeller.evidence(pixels, int(probabilities.argmax()))
                 where = f"What spoke for {plain(guess)}: most of all the {place_of(evidence)}"
-                pictures.append(figure(highlight(image, evidence), where, f"{where}. Dark and grey: nothing."))
+                pictures.append(figure(figures.highlight(image, evidence), where, f"{where}. Dark and grey: nothing."))
             else:
                 pictures.append("<p>Regions that spoke for it are shown for a CNN of train.py alone: the answer of "
                                 f"this classifier ({labeller.kind}) is no sum over regions.</p>")  # fmt: skip

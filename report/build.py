@@ -21,6 +21,12 @@ README = REPORT.parent / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
+FRONT = {
+    "Do paintings of a style lie together?": "map_manner.png",
+    "What is left of a painting in a few numbers?": "reconstructions.png",
+    "Which style, and what speaks for it?": "regions.png",
+    "The same painting in another style": "style_grid.png",
+}
 
 
 def fill(template: Path, facts: dict) -> str:
@@ -81,6 +87,10 @@ def main():
             (REPORT / figure).parent.mkdir(exist_ok=True)
             shutil.copyfile(options.run / figure, REPORT / figure)
     if options.publish:
+        sys.path.insert(0, str(REPORT.parent))
+        from figures import front  # not needed, nor matplotlib, for the documents alone
+
+        front(REPORT / "front.png", {title: options.run / figure for title, figure in FRONT.items()})
         (REPORT / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
         for weights in ("classifier.pt", "autoencoder.pt", "style.pt"):  # which the numbers speak of
             shutil.copyfile(options.run / weights, REPORT / weights)
