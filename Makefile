@@ -33,7 +33,7 @@ STAGES :=
 endif
 
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
-SHARED := wikiart.py layers.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
+SHARED := wikiart.py layers.py windows.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
 
 .PHONY: all pipeline embed features lora painter serve benchmark report publish test lint clean FORCE
 .DELETE_ON_ERROR:

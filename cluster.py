@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import WikiArt, build_model, over_views, views
+from wikiart import WikiArt, build_model
+from windows import over_views, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 METHODS = {"kmeans": "KMeans", "agglomerative": "Ward", "gaussian": "Gaussian mixture", "hdbscan": "HDBSCAN"}

@@ -34,7 +34,8 @@ from tqdm import tqdm
 import runs
 from folder import DataError, decoding, open_rgb
 from scores import seen_and_unseen, with_intervals
-from wikiart import Pretrained, WikiArt, fit_temperature, head, predict, random_crops
+from wikiart import Pretrained, WikiArt, head
+from windows import fit_temperature, predict, random_crops
 
 try:
     import timm

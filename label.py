@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import runs
 from folder import FORMATS, Decoder, decoding, name_of, read_picture
-from wikiart import build_model, calibrate, over_views, predict, views
+from wikiart import build_model
+from windows import calibrate, over_views, predict, views
 
 SHARED = ("data", "run", "device", "processes", "hide")
 HELP = {

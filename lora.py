@@ -33,7 +33,8 @@ import figures
 import runs
 from diffusion import caption, captions_of, denoising, latents_of, load, make_tiny, precision, warm, weigh
 from folder import as_rgb
-from wikiart import BalancedSampler, WikiArt, build_model, predict
+from wikiart import BalancedSampler, WikiArt, build_model
+from windows import predict
 
 try:
     import diffusers

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 
 from layers import Block, texture
-from wikiart import one_window
+from windows import one_window
 
 
 def contrast(points, temperature: float = 0.2):

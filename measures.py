@@ -40,7 +40,8 @@ from torchvision.transforms.functional import resize
 import runs
 from folder import pixel_cache
 from layers import Normalise
-from wikiart import BalancedSampler, WikiArt, channel_statistics, make_model, one_window, predict, random_crops
+from wikiart import BalancedSampler, WikiArt, channel_statistics, make_model
+from windows import one_window, predict, random_crops
 
 STYLES = ("Dots", "Lines", "Planes", "Washes")
 CPU = torch.device("cpu")

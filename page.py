@@ -30,7 +30,8 @@ import runs  # noqa: E402
 from figures import plain  # noqa: E402
 from folder import FORMATS, open_rgb, read_metadata, read_picture, title_of  # noqa: E402
 from uploads import FORGET, Guard, Uploads, read_upload, upload_routes  # noqa: E402
-from wikiart import build_model, views  # noqa: E402
+from wikiart import build_model  # noqa: E402
+from windows import views  # noqa: E402
 
 AT_ONCE = 2  # pictures under way: one is decoded while the network looks at the other
 NEIGHBOURS = 6

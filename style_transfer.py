@@ -30,7 +30,8 @@ import runs
 from folder import as_rgb, read_picture, title_of
 from losses import layout
 from scores import similarity
-from wikiart import WikiArt, build_model, predict, views
+from wikiart import WikiArt, build_model
+from windows import predict, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 HELP = {

@@ -23,7 +23,8 @@ import figures
 import runs
 from folder import name_of, title_of
 from scores import MEASURES, calibration_error, count_pairs, seen_and_unseen, with_intervals
-from wikiart import WikiArt, build_model, calibrate, predict, views
+from wikiart import WikiArt, build_model
+from windows import calibrate, predict, views
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 HELP = {

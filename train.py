@@ -26,16 +26,8 @@ from tqdm import tqdm
 
 import figures
 import runs
-from wikiart import (
-    BalancedSampler,
-    WikiArt,
-    build_model,
-    channel_statistics,
-    fit_temperature,
-    make_model,
-    predict,
-    random_crops,
-)
+from wikiart import BalancedSampler, WikiArt, build_model, channel_statistics, make_model
+from windows import fit_temperature, predict, random_crops
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
 HELP = {

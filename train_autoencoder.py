@@ -29,7 +29,8 @@ from tqdm import tqdm
 import figures
 import runs
 from losses import Copy, Repaint
-from wikiart import WikiArt, build_model, channel_statistics, make_model, one_window, random_crops, views
+from wikiart import WikiArt, build_model, channel_statistics, make_model
+from windows import one_window, random_crops, views
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 HELP = {

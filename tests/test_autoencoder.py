@@ -16,6 +16,7 @@ import losses
 import runs
 import train_autoencoder
 import wikiart
+import windows
 
 TINY_CODES = [
     *TINY,
@@ -63,7 +64,7 @@ def test_it_learns_more_than_the_mean_colour_and_says_what_it_is_held_against(co
 
 def test_the_checkpoint_alone_gives_the_network_back(coded, demo):
     model = wikiart.build_model(runs.load_checkpoint(coded / "autoencoder.pt"))
-    images = wikiart.views(torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:6].copy()), 32)[
+    images = windows.views(torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:6].copy()), 32)[
         0
     ]
     with torch.no_grad():

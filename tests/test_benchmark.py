@@ -16,7 +16,8 @@ import benchmark
 import measures
 import runs
 import train
-from wikiart import BalancedSampler, WikiArt, random_crops
+from wikiart import BalancedSampler, WikiArt
+from windows import random_crops
 
 TINY = {
     "size": 32,

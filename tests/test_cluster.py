@@ -13,6 +13,7 @@ import cluster
 import runs
 import train_autoencoder
 import wikiart
+import windows
 
 
 def planted(classes=5, each=30, seed=0):
@@ -95,7 +96,7 @@ def test_codes_do_not_depend_on_the_batch_size(studied, demo, tmp_path):
 def test_codes_are_those_of_the_autoencoder(studied, demo):
     model = wikiart.build_model(runs.load_checkpoint(studied / "autoencoder.pt"))
     data = wikiart.WikiArt(demo, "test", size=32, processes=1)
-    images = wikiart.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
+    images = windows.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
     with torch.no_grad(), np.load(studied / "codes/autoencoder.npz") as table:
         assert torch.allclose(model.encode(images), torch.from_numpy(table["test"]), atol=1e-4)
 

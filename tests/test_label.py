@@ -39,6 +39,7 @@ import test as evaluation
 import train
 import uploads
 import wikiart
+import windows
 
 CPU = ["--device", "cpu", "--processes", "1"]
 
@@ -263,10 +264,10 @@ def test_the_temperature_undoes_a_wrong_one():
     true = torch.from_numpy(random.dirichlet(np.ones(5), 20000))
     labels = torch.from_numpy(np.array([random.choice(5, p=row) for row in true.numpy()]))
     for factor in (0.4, 2.5):
-        shown = wikiart.calibrate(true, factor)
-        temperature = wikiart.fit_temperature(shown, labels)
+        shown = windows.calibrate(true, factor)
+        temperature = windows.fit_temperature(shown, labels)
         assert temperature == pytest.approx(1 / factor, rel=0.06)
-        back = wikiart.calibrate(shown, temperature)
+        back = windows.calibrate(shown, temperature)
         before = scores.calibration_error(labels.numpy(), shown.numpy())
         assert scores.calibration_error(labels.numpy(), back.numpy()) < 0.02 < 0.1 < before
         assert torch.equal(shown.argmax(1), true.argmax(1))
@@ -278,7 +279,7 @@ def test_a_network_without_mistakes_is_not_made_sure_without_end():
     for count in (50, 5000):
         labels = torch.arange(count) % 5
         shown = torch.full((count, 5), 0.1).scatter_(1, labels[:, None], 0.6)
-        sure.append(float(wikiart.calibrate(shown, wikiart.fit_temperature(shown, labels)).max()))
+        sure.append(float(windows.calibrate(shown, windows.fit_temperature(shown, labels)).max()))
     assert 0.95 < sure[0] < 0.99 < 0.999 < sure[1] < 1
 
 
@@ -315,7 +316,7 @@ def test_the_regions_add_up_to_the_logit(labeller):
     for number in range(3):
         pixels = torch.from_numpy(np.random.default_rng(number).integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
         pixels[..., : 8 * number] //= 4
-        image = wikiart.views(pixels, labeller.crop, max(1.0, *labeller.windows))[0]
+        image = windows.views(pixels, labeller.crop, max(1.0, *labeller.windows))[0]
         with torch.no_grad():
             logits = model(image)[0]
         left.append(float(logits[2] - logits.mean()) - labeller.evidence(pixels, 2).sum())

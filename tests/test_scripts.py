@@ -21,6 +21,7 @@ import scores
 import test as evaluation
 import train
 import wikiart
+import windows
 from folder import title_of
 
 
@@ -85,9 +86,9 @@ def test_a_checkpoint_is_tensors_and_primitives_and_rebuilds_the_model(trained, 
     model = wikiart.build_model(checkpoint)
     assert set(model.state_dict()) == set(checkpoint["weights"])
     pixels = torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:5].copy())
-    probabilities = wikiart.predict(model, pixels, checkpoint["crop"])
+    probabilities = windows.predict(model, pixels, checkpoint["crop"])
     assert torch.allclose(probabilities.sum(1), torch.ones(5), atol=1e-5)
-    one_by_one = torch.cat([wikiart.predict(model, picture[None], checkpoint["crop"]) for picture in pixels])
+    one_by_one = torch.cat([windows.predict(model, picture[None], checkpoint["crop"]) for picture in pixels])
     assert torch.allclose(probabilities, one_by_one, atol=1e-5)
 
 

@@ -16,6 +16,7 @@ import style_transfer
 import train
 import train_autoencoder
 import wikiart
+import windows
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_training_starts_from_the_plain_autoencoder_and_everything_is_in_the_che
     plain = runs.load_checkpoint(styled / "autoencoder.pt")["weights"]
     assert torch.equal(checkpoint["weights"]["components"], plain["components"])
     data = wikiart.WikiArt(demo, "test", size=32, processes=1)
-    images = wikiart.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
+    images = windows.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
     with torch.no_grad():
         codes = model.encode(images)
         styles = torch.eye(8)[data.labels]

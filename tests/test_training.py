@@ -14,6 +14,7 @@ from conftest import ROOT, TINY_TRAIN
 import runs
 import train
 import wikiart
+import windows
 
 SETTINGS = {"model": "CNN", "target": "style", "balance": "none", "label_smoothing": 0.0,
             "artist_weight": 0.0, "genre_weight": 0.0, "tau": 1.0}  # fmt: skip
@@ -112,16 +113,16 @@ def test_a_crop_of_everything_is_the_picture():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     still = torch.full((7, 2), 0.5)
     still[0] = 0.999999
-    assert torch.allclose(wikiart.random_crops(images, 32, still), images / 255, atol=1e-3)
+    assert torch.allclose(windows.random_crops(images, 32, still), images / 255, atol=1e-3)
     still[4] = 0.1
-    assert torch.allclose(wikiart.random_crops(images, 32, still), images.flip(3) / 255, atol=1e-3)
+    assert torch.allclose(windows.random_crops(images, 32, still), images.flip(3) / 255, atol=1e-3)
 
 
 def test_crops_stay_inside_and_differ_between_pictures():
     ramp = torch.arange(64).mul(4).to(torch.uint8).expand(16, 3, 64, 64).contiguous()
     numbers = torch.rand(7, 16)
     numbers[5:] = 0.5
-    crops = wikiart.random_crops(ramp, 24, numbers, smallest=0.2)
+    crops = windows.random_crops(ramp, 24, numbers, smallest=0.2)
     assert crops.min() >= 0
     assert crops.max() <= 1
     spans = (crops[:, 0, 12, -1] - crops[:, 0, 12, 0]).abs()
@@ -134,7 +135,7 @@ def test_large_windows_are_averaged_not_skipped():
     checks[..., ::2] = 254  # one-pixel stripes: grid_sample alone would give black, white or moire
     numbers = torch.full((7, 1), 0.5)
     numbers[0] = 0.999
-    assert wikiart.random_crops(checks, 16, numbers).std() < 0.02
+    assert windows.random_crops(checks, 16, numbers).std() < 0.02
 
 
 def test_a_gpu_sees_the_same_windows():
@@ -146,29 +147,29 @@ def test_a_gpu_sees_the_same_windows():
     width, height = ((64 * area.sqrt() * ratio).round().clamp(max=64) for ratio in (stretch, 1 / stretch))
     left, top = (numbers[2] * (65 - width)).floor(), (numbers[3] * (65 - height)).floor()
     width = torch.where(numbers[4] < 0.5, -width, width)
-    other = wikiart.windows_at_once(images, 32, left, top, width, height)
-    assert (wikiart.random_crops(images, 32, numbers) - other).abs().mean() < 0.01
+    other = windows.windows_at_once(images, 32, left, top, width, height)
+    assert (windows.random_crops(images, 32, numbers) - other).abs().mean() < 0.01
 
 
 def test_one_window_is_scaled_as_views_are():
     images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     whole = torch.tensor([0.5, 0.5, 0.3, 0.3, 0.9])
     step = 1.2 / 255  # bytes are rounded, across and then down
-    assert torch.allclose(wikiart.one_window(images, 24, whole, smallest=1), wikiart.views(images, 24)[0], atol=step)
+    assert torch.allclose(windows.one_window(images, 24, whole, smallest=1), windows.views(images, 24)[0], atol=step)
     whole[4] = 0.1
-    assert torch.allclose(wikiart.one_window(images, 24, whole, smallest=1), wikiart.views(images, 24)[1], atol=step)
+    assert torch.allclose(windows.one_window(images, 24, whole, smallest=1), windows.views(images, 24)[1], atol=step)
     for seed in range(20):
         numbers = torch.rand(5, generator=torch.Generator().manual_seed(seed))
-        assert wikiart.one_window(images, 16, numbers, smallest=0.1).shape == (3, 3, 16, 16)
+        assert windows.one_window(images, 16, numbers, smallest=0.1).shape == (3, 3, 16, 16)
 
 
 def test_views_show_the_whole_and_the_corners():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    whole = wikiart.views(images, 32)
+    whole = windows.views(images, 32)
     assert len(whole) == 2
     assert torch.allclose(whole[0], images / 255, atol=1e-3)
     assert torch.equal(whole[1], whole[0].flip(3))
-    quarters = wikiart.views(images, 16, 0.5)
+    quarters = windows.views(images, 16, 0.5)
     assert len(quarters) == 8
     assert torch.allclose(quarters[6], images[:, :, 16:, 16:] / 255, atol=1e-3)
 
