@@ -1,11 +1,14 @@
 """The style-conditioned autoencoder: the style reaches the picture, scores are right, files are repainted whole."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_TRAIN, clear_line, picture, script, stop_in_epoch_2
+from conftest import ROOT, TINY, TINY_TRAIN, clear_line, picture, script, stop_in_epoch_2
 from PIL import Image
 from test_autoencoder import TINY_CODES
 
@@ -31,6 +34,20 @@ def styled(demo, trained, tmp_path_factory):
     train_autoencoder.main([*TINY_CODES, *shared, *style, "--epochs", "4"])
     style_transfer.main([*TINY, *shared, "--judges", "judge", "classifier.pt"])
     return run
+
+
+def test_two_processes_train_like_one(styled, demo, tmp_path):
+    flags = [*TINY_CODES, "--model", "StyleAutoencoder", "--optimizer", "adamw", "--epochs", "1", "--data", str(demo),
+             "--start", str(styled / "autoencoder.pt"), "--guide", str(styled / "classifier.pt")]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+    command = [*torchrun, ROOT / "train_autoencoder.py", *flags, "--run", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    train_autoencoder.main([*flags, "--run", str(tmp_path / "one")])
+    one, two = (json.loads((tmp_path / name / "facts.json").read_text())["train_style"] for name in ("one", "two"))
+    for key in ("mse", "val_mse"):
+        assert one[key] == pytest.approx(two[key], rel=1e-2), key
 
 
 @pytest.fixture
