@@ -5,7 +5,7 @@
 
 Makes train/<Style>/<artist>_<title>.jpg, test/..., metadata.csv, and demo.png to look at. The title holds the scene's
 number: `town-0007` shows the same town in every style, in the same light and focus, so that a repainting can be held
-against the truth. Each style has pigments of its own, as real ones do; chance moves the brushwork alone.
+against the truth. Left to chance are details of the brushwork and the artist; each style has pigments of its own.
 """
 
 import csv
@@ -101,7 +101,7 @@ class Scene:
         self.colour = (self.colour * (1 + 0.05 * field(self.rng, 9, size)[..., None])).clip(0, 1)
         self.flow += 0.5 * field(self.rng, 6, size)
         gamma, *cast, focus = self.rng.uniform((0.75, 0.92, 0.92, 0.92, 0), (1.35, 1.09, 1.09, 1.09, 1))
-        self.light, self.blur = gamma * np.array(cast), 0.023 * focus**3  # no style shows in tones alone
+        self.light, self.blur = gamma * np.array(cast), 0.023 * focus**3  # alike in all styles
 
     def add(self, points, colour, lit=0.8, flow=None, deep=0.35):
         """Fill a polygon, lighter where `lit` (radians) comes from. Strokes follow `flow`, else go round its middle."""
