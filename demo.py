@@ -4,7 +4,8 @@
     python demo.py --data data/small --train-images 200
 
 Makes train/<Style>/<artist>_<title>.jpg, test/..., metadata.csv, and demo.png to look at. The title holds the scene's
-number: `town-0007` shows the same town in every style, so that a repainting can be held against the truth.
+number: `town-0007` shows the same town in every style, in the same light and focus, so that a repainting can be held
+against the truth. Left to chance are details of the brushwork and the artist; each style has pigments of its own.
 """
 
 import csv
@@ -54,8 +55,6 @@ warm -.26,.6 -.05,.53 .03,.57 .1,.53 .28,.6 .02,.73
 hair .1,-1.12 .6,-1.1 .95,-.5 .85,.3 .74,.3 .62,-.4 .1,-.75 -.62,-.4 -.74,.3 -.85,.3 -.95,-.5 -.6,-1.1
 hat -.75,-.6 -.75,-1.2 -.35,-1.55 .35,-1.55 .75,-1.2 .75,-.6
 hat -1.4,-.68 -.8,-.88 .8,-.88 1.4,-.68 .8,-.48 -.8,-.48"""
-
-
 DOWN = np.pi / 2  # directions are in radians, and y points down
 
 
@@ -101,6 +100,8 @@ class Scene:
         KINDS[number % 4](self, self.rng, self.tone)
         self.colour = (self.colour * (1 + 0.05 * field(self.rng, 9, size)[..., None])).clip(0, 1)
         self.flow += 0.5 * field(self.rng, 6, size)
+        gamma, *cast, focus = self.rng.uniform((0.75, 0.92, 0.92, 0.92, 0), (1.35, 1.09, 1.09, 1.09, 1))
+        self.light, self.blur = gamma * np.array(cast), 0.023 * focus**3  # alike in all styles
 
     def add(self, points, colour, lit=0.8, flow=None, deep=0.35):
         """Fill a polygon, lighter where `lit` (radians) comes from. Strokes follow `flow`, else go round its middle."""
@@ -304,19 +305,19 @@ def strokes(scene, hand, rng):
 
 
 def facets(scene, hand, rng):
-    """The scene broken by straight cuts; every shard has its own point of view and its own light."""
+    """The scene broken by straight cuts; every shard has its own point of view and a little light of its own."""
     code, dx, dy, near = 0, 0, 0, 1
     for i, turn in enumerate(hand.turn + rng.uniform(0, 3.14, round(10 / hand.grain))):
         side = (scene.x - rng.uniform(0.1, 0.9)) * np.cos(turn) + (scene.y - rng.uniform(0.1, 0.9)) * np.sin(turn)
         code, near = code + (side > 0) * 2**i, np.minimum(near, np.abs(side))
         dx, dy = dx + np.sign(side) * 0.012 * np.cos(turn), dy + np.sign(side) * 0.012 * np.sin(turn)
     y, x = ((place * scene.size).astype(int).clip(0, scene.size - 1) for place in (scene.y + dy, scene.x + dx))
-    view, light = scene.colour[y, x], rng.uniform(-0.16, 0.16, code.max() + 1)[code] * hand.force
-    view = mix(means(view, code), view, 0.7) + (light + 0.25 * np.sign(light) * (0.12 - near.clip(0, 0.2)))[..., None]
+    view, light = scene.colour[y, x], rng.uniform(-0.1, 0.1, code.max() + 1)[code] * hand.force
+    view = mix(means(view, code), view, 0.6) + (light + 0.25 * np.sign(light) * (0.12 - near.clip(0, 0.2)))[..., None]
     return np.where(near[..., None] < 0.003, mix(view, scene.tone.dark, 0.4), view) * 1.06
 
 
-def flat_outlines(scene, hand, rng):
+def outlines(scene, hand, rng):
     """Flat areas in two tones each, bound by a dark line drawn with a loose wrist."""
     bend = np.stack([field(rng, 14, scene.size), field(rng, 14, scene.size)]) * 0.012 * hand.force
     y, x = ((np.stack([scene.y, scene.x]) + bend) * scene.size).astype(int).clip(0, scene.size - 1)
@@ -377,32 +378,32 @@ def hatching(scene, hand, rng):
     return mix(wash, scene.tone.dark * 0.8, ink[..., None])
 
 
-# Each style: its painter, its share of the training pictures, its artists. Each one's last two artists occur in test
-# only, so that recognising the artist cannot pass for recognising the style.
+# Each style: its painter, what its pigments make of white, its share of the training pictures, its artists. Each one's
+# last two artists occur in test only, so that recognising the artist cannot pass for recognising the style.
 STYLES = {
-    "Bands": (bands, 24, "mira-holt joss-arden pell-vaughn suri-lacombe"),
-    "Dots": (dots, 160, "nadia-voss emile-harrow tova-lind oscar-pruitt ines-calder"),
-    "Drips": (drips, 60, "cy-marlowe ruth-benning abel-kost wanda-frey"),
-    "Facets": (facets, 90, "leon-straka iva-moreno paul-dessin greta-oum hugo-tarn"),
-    "Flat_outlines": (flat_outlines, 240, "kei-amano lotte-brandt sami-okoro yuna-hale finn-carrow dora-weiss"),
-    "Halftone": (halftone, 40, "max-pringle bea-sato tom-ludlow kit-romero"),
-    "Hatching": (hatching, 120, "albin-durr clara-nemec josef-quill edda-marsh piet-hollar"),
-    "Strokes": (strokes, 360, "vera-dumont ansel-grove mila-petrov theo-baines rosa-lindqvist joris-keel"),
+    "Bands": (bands, "f2cdbb", 24, "mira-holt joss-arden pell-vaughn suri-lacombe"),
+    "Dots": (dots, "fff4dc", 160, "nadia-voss emile-harrow tova-lind oscar-pruitt ines-calder"),
+    "Drips": (drips, "a9b6d6", 60, "cy-marlowe ruth-benning abel-kost wanda-frey"),
+    "Facets": (facets, "d2b48c", 90, "leon-straka iva-moreno paul-dessin greta-oum hugo-tarn"),
+    "Flat_outlines": (outlines, "ffffff", 240, "kei-amano lotte-brandt sami-okoro yuna-hale finn-carrow dora-weiss"),
+    "Halftone": (halftone, "fffafa", 40, "max-pringle bea-sato tom-ludlow kit-romero"),
+    "Hatching": (hatching, "f2e2c2", 120, "albin-durr clara-nemec josef-quill edda-marsh piet-hollar"),
+    "Strokes": (strokes, "f0d8a0", 360, "vera-dumont ansel-grove mila-petrov theo-baines rosa-lindqvist joris-keel"),
 }
 
 
 def hand_of(artist):
-    """What an artist does in their own way: how coarse, how bold, on what slant, in what light."""
+    """What an artist does in their own way: how coarse, how bold, on what slant, with what tint."""
     rng = np.random.default_rng(crc32(artist.encode()))
-    grain, force, turn = rng.uniform((0.8, 0.8, -0.3), (1.25, 1.25, 0.3))
-    return SimpleNamespace(grain=grain, force=force, turn=turn, tint=rng.uniform(0.93, 1.05, 3))
+    grain, force, turn = rng.uniform((0.7, 0.7, -0.3), (1.4, 1.3, 0.3))
+    return SimpleNamespace(grain=grain, force=force, turn=turn, tint=rng.uniform(0.94, 1.04, 3))
 
 
 def plan(config):
     """A row of metadata.csv for each picture. Styles draw their train scenes from one pool, so they share many."""
-    rng, rows, whole = np.random.default_rng(config.seed), [], sum(share for _, share, _ in STYLES.values())
-    counts = [max(2, round(config.train_images * share / whole)) for _, share, _ in STYLES.values()]
-    for s, (style, (_, _, names)) in enumerate(STYLES.items()):
+    rng, rows, whole = np.random.default_rng(config.seed), [], sum(share for *_, share, _ in STYLES.values())
+    counts = [max(2, round(config.train_images * share / whole)) for *_, share, _ in STYLES.values()]
+    for s, (style, (*_, names)) in enumerate(STYLES.items()):
         seen, unseen = names.split()[:-2][: counts[s]], names.split()[-2:]
         scenes = config.test_scenes + rng.choice(max(counts), counts[s], replace=False)
         works = [("train", scene, seen[i % len(seen)]) for i, scene in enumerate(scenes)]
@@ -423,11 +424,10 @@ def paint(folder, config, rows):
     scene = Scene(number, config.seed, 2 * config.picture)  # drawn at twice the size: reduced, edges come out smooth
     for row in rows:
         hand, rng = hand_of(row["artist"]), np.random.default_rng([config.seed, number, crc32(row["artist"].encode())])
-        picture = (STYLES[row["style"]][0](scene, hand, rng) * hand.tint).clip(0, 1)
-        # No two photographs are lit alike, and the tones alone must not give the style away.
-        picture **= rng.uniform(0.8, 1.25)
-        picture = Image.fromarray((255 * picture).astype(np.uint8)).reduce(2)
-        picture.save(folder / row["path"], quality=92, subsampling=0)
+        painter, pigments, *_ = STYLES[row["style"]]
+        picture = painter(scene, hand, rng) * hand.tint * list(bytes.fromhex(pigments)) / 255
+        picture = 255 * soft(picture.clip(0, 1) ** scene.light, scene.blur * scene.size)
+        Image.fromarray(picture.astype(np.uint8)).reduce(2).save(folder / row["path"], quality=92, subsampling=0)
 
 
 def draw_sheet(folder, config, rows):
