@@ -379,9 +379,14 @@ def truth(data, items, originals, painted) -> dict:
              for style in range(len(painted)) if style != mine]  # fmt: skip
     if not pairs:
         return {}
-    copied = np.mean([float((originals[row] - originals[true]).square().mean()) for row, _, true in pairs])
-    made = np.mean([float((painted[style][row] - originals[true]).square().mean()) for row, style, true in pairs])
-    return {"truth_pairs": len(pairs), "truth_gain_db": float(10 * np.log10(copied / made))}
+    copied = np.array([float((originals[row] - originals[true]).square().mean()) for row, _, true in pairs])
+    made = np.array([float((painted[style][row] - originals[true]).square().mean()) for row, style, true in pairs])
+    return {
+        "truth_pairs": len(pairs),
+        "truth_gain_db": float(10 * np.log10(copied.mean() / made.mean())),
+        "truth_gain_median_db": float(np.median(10 * np.log10(copied / made))),  # pairs that differ most weigh no more
+        "truth_nearer": float((made < copied).mean()),
+    }
 
 
 def choose(fit, labels, most: int) -> list[int]:
