@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, stop_in_epoch_2
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -36,7 +36,7 @@ def train(data, run, *flags):
 def tuned(demo, tmp_path_factory):
     """A run folder with a small base and an adapter, the weights of that base, and what the trained UNet says."""
     run, seen = tmp_path_factory.mktemp("tuned"), {}
-    whole = lora.Adapter.save
+    whole = diffusion.Adapter.save
 
     def noted(adapter, folder):
         seen["weights"] = {name: value.clone() for name, value in adapter.pipe.unet.state_dict().items()}
@@ -44,7 +44,7 @@ def tuned(demo, tmp_path_factory):
         whole(adapter, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora.Adapter, "save", noted)
+        patch.setattr(diffusion.Adapter, "save", noted)
         facts = train(demo, run, *STYLE, "--alpha", "6")
     return SimpleNamespace(run=run, facts=facts, **seen)
 
@@ -70,13 +70,13 @@ def base(tuned):
 
 def test_the_loss_on_held_out_pictures_falls(tuned):
     facts = tuned.facts
-    assert facts["heldout_change"] < 0
-    assert facts["heldout_change_low"] < facts["heldout_change"] < facts["heldout_change_high"]
+    assert facts["heldout_loss_change"] < 0
+    assert facts["heldout_loss_change_low"] < facts["heldout_loss_change"] < facts["heldout_loss_change_high"]
     fall = facts["heldout_loss_after"] - facts["heldout_loss_before"]
-    assert fall == pytest.approx(facts["heldout_change"], abs=1e-4)
-    assert facts["heldout_images"] == 4
-    assert facts["other_styles_images"] == 7 * 4
-    assert facts["heldout_change"] < facts["other_styles_change"]
+    assert fall == pytest.approx(facts["heldout_loss_change"], abs=1e-4)
+    assert facts["heldout_loss_images"] == 4
+    assert facts["other_styles_loss_images"] == 7 * 4
+    assert facts["heldout_loss_change"] < facts["other_styles_loss_change"]
     assert facts["steps"] == 2 * 32 // 8
     history = [json.loads(line) for line in (tuned.run / "lora.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in history] == [1, 2]
@@ -129,22 +129,17 @@ def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
 
 def test_a_stopped_training_goes_on_and_ends_with_the_same_adapter(tuned, demo, tmp_path, monkeypatch):
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    whole = lora.look
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lora, "look", stopped)
+    stop_in_epoch_2(lora, monkeypatch, place=6)
     with pytest.raises(KeyboardInterrupt, match="1 finished epochs are kept"):
         train(demo, tmp_path, *STYLE, "--alpha", "6")
-    monkeypatch.setattr(lora, "look", whole)
+    monkeypatch.undo()
     with pytest.raises(runs.Problem, match="--resume"):
         train(demo, tmp_path, *STYLE, "--alpha", "6")
     with pytest.raises(runs.Problem, match="rank = 4, now it is 2"):
         train(demo, tmp_path, *STYLE, "--alpha", "6", "--rank", "2", "--resume")
     monkeypatch.setattr("diffusion.read_all", lambda *_: pytest.fail("the latents are there"))
     train(demo, tmp_path, *STYLE, "--alpha", "6", "--resume")
-    one, other = (load_file(run / "lora" / lora.FILE) for run in (tuned.run, tmp_path))
+    one, other = (load_file(run / "lora" / diffusion.FILE) for run in (tuned.run, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -152,7 +147,7 @@ def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo
     def weights(name):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny_base").symlink_to(tuned.run / "tiny_base")
-        return lambda: load_file(tmp_path / name / "lora" / lora.FILE)
+        return lambda: load_file(tmp_path / name / "lora" / diffusion.FILE)
 
     short = [*STYLE, "--epochs", "1", "--lr", "0.0002"]
     whole, parts, two = (weights(name) for name in ("whole", "parts", "two"))
@@ -169,24 +164,26 @@ def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo
         assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
-def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch, kind):
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    for room in (lora, diffusion):
-        monkeypatch.setattr(room, "precision", lambda device: torch.bfloat16)
-    whole, seen = lora.look, []
-    monkeypatch.setattr(lora, "look", lambda pipe, *rest: seen.append(pipe.unet.dtype) or whole(pipe, *rest))
+    monkeypatch.setattr(diffusion, "precision", lambda device: kind)
+    whole, seen = diffusion.make, []
+    monkeypatch.setattr(
+        diffusion, "make", lambda pipe, *rest, **more: seen.append(pipe.unet.dtype) or whole(pipe, *rest, **more)
+    )
     facts = train(demo, tmp_path, *STYLE)
-    assert seen[0] == torch.bfloat16
-    assert facts["heldout_change"] < 0
-    assert {value.dtype for value in load_file(tmp_path / "lora" / lora.FILE).values()} == {torch.float32}
+    assert seen[0] == kind
+    assert facts["heldout_loss_change"] < 0
+    assert {value.dtype for value in load_file(tmp_path / "lora" / diffusion.FILE).values()} == {torch.float32}
 
 
 def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
     flags = ["--per-style", "--styles", "Hatching", "Dots", "--epochs", "1"]
     facts = train(demo, tmp_path, *flags)
-    assert facts["Dots"]["other_styles_images"] == 7 * 4
-    one, other = (load_file(tmp_path / "lora" / style / lora.FILE) for style in ("Hatching", "Dots"))
+    assert facts["per_style"]["Dots"]["other_styles_loss_images"] == 7 * 4
+    one, other = (load_file(tmp_path / "lora" / style / diffusion.FILE) for style in ("Hatching", "Dots"))
     assert not all(torch.equal(one[name], other[name]) for name in one)
     train(demo, tmp_path, *flags, "--resume")
     assert capsys.readouterr().out.count("is finished") == 2
@@ -224,9 +221,9 @@ def told(pipe):
 
 def test_sdxl_goes_the_same_way(sdxl, demo, tmp_path):
     facts = train(demo, tmp_path, *STYLE, "--no-tiny", "--base", str(sdxl), "--text-encoder")
-    assert facts["heldout_change"] < 0
-    assert facts["heldout_change_low"] < facts["heldout_change"] < facts["heldout_change_high"]
-    assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / lora.FILE)} == {
+    assert facts["heldout_loss_change"] < 0
+    assert facts["heldout_loss_change_low"] < facts["heldout_loss_change"] < facts["heldout_loss_change_high"]
+    assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / diffusion.FILE)} == {
         "unet", "text_encoder", "text_encoder_2"}  # fmt: skip
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
     before, (words, pooled, _) = picture_of(pipe), told(pipe)
@@ -303,7 +300,7 @@ def test_a_gated_base_and_too_little_memory_get_one_clear_line(tuned, demo, monk
 
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", gated)
     with pytest.raises(runs.Problem, match="accept its terms"):
-        lora.load("some/base", torch.device("cpu"))
+        diffusion.load("some/base", torch.device("cpu"))
 
     def full(*_):
         raise torch.OutOfMemoryError
@@ -314,7 +311,7 @@ def test_a_gated_base_and_too_little_memory_get_one_clear_line(tuned, demo, monk
 
 
 def test_without_diffusers_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(lora, "diffusers", None)
+    monkeypatch.setattr(diffusion, "diffusers", None)
     with pytest.raises(runs.Problem, match="requirements-lora.txt"):
         lora.main(["train", *QUICK])
 
