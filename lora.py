@@ -82,6 +82,8 @@ def main(argv=None):
     diffusion.ready()
     if not words or words[0] not in ACTIONS:
         raise runs.Problem(f"say first what to do: {', '.join(ACTIONS)}")
+    if words[0] != "paint" and words[1:]:
+        raise runs.Problem(f"{words[0]} takes no words of its own, but was given {words[1]!r}")
     if config.resolution % 8 or not config.prompts:
         raise runs.Problem("--resolution must be a multiple of 8, and --prompts needs at least one")
     try:
@@ -95,8 +97,6 @@ def main(argv=None):
 
 
 def train(config, words) -> None:
-    if words:
-        raise runs.Problem(f"train takes no words of its own, but was given {words[0]!r}")
     if config.tiny and 0 < config.resolution < 32:
         raise runs.Problem("--tiny needs a --resolution of 32 or more: its autoencoder learns from windows that large")
     device, run = runs.join_processes(runs.pick_device(config.device)), Path(config.run)
@@ -211,7 +211,8 @@ def fit(styles, name: str, sets, config, device) -> None:
         "minutes": round(sum(line["seconds"] for line in history) / 60, 2),
     }
     runs.write_text(run / f"{stem}.md", facts["table"] + "\n")
-    renew_facts(run, name, facts)
+    known = known_facts(run, lambda key: not key.startswith("tiny_") and not (name and key == "per_style"))
+    runs.add_facts(run, "lora", known | ({"per_style": known.get("per_style", {}) | {name: facts}} if name else facts))
     known = {key: facts[key] for key in ("base", "resolution")} | {key: state[key] for key in ("config", "fingerprint")}
     runs.write_text(note, json.dumps(known | {"styles": styles, "finished": time.time()}, indent=2) + "\n")
     partial.unlink(missing_ok=True)  # last, so that a full disk loses nothing
@@ -253,13 +254,11 @@ def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, conf
     return float(runs.sum_over_processes(total)) / len(batches)
 
 
-def renew_facts(run: Path, name: str, facts: dict) -> None:
-    """Put an adapter's facts into the run's; of an earlier one only those of other styles' own adapters stay."""
+def known_facts(run: Path, outdated) -> dict:
+    """The run's facts of LoRA but for those whose names are outdated."""
     path = run / "facts.json"
     known = json.loads(path.read_text()).get("lora", {}) if path.exists() else {}
-    kept = {key: value for key, value in known.items() if key.startswith("tiny_")}
-    facts = {"per_style": known.get("per_style", {}) | {name: facts}} if name else facts
-    runs.add_facts(run, "lora", kept | facts)
+    return {key: value for key, value in known.items() if not outdated(key)}
 
 
 # Painting -------------------------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def adapters(run) -> dict[str, Path]:
     notes = {path.parent: json.loads(path.read_text()) for path in Path(run).glob("lora/**/lora.json")}
     if not notes:
         raise runs.Problem(f"no adapter in {run}/lora: run lora.py train, or give another --run")
-    trained = sorted(notes, key=lambda folder: notes[folder]["finished"])
+    trained = sorted(notes, key=lambda folder: notes[folder].get("finished", 0))
     found = {style: folder for folder in trained for style in notes[folder]["styles"]}
     return dict(sorted(found.items()))
 
@@ -331,7 +330,7 @@ def grid(config, words) -> None:
     columns = [title for prompt in config.prompts for title in (prompt, "with LoRA")]
     figures.grid(run / "lora_grid.png", np.array(rows), columns, titles, "Without and with LoRA")
     facts = {"pictures": sum(len(pixels) for pixels, _ in shown.values())} | hit_rates(shown, config)
-    runs.add_facts(run, "lora", facts, merge=True)
+    runs.add_facts(run, "lora", known_facts(run, lambda key: key.startswith("hit_rate")) | facts)
     said = "; the judge sees the style asked for in {hit_rate_without:.1%} without LoRA, in {hit_rate:.1%} with it"
     print(f"{run / 'lora_grid.png'}{said.format(**facts) if 'hit_rate' in facts else ': no judge of these styles'}")
 
@@ -343,12 +342,10 @@ def hit_rates(shown: dict, config) -> dict:
     checkpoint = runs.load_checkpoint(path) if path.exists() else {"classes": []}
     if not set(shown) <= set(checkpoint["classes"]):
         return {}
-    model, hits = build_model(checkpoint), [[], []]
+    model, side, hits = build_model(checkpoint), checkpoint["data"]["size"], [[], []]
     for style, pairs in shown.items():
         for pixels, found in zip(pairs, hits, strict=True):
-            pictures = torch.from_numpy(pixels).float()
-            if pictures.shape[-1] != (side := checkpoint["data"]["size"]):
-                pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+            pictures = F.interpolate(torch.from_numpy(pixels).float(), (side, side), mode="bilinear", antialias=True)
             said = predict(model, pictures.round().byte(), checkpoint["crop"], checkpoint["windows"]).argmax(1)
             found.append(said == checkpoint["classes"].index(style))
     without, adapted = (float(torch.cat(found).float().mean()) for found in hits)
