@@ -199,7 +199,7 @@ class Adapter:
                 raise runs.Problem(f"--targets {' '.join(targets)}: {str(error).splitlines()[0]}") from None
             if config.checkpointing:
                 part.train()  # or a text encoder keeps all activations; no part has dropout
-                part.enable_gradient_checkpointing() if name == "unet" else part.gradient_checkpointing_enable()
+                part.enable_gradient_checkpointing() if name == "unet" else part.activation_checkpointing_enable()
         for weight in self.parameters():
             weight.data = weight.data.float()  # half precision would lose small steps
 

@@ -39,7 +39,7 @@ def tuned(demo, tmp_path_factory):
     whole = diffusion.Adapter.save
 
     def noted(adapter, folder):
-        seen["weights"] = {name: value.clone() for name, value in adapter.pipe.unet.state_dict().items()}
+        seen["weights"] = weights_of(adapter.pipe)
         seen["said"] = say(adapter.pipe)
         whole(adapter, folder)
 
@@ -47,6 +47,12 @@ def tuned(demo, tmp_path_factory):
         patch.setattr(diffusion.Adapter, "save", noted)
         facts = train(demo, run, *STYLE, "--alpha", "6")
     return SimpleNamespace(run=run, facts=facts, **seen)
+
+
+def weights_of(pipe) -> dict:
+    """Those of UNet, VAE and text encoder, under the names that they had before the adapter."""
+    return {f"{part} {name.replace('.base_layer', '')}": value.clone() for part in ("unet", "vae", "text_encoder")
+            for name, value in getattr(pipe, part).state_dict().items() if "lora_" not in name}  # fmt: skip
 
 
 @torch.no_grad()
@@ -84,11 +90,104 @@ def test_the_loss_on_held_out_pictures_falls(tuned):
     assert not (tuned.run / "lora.partial.pt").exists()
 
 
-def test_the_weights_of_the_base_are_what_they_were(tuned, base):
-    kept = base.unet.state_dict()
-    adapted = {name.replace(".base_layer", ""): value for name, value in tuned.weights.items() if "lora_" not in name}
-    assert adapted.keys() == kept.keys()
-    assert all(torch.equal(adapted[name], kept[name]) for name in kept)
+def test_the_style_learned_gets_better_and_the_others_do_not(tuned, tmp_path):
+    draw = np.random.default_rng(0)
+    for style, colour in (("Red", (220, 40, 40)), ("Blue", (40, 60, 200)), ("Green", (30, 160, 60))):
+        for number in range(16):
+            path = tmp_path / "root" / ("train" if number < 12 else "test") / style / f"painter_{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.clip(colour + 25 * draw.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(path)
+    base = ["--no-tiny", "--base", str(tuned.run / "tiny_base"), "--styles", "Red"]
+    facts = train(
+        tmp_path / "root", tmp_path / "run", *base, "--epochs", "6", "--per-class", "80", "--look-every", "25"
+    )
+    assert facts["heldout_loss_change_high"] < -0.01
+    assert facts["other_styles_loss_change_low"] > 0
+    assert set(facts["by_style"]) == {"Blue", "Green", "Red"}
+    assert facts["by_style"]["Red"]["after"] == facts["heldout_loss_after"]
+    others = [facts["by_style"][style]["before"] for style in ("Blue", "Green")]
+    assert np.mean(others) == pytest.approx(facts["other_styles_loss_before"], abs=1e-5)
+    assert "| Red, learned | 4 |" in (tmp_path / "run/lora.md").read_text()
+    assert [path.name for path in sorted((tmp_path / "run/lora").glob("step-*"))] == [
+        "step-000025.png",
+        "step-000050.png",
+    ]
+
+
+def test_facts_of_another_training_do_not_stay(tuned, demo, tmp_path):
+    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    old = {"tiny_weights": 1, "hit_rate": 0.5, "other_styles_loss_after": 1.0, "per_style": {"Dots": {}}}
+    runs.add_facts(tmp_path, "lora", old)
+    facts = train(demo, tmp_path, "--epochs", "1", "--per-class", "4")  # all styles: there are no others
+    assert facts["tiny_weights"] == 1
+    assert not {name for name in facts if name in ("hit_rate", "per_style") or name.startswith("other_styles")}
+    assert "others together" not in facts["table"]
+    assert set(lora.adapters(tmp_path).values()) == {tmp_path / "lora"}
+
+
+@pytest.mark.parametrize("run", ["tuned", "with_words"])
+def test_the_weights_of_the_base_are_what_they_were(run, base, request):
+    found, kept = request.getfixturevalue(run).weights, weights_of(base)
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+@pytest.fixture(scope="module")
+def with_words(tuned, demo, tmp_path_factory):
+    """The same with the text encoder adapted, too, and checkpointing; `calls` of its first layer a training step."""
+    run, seen = tmp_path_factory.mktemp("with_words"), {"calls": 0}
+    (run / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    whole, epoch = diffusion.Adapter.save, lora.train_epoch
+
+    def noted(adapter, folder):
+        seen["weights"] = weights_of(adapter.pipe)
+        seen["words"] = adapter.pipe.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+        whole(adapter, folder)
+
+    def counted(adapter, *rest):
+        def count(*_):
+            seen["calls"] += 1
+
+        hook = adapter.pipe.text_encoder.encoder.layers[0].self_attn.register_forward_pre_hook(count)
+        seen["loss"] = epoch(adapter, *rest[:-1], lambda step: None)
+        hook.remove()
+        return seen["loss"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion.Adapter, "save", noted)
+        patch.setattr(lora, "train_epoch", counted)
+        facts = train(demo, run, *STYLE, "--text-encoder", "--checkpointing", "--epochs", "1")
+    return SimpleNamespace(run=run, facts=facts, **seen)
+
+
+def test_the_text_encoder_is_computed_twice_with_checkpointing(with_words):
+    assert with_words.calls == 2 * with_words.facts["steps"]
+
+
+def test_plain_diffusers_reads_an_adapted_text_encoder(with_words, base):
+    before = base.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+    base.load_lora_weights(with_words.run / "lora")
+    after = base.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+    assert torch.allclose(after, with_words.words, atol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_the_safety_checker_blackens_nothing(base, tmp_path):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(
+        text_config=small, vision_config=small | {"image_size": 8, "patch_size": 8}, projection_dim=8))  # fmt: skip
+    checker.concept_embeds_weights.data.fill_(-2)  # whatever it sees is too near to what it must not see
+    reader = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
+    parts = base.components | {"safety_checker": checker, "feature_extractor": reader}
+    strict = diffusers.StableDiffusionPipeline(**parts)
+    strict.save_pretrained(tmp_path)
+    assert picture_of(strict).max() == 0
+    pipe = diffusion.load(tmp_path, torch.device("cpu"))
+    assert picture_of(pipe).max() > 0
+    assert diffusion.over_pictures(pipe).safety_checker is None
 
 
 def test_plain_diffusers_paints_with_the_adapter(tuned, base):
@@ -143,7 +242,12 @@ def test_a_stopped_training_goes_on_and_ends_with_the_same_adapter(tuned, demo, 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path):
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path, launcher):
     def weights(name):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny_base").symlink_to(tuned.run / "tiny_base")
@@ -153,8 +257,19 @@ def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo
     whole, parts, two = (weights(name) for name in ("whole", "parts", "two"))
     train(demo, tmp_path / "whole", *short)
     train(demo, tmp_path / "parts", *short, "--accumulate", "4", "--checkpointing")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    command = [*torchrun, ROOT / "lora.py", "train", *QUICK, *short, "--data", demo, "--run", tmp_path / "two"]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        ROOT / "lora.py",
+        "train",
+        *QUICK,
+        *short,
+        "--data",
+        demo,
+        "--run",
+        tmp_path / "two",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
