@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, TINY, stop_in_epoch_2
+from huggingface_hub import errors as hub
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -302,12 +303,17 @@ def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
     assert not all(torch.equal(one[name], other[name]) for name in one)
     train(demo, tmp_path, *flags, "--resume")
     assert capsys.readouterr().out.count("is finished") == 2
+    with pytest.raises(runs.Problem, match="trained with rank = 4, now it is 2"):
+        train(demo, tmp_path, *flags, "--resume", "--rank", "2")
     lora.main(["grid", *QUICK, "--run", str(tmp_path), "--prompts", "a town"])
     folders = lora.adapters(tmp_path)
     assert set(folders) == {"Hatching", "Dots"}
     pipe, _ = lora.load_adapted(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
     assert torch.equal(next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name),
                        next(iter(other.values())))  # fmt: skip
+    train(demo, tmp_path, "--styles", "Dots", "Bands", "--epochs", "1", "--per-class", "8")
+    both = tmp_path / "lora"
+    assert lora.adapters(tmp_path) == {"Bands": both, "Dots": both, "Hatching": both / "Hatching"}
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +361,7 @@ def test_captions_say_what_is_known():
             == "a landscape painting by claude monet in the style of Ukiyo-e")  # fmt: skip
     assert diffusion.caption("genre_painting", "", "Cubism") == "a genre painting in the style of Cubism"
     assert diffusion.caption("", "", "") == "a painting"
+    assert diffusion.caption("abstract_painting", "", "") == "an abstract painting"
 
 
 def test_parts_of_captions_drop_out_at_their_rates(demo):
@@ -386,6 +393,7 @@ def test_easy_steps_do_not_drown_the_others():
         (["paint", "a town", "--image", "missing.png"], "no file missing.png"),
         (["paint", "a town", "--image", "{empty}", "--strength", "0.1"], "less than one step"),
         (["train", "--resolution", "36"], "multiple of 8"),
+        (["train", "--resolution", "24"], "--resolution of 32 or more"),
         (["paint", "a town", "--run", "{empty}"], "no adapter in .*lora: run lora.py train"),
         (["paint", "a town", "--style", "Cubism"], "no style Cubism in .*: it knows Hatching"),
         (["train", "--styles", "Cubism"], "no style Cubism in .*: it has Bands"),
@@ -393,7 +401,7 @@ def test_easy_steps_do_not_drown_the_others():
         (["train", *STYLE, "--no-tiny", "--base", "{empty}"], "it is no folder in diffusers' layout"),
         (
             ["train", *STYLE, "--no-tiny", "--base", "nobody/nothing"],
-            "check the name and the network",
+            "check the network",
         ),
         (["train", *STYLE, "--targets", "to_nothing"], "--targets to_nothing: "),
     ],
@@ -409,20 +417,50 @@ def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv,
     assert "\n" not in str(problem.value)
 
 
-def test_a_gated_base_and_too_little_memory_get_one_clear_line(tuned, demo, monkeypatch):
-    def gated(*_, **__):
-        raise OSError("403 Client Error. Cannot access gated repo")
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (hub.GatedRepoError, "accept its terms"),
+        (hub.RepositoryNotFoundError, "neither a folder nor a name on the hub"),
+        (hub.RemoteEntryNotFoundError, "not in diffusers' layout"),
+        (hub.LocalEntryNotFoundError, "check the network"),
+        (ConnectionError, "check the network"),
+        (MemoryError, "too little memory"),
+    ],
+)
+def test_a_base_that_does_not_load_gets_the_advice_of_its_reason(kind, advice, monkeypatch):
+    def fail(*_, **__):
+        answer = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise kind("no", response=answer) if issubclass(kind, hub.HfHubHTTPError) else kind("no")
 
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", gated)
-    with pytest.raises(runs.Problem, match="accept its terms"):
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", fail)  # diffusers hides it behind its own
+    with pytest.raises(runs.Problem, match=advice) as problem:
         diffusion.load("some/base", torch.device("cpu"))
+    assert "\n" not in str(problem.value)
+    assert kind is hub.GatedRepoError or "gated" not in str(problem.value)
 
+
+def test_too_little_memory_gets_one_clear_line(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setitem(lora.ACTIONS, "train", full)
     with pytest.raises(runs.Problem, match="--checkpointing"):
         lora.main(["train", *QUICK])
+
+    def small(*_, **__):
+        torch.empty(1 << 60)  # PyTorch's own words on a CPU
+
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", small)
+    with pytest.raises(runs.Problem, match="too little memory"):
+        diffusion.load("some/base", torch.device("cpu"))
+
+
+def test_the_precision_is_that_of_the_device(monkeypatch):
+    assert diffusion.precision(torch.device("cpu")) == torch.float32
+    for fast, kind in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, fast=fast: fast)
+        assert diffusion.precision(torch.device("cuda")) == kind
 
 
 def test_without_diffusers_there_is_one_clear_line(monkeypatch):
