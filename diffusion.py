@@ -11,8 +11,8 @@ import fcntl
 import hashlib
 import itertools
 import json
+import re
 import shutil
-import string
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +32,7 @@ try:
     import peft
     import transformers
     from huggingface_hub import errors as hub
+    from tokenizers.pre_tokenizers import ByteLevel
 except ImportError:  # an extra: see ready
     diffusers = None
 
@@ -352,10 +353,27 @@ def make_tiny(folder: Path, data, config, device) -> None:
     runs.add_facts(config.run, "lora", facts, merge=True)
 
 
+def teach_words(texts):
+    """CLIP's tokenizer with a token for every word; its own training gives other numbers in every run."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = {}
+    for word in sorted({word for text in texts for word in re.findall("[a-z]+", text.lower())}):
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:  # as the tokenizer will: the oldest merge first, a new one where there is none
+            pairs = list(itertools.pairwise(parts))
+            pair = min(pairs, key=lambda pair: merges.get(pair, len(merges)))
+            merges.setdefault(pair, len(merges))
+            place = pairs.index(pair)
+            parts[place : place + 2] = ["".join(pair)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    words = dict.fromkeys([*words, *map("".join, merges)])
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return transformers.CLIPTokenizer(vocabulary, list(merges), model_max_length=32)
+
+
 def build_tiny(texts, side: int):
     """The parts with fresh weights; the vocabulary is that of the captions."""
-    alphabet = [string.ascii_lowercase, " ".join(string.printable.split()[0])]
-    tokenizer = transformers.CLIPTokenizer(model_max_length=32).train_new_from_iterator([*texts, *alphabet], 1000)
+    tokenizer = teach_words(texts)
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
