@@ -6,7 +6,8 @@
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make lora                         optional: LoRA on a small text-to-image model that it teaches first (minutes)
-#   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion, from the hub; needs a GPU
+#   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion, from the hub; needs a GPU; with other
+#                                     flags (--per-style, ...) it is trained anew
 #   make benchmark                    optional: CPU time and memory beside what people use
 #   make test                         the tests
 #   make clean                        forget the demo's data and results
@@ -173,10 +174,16 @@ lora: $(VENV)/ready-lora
 
 painter: $(RUN)/lora_grid.png
 
-$(RUN)/lora/lora.json: lora.py diffusion.py tiny.json $(SHARED)
-	$(PY) lora.py train $(FLAGS) $(LORA) $(if $(wildcard $(RUN)/lora.partial.pt),--resume)
+export LORA
+$(RUN)/lora/flags.txt: FORCE
+	@mkdir -p $(@D); cmp -s - $@ <<< "$$LORA" || echo "$$LORA" > $@
 
-$(RUN)/lora_grid.png: figures.py $(RUN)/lora/lora.json $(RUN)/judge/classifier.pt
+# With --per-style there is an adapter for each style, so a file of make's own says that training has ended.
+$(RUN)/lora/trained: lora.py diffusion.py tiny.json $(RUN)/lora/flags.txt $(SHARED)
+	$(PY) lora.py train $(FLAGS) $(LORA) $(if $(wildcard $(RUN)/lora.partial.pt $(RUN)/lora_*.partial.pt),--resume)
+	touch $@
+
+$(RUN)/lora_grid.png: figures.py $(RUN)/lora/trained $(RUN)/judge/classifier.pt
 	$(PY) lora.py grid $(FLAGS) $(LORA)
 
 $(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt

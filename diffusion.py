@@ -9,9 +9,10 @@ Latents travel as float16 on the CPU until they are needed.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
+import re
 import shutil
-import string
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,32 +20,47 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import runs
 from figures import plain
-from folder import read_picture
+from folder import as_rgb, read_picture
 
 try:
     import diffusers
+    import peft
     import transformers
-except ImportError:  # an extra: lora.py says how to get it
-    diffusers = transformers = None
+    from huggingface_hub import errors as hub
+    from tokenizers.pre_tokenizers import ByteLevel
+except ImportError:  # an extra: see ready
+    diffusers = None
+
+
+FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 
 
 # The base -------------------------------------------------------------------------------------------------------------
 
 
-def load(base, device, **without):
-    """The base as diffusers' own pipeline, frozen; on a GPU in half precision."""
+def ready() -> None:
+    """Quiet libraries, or a clear line where there are none."""
+    if diffusers is None:
+        raise runs.Problem("no diffusers here, which has the models: pip install -r requirements-lora.txt")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # its warnings are about what is done here on purpose
+        library.utils.logging.disable_progress_bar()
+
+
+def load(base, device):
+    """The base as diffusers' own pipeline, frozen; on a GPU in half precision.
+
+    Without SD 1.x's safety checker: it blackens paintings now and then, and takes 0.6 GB.
+    """
     try:
-        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(base, dtype=precision(device), **without)
+        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(base, dtype=precision(device), safety_checker=None)
     except Exception as error:  # hub, network, files: each has kinds of its own
-        said, advice = f"{type(error).__name__} {error}".lower(), "check the name and the network, or give a folder"
-        if Path(base).is_dir():
-            advice = "it is no folder in diffusers' layout, with model_index.json, unet/, vae/, ..."
-        elif "gated" in said or "401" in said or "403" in said:
-            advice = "it is gated or private: accept its terms on its page on the hub, then `hf auth login`"
+        advice = what_to_do(base, error)
         raise runs.Problem(f"cannot load the base {base}: {advice} ({type(error).__name__})") from None
     if not hasattr(pipe, "unet"):
         raise runs.Problem(f"the base {base} is a {type(pipe).__name__}: only those with a UNet are known here")
@@ -53,6 +69,33 @@ def load(base, device, **without):
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster
     return pipe.to(device)
+
+
+def what_to_do(base, error) -> str:
+    """Advice on a base that does not load; diffusers hides the hub's errors behind its own."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+
+    def among(*kinds):
+        return any(isinstance(each, kinds) for each in chain)
+
+    if among(MemoryError) or "t allocate memory" in str(error):  # PyTorch's is a RuntimeError
+        return "too little memory: close other programs, or take a smaller base"
+    if Path(base).is_dir():
+        return "it is no folder in diffusers' layout, with model_index.json, unet/, vae/, ..."
+    if among(hub.GatedRepoError):
+        return "it is gated: accept its terms on its page on the hub, then `hf auth login`"
+    if among(hub.RepositoryNotFoundError, hub.HFValidationError):
+        return "neither a folder nor a name on the hub: check it; if it is private, `hf auth login`"
+    if among(hub.RemoteEntryNotFoundError):
+        return "the hub has it, but not in diffusers' layout"
+    return "no network and no copy here: check the network and the name, or give a folder"
+
+
+def noise_schedule(pipe):
+    """How much noise each step of training adds."""
+    return diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
 
 
 def networks(pipe) -> list:
@@ -99,12 +142,132 @@ def weigh(schedule, times, snr: float):
     return ratio.clamp(max=snr) / (ratio + (schedule.config.prediction_type == "v_prediction"))
 
 
+# The loss on test paintings -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def heldout(pipe, schedule, latents, texts, items, config):
+    """The denoising loss of the chosen pictures (N,), the mean over four steps of noise; the same noise every time."""
+    draw, losses = torch.Generator().manual_seed(config.seed), torch.zeros(len(latents))
+    for level in (0.125, 0.375, 0.625, 0.875):
+        noise = torch.randn(latents.shape, generator=draw)
+        for rows in items.split(config.batch_size):
+            times = torch.full((len(rows),), int(level * schedule.config.num_train_timesteps))
+            said = [texts[row] for row in rows]
+            losses[rows] += denoising(pipe, schedule, latents[rows], noise[rows], times, said).cpu() / 4
+    return losses[items]
+
+
+def compare(before, after) -> dict:
+    """Mean losses, and the change with its 95 % interval; pictures (N,) are compared each with itself."""
+    change, error = after - before, 1.96 * (after - before).std(correction=0) / len(before) ** 0.5
+    found = {"before": before.mean(), "after": after.mean(), "change": change.mean(),
+             "change_low": change.mean() - error, "change_high": change.mean() + error}  # fmt: skip
+    return {key: round(float(value), 6) for key, value in found.items()} | {"images": len(before)}
+
+
+def losses_by_style(names, styles, before, after) -> dict:
+    """Facts of the losses (N,) on test paintings of styles `names` (N,): of each, those learned, and the others."""
+    own = np.isin(names, styles)
+    each = {str(style): compare(before[names == style], after[names == style]) for style in np.unique(names)}
+    shown = {plain(style) + ", learned" * (style in styles): found for style, found in each.items()}
+    facts = {f"heldout_loss_{key}": value for key, value in compare(before[own], after[own]).items()}
+    if not own.all():
+        shown["the others together"] = others = compare(before[~own], after[~own])
+        facts |= {f"other_styles_loss_{key}": value for key, value in others.items()}
+    row = "| {} | {images} | {before:.4f} | {after:.4f} | {change:+.4f} ({change_low:+.4f} to {change_high:+.4f}) |"
+    table = ["| style | test paintings | before | after | change, with its 95 % interval |", "|---|---|---|---|---|"]
+    table += [row.format(name, **found) for name, found in shown.items()]
+    return facts | {"by_style": each, "table": "\n".join(table)}
+
+
+# The adapter ----------------------------------------------------------------------------------------------------------
+
+
+class Adapter:
+    """The part of a pipeline that is trained: LoRA matrices in its UNet and, where asked for, its text encoders."""
+
+    def __init__(self, pipe, config):
+        self.pipe, self.parts, self.scale = pipe, {"unet": pipe.unet}, config.alpha / config.rank
+        if config.text_encoder:
+            self.parts |= {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+        torch.manual_seed(config.seed)
+        for name, part in self.parts.items():
+            targets = config.targets if name == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+            try:
+                part.add_adapter(peft.LoraConfig(r=config.rank, target_modules=targets, lora_alpha=config.alpha))
+            except ValueError as error:
+                raise runs.Problem(f"--targets {' '.join(targets)}: {str(error).splitlines()[0]}") from None
+            if config.checkpointing:
+                part.train()  # or a text encoder keeps all activations; no part has dropout
+                part.enable_gradient_checkpointing() if name == "unet" else part.activation_checkpointing_enable()
+        for weight in self.parameters():
+            weight.data = weight.data.float()  # half precision would lose small steps
+
+    def parameters(self) -> list:
+        return [weight for part in self.parts.values() for weight in part.parameters() if weight.requires_grad]
+
+    def state_dict(self) -> dict:
+        return {name: peft.get_peft_model_state_dict(part, adapter_name="default") for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            peft.set_peft_model_state_dict(part, state[name], adapter_name="default")
+
+    @contextlib.contextmanager
+    def off(self):
+        for part in self.parts.values():
+            part.disable_adapters()
+        yield
+        for part in self.parts.values():
+            part.enable_adapters()
+
+    def save(self, folder: Path) -> None:
+        """As any program reads it. The scale goes into the second matrix, for not all of them know alpha."""
+        layers = {}
+        for name, state in self.state_dict().items():
+            scaled = {key: value * self.scale if "lora_B" in key else value for key, value in state.items()}
+            layers[f"{name}_lora_layers"] = scaled  # under peft's names: diffusers' older ones do not load beside them
+        with runs.replacing(folder / FILE) as temporary:
+            self.pipe.save_lora_weights(temporary.parent, **layers, weight_name=temporary.name)
+
+
+# Painting -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def make(pipe, prompts, seeds, config, **more) -> np.ndarray:
+    """Pictures uint8 (prompts x seeds, 3, H, W); drawn on the CPU, so that every machine starts from the same noise."""
+    made = []
+    for prompt, seed in itertools.product(prompts, seeds):
+        draw = torch.Generator().manual_seed(seed)
+        made += pipe(prompt, generator=draw, num_inference_steps=config.steps, guidance_scale=config.guidance,
+                     **more).images  # fmt: skip
+    return np.stack([np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in made])
+
+
+def over_pictures(pipe):
+    """The pipeline that starts from a picture instead of noise."""
+    pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def open_picture(path, side: int) -> Image.Image:
+    """A file in its own proportions, with about side x side pixels, sides in multiples of 64."""
+    with Image.open(path) as file:
+        picture = as_rgb(ImageOps.exif_transpose(file))
+    scale = side / (picture.width * picture.height) ** 0.5
+    return picture.resize([max(64, round(scale * length / 64) * 64) for length in picture.size])
+
+
 # Paintings and captions -----------------------------------------------------------------------------------------------
 
 
 def caption(genre: str, artist: str, style: str) -> str:
     """What is known of "a landscape painting by claude monet in the style of Impressionism"."""
-    parts = ["a", genre.replace("_", " ").removesuffix(" painting"), "painting"]
+    kind = " ".join([*genre.removesuffix("painting").replace("_", " ").split(), "painting"])
+    parts = ["an" if kind[0] in "aeiou" else "a", kind]
     parts += ["by", artist.replace("-", " ")] * bool(artist) + ["in the style of", plain(style)] * bool(style)
     return " ".join(part for part in parts if part)
 
@@ -190,10 +353,27 @@ def make_tiny(folder: Path, data, config, device) -> None:
     runs.add_facts(config.run, "lora", facts, merge=True)
 
 
+def teach_words(texts):
+    """CLIP's tokenizer with a token for every word; its own training gives other numbers in every run."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = {}
+    for word in sorted({word for text in texts for word in re.findall("[a-z]+", text.lower())}):
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:  # as the tokenizer will: the oldest merge first, a new one where there is none
+            pairs = list(itertools.pairwise(parts))
+            pair = min(pairs, key=lambda pair: merges.get(pair, len(merges)))
+            merges.setdefault(pair, len(merges))
+            place = pairs.index(pair)
+            parts[place : place + 2] = ["".join(pair)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    words = dict.fromkeys([*words, *map("".join, merges)])
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return transformers.CLIPTokenizer(vocabulary, list(merges), model_max_length=32)
+
+
 def build_tiny(texts, side: int):
     """The parts with fresh weights; the vocabulary is that of the captions."""
-    alphabet = [string.ascii_lowercase, " ".join(string.printable.split()[0])]
-    tokenizer = transformers.CLIPTokenizer(model_max_length=32).train_new_from_iterator([*texts, *alphabet], 1000)
+    tokenizer = teach_words(texts)
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
@@ -255,8 +435,7 @@ def learn_codes(vae, pixels, config) -> None:
 
 def learn_painting(pipe, pixels, data, config) -> None:
     """Teach the UNet and the text encoder to take noise away; captions name the genre and nothing else."""
-    schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    latents = encode(pipe, pixels.split(32))
+    schedule, latents = noise_schedule(pipe), encode(pipe, pixels.split(32))
 
     def loss():
         items, kept = torch.randint(len(data), (16,)), torch.rand(16) > 0.1

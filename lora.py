@@ -10,12 +10,12 @@
 
 Needs diffusers: pip install -r requirements-lora.txt. A base is a name on the Hugging Face hub or a folder in
 diffusers' layout. `train` writes into the run folder: lora/ (lora/<Style>/ with --per-style), which `load_lora_weights`
-of any program reads, with pictures of each epoch; lora.jsonl with a line an epoch, lora_curve.png and facts.json; with
---tiny also tiny_base/. Until it has finished, lora.partial.pt; --resume goes on from there. `paint` writes to --out,
-`grid` lora_grid.png and, where there is a judge, how often it sees the style asked for.
+of any program reads, with pictures painted on the way; lora.jsonl with a line an epoch, lora_curve.png, lora.md with
+the loss on test paintings by style, and facts.json; with --tiny also tiny_base/. Until it has finished,
+lora.partial.pt; --resume goes on from there. `paint` writes to --out, `grid` lora_grid.png and, where there is a judge,
+how often it sees the style asked for. Where several adapters know a style, the one trained last counts.
 """
 
-import contextlib
 import itertools
 import json
 import re
@@ -26,22 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+import diffusion
 import figures
 import runs
-from diffusion import caption, captions_of, denoising, latents_of, load, make_tiny, precision, warm, weigh
-from folder import as_rgb
 from wikiart import BalancedSampler, WikiArt, build_model
 from windows import predict
-
-try:
-    import diffusers
-    import peft
-    import transformers
-except ImportError:  # an extra: main says how to get it
-    diffusers = None
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
 HELP = {
@@ -55,7 +47,7 @@ HELP = {
     "alpha": "what is added counts alpha / rank",
     "targets": "layers of the UNet to adapt, by the end of their names",
     "text_encoder": "adapt the text encoders too",
-    "epochs": "epochs of --per-class pictures of each style; a checkpoint and pictures after each",
+    "epochs": "epochs of --per-class pictures of each style; a checkpoint after each",
     "per_class": "pictures of each style in an epoch",
     "batch_size": "pictures a step, over all processes",
     "accumulate": "parts that each process computes its share of a batch in: more need less memory",
@@ -65,6 +57,7 @@ HELP = {
     "snr": "bound on the signal-to-noise ratio that weighs a step of noise (min-SNR); 0: all weigh the same",
     "drop_words": "share of the captions that lack the genre, and that lack the artist; 0: none",
     "drop_caption": "share of the captions that are empty, for guidance; 0: none",
+    "look_every": "steps from one painting of the first prompt to the next; 0: those of an epoch",
     "heldout": "test paintings of each style that the loss is measured on, at most",
     "resume": "go on from lora.partial.pt in the run folder",
     "style": "style to paint in (paint); none: as the prompt says",
@@ -73,14 +66,13 @@ HELP = {
     "out": "folder for what paint makes",
     "steps": "steps from noise to picture",
     "guidance": "how much the prompt counts (classifier-free guidance); 1: no more than it has to",
-    "prompts": "what to paint in the grid and after each epoch",
+    "prompts": "what to paint in the grid; the first also on the way",
     "pictures": "pictures of each style and prompt (grid)",
     "judge": "classifier without part in training that names their styles: folder in the run folder, or .pt file",
 }
 FREE = ("data", "run", "device", "processes", "config", "resume", "accumulate", "checkpointing", "prompts", "pictures",
-        "judge", "style", "image", "strength", "out", "styles", "steps", "guidance")  # fmt: skip
+        "judge", "style", "image", "strength", "out", "styles", "steps", "guidance", "look_every")  # fmt: skip
 TINY = "tiny_base"  # in the run folder
-FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 CURVES = {"training loss": {"training": "loss"}, "loss on test paintings": {"with LoRA": "heldout_loss"}}
 
 
@@ -88,78 +80,26 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     config = runs.configure("lora", __doc__, SHARED, HELP, argv[len(words) :])
-    if diffusers is None:
-        raise runs.Problem("no diffusers here, which has the models: pip install -r requirements-lora.txt")
+    diffusion.ready()
     if not words or words[0] not in ACTIONS:
         raise runs.Problem(f"say first what to do: {', '.join(ACTIONS)}")
+    if words[0] != "paint" and words[1:]:
+        raise runs.Problem(f"{words[0]} takes no words of its own, but was given {words[1]!r}")
     if config.resolution % 8 or not config.prompts:
         raise runs.Problem("--resolution must be a multiple of 8, and --prompts needs at least one")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()  # its warnings are about what is done here on purpose
-        library.utils.logging.disable_progress_bar()
     try:
         ACTIONS[words[0]](config, words[1:])
-    except torch.OutOfMemoryError:
-        raise runs.Problem("out of memory on the device: add --checkpointing, raise --accumulate up to --batch-size, "
+    except (torch.OutOfMemoryError, MemoryError):
+        raise runs.Problem("out of memory: add --checkpointing, raise --accumulate up to --batch-size, "
                            "or lower --resolution") from None  # fmt: skip
-
-
-# The adapter ----------------------------------------------------------------------------------------------------------
-
-
-class Adapter:
-    """The part of a pipeline that is trained: LoRA matrices in its UNet and, where asked for, its text encoders."""
-
-    def __init__(self, pipe, config):
-        self.pipe, self.parts, self.scale = pipe, {"unet": pipe.unet}, config.alpha / config.rank
-        if config.text_encoder:
-            self.parts |= {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
-        torch.manual_seed(config.seed)
-        for name, part in self.parts.items():
-            targets = config.targets if name == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
-            try:
-                part.add_adapter(peft.LoraConfig(r=config.rank, target_modules=targets, lora_alpha=config.alpha))
-            except ValueError as error:
-                raise runs.Problem(f"--targets {' '.join(targets)}: {str(error).splitlines()[0]}") from None
-            if config.checkpointing:
-                part.enable_gradient_checkpointing() if name == "unet" else part.gradient_checkpointing_enable()
-        for weight in self.parameters():
-            weight.data = weight.data.float()  # half precision would lose small steps
-
-    def parameters(self) -> list:
-        return [weight for part in self.parts.values() for weight in part.parameters() if weight.requires_grad]
-
-    def state_dict(self) -> dict:
-        return {name: peft.get_peft_model_state_dict(part, adapter_name="default") for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self.parts.items():
-            peft.set_peft_model_state_dict(part, state[name], adapter_name="default")
-
-    @contextlib.contextmanager
-    def off(self):
-        for part in self.parts.values():
-            part.disable_adapters()
-        yield
-        for part in self.parts.values():
-            part.enable_adapters()
-
-    def save(self, folder: Path) -> None:
-        """As any program reads it. The scale goes into the second matrix, for not all of them know alpha."""
-        layers = {}
-        for name, state in self.state_dict().items():
-            scaled = {key: value * self.scale if "lora_B" in key else value for key, value in state.items()}
-            layers[f"{name}_lora_layers"] = scaled  # under peft's names: diffusers' older ones do not load beside them
-        with runs.replacing(folder / FILE) as temporary:
-            self.pipe.save_lora_weights(temporary.parent, **layers, weight_name=temporary.name)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def train(config, words) -> None:
-    if words:
-        raise runs.Problem(f"train takes no words of its own, but was given {words[0]!r}")
+    if config.tiny and 0 < config.resolution < 32:
+        raise runs.Problem("--tiny needs a --resolution of 32 or more: its autoencoder learns from windows that large")
     device, run = runs.join_processes(runs.pick_device(config.device)), Path(config.run)
     lock = runs.claim(run, "lora") if runs.rank() == 0 else None
     shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
@@ -174,7 +114,7 @@ def train(config, words) -> None:
     rows = [np.flatnonzero(test.styles == style)[: config.heldout] for style in data.classes]
     sets = [data.subset(np.isin(data.styles, styles)), test.subset(np.sort(np.concatenate(rows)))]
     if config.tiny:
-        make_tiny(run / TINY, data, config, device)
+        diffusion.make_tiny(run / TINY, data, config, device)
     for style in styles if config.per_style else [""]:
         fit([style] if style else styles, style, sets, config, device)
     if lock:
@@ -186,61 +126,67 @@ def fit(styles, name: str, sets, config, device) -> None:
     """Train one adapter for these styles; `name` is that of the style with --per-style, else ""."""
     run, first = Path(config.run), runs.rank() == 0
     folder, stem = run / "lora" / name, f"lora_{name}" if name else "lora"
-    partial = run / f"{stem}.partial.pt"
-    if name and config.resume and (folder / FILE).exists() and not partial.exists():
-        return print(f"{folder} is finished")
-    pipe = load(run / TINY if config.tiny else config.base, device, safety_checker=None)
-    side = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    latents, test_latents = latents_of(pipe, sets, side, run / "lora" / "latents.pt", config.processes)
-    learned, test = np.isin(sets[0].styles, styles), sets[1]
-    data, latents, own = sets[0].subset(learned), latents[torch.from_numpy(learned)], np.isin(test.styles, styles)
-    order = BalancedSampler(data.labels, "resample", config.per_class, config.seed)
-    batches = len(order) // config.batch_size
-    if not batches or not own.any():
-        raise runs.Problem(f"too few pictures of {', '.join(styles)}: raise --per-class, lower --batch-size, or add "
-                           "test paintings")  # fmt: skip
-
-    schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    adapter = Adapter(pipe, config)
-    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr, weight_decay=config.weight_decay)
-    steps = config.epochs * batches
-    rates = warm(optimizer, steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
-    parts = {"adapter": adapter, "optimizer": optimizer, "rates": rates, "scaler": scaler}
+    partial, note = run / f"{stem}.partial.pt", folder / "lora.json"
+    learned, own = (np.isin(data.styles, styles) for data in sets)
+    data, test = sets[0].subset(learned), sets[1]
     state = {
         "model": "LoRA",
         "config": {key: value for key, value in vars(config).items() if key not in FREE} | {"styles": styles},
         "fingerprint": data.fingerprint,
         "history": [],
     }
+    if name and config.resume and note.exists() and not partial.exists():
+        runs.check_same(json.loads(note.read_text()), state, note)
+        return print(f"{folder} is finished")
+    pipe = diffusion.load(run / TINY if config.tiny else config.base, device)
+    side = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    latents, test_latents = diffusion.latents_of(pipe, sets, side, run / "lora" / "latents.pt", config.processes)
+    latents = latents[torch.from_numpy(learned)]
+    order = BalancedSampler(data.labels, "resample", config.per_class, config.seed)
+    batches = len(order) // config.batch_size
+    if not batches or not own.any():
+        raise runs.Problem(f"too few pictures of {', '.join(styles)}: raise --per-class, lower --batch-size, or add "
+                           "test paintings")  # fmt: skip
+
+    schedule, adapter, steps = diffusion.noise_schedule(pipe), diffusion.Adapter(pipe, config), config.epochs * batches
+    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr, weight_decay=config.weight_decay)
+    rates = diffusion.warm(optimizer, steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=diffusion.precision(device) == torch.float16)
+    parts = {"adapter": adapter, "optimizer": optimizer, "rates": rates, "scaler": scaler}
     state = runs.resume(config.resume and (partial.exists() or not name), partial, state, parts)
     size = sum(weight.numel() for weight in adapter.parameters())
     if first:
         print(f"{', '.join(styles)}: {size / 1e6:.2f} million weights beside the base's on {device}, {side} px")
 
-    texts = [caption(*said) for said in zip(test.genres, test.artists, test.styles, strict=True)]
-    mine, others = (torch.from_numpy(np.flatnonzero(each)) for each in (own, ~own))
+    texts = [diffusion.caption(*said) for said in zip(test.genres, test.artists, test.styles, strict=True)]
+    everything = torch.arange(len(test))
 
     def measure(items, texts=texts):
-        return heldout(pipe, schedule, test_latents, texts, items, config)
+        return diffusion.heldout(pipe, schedule, test_latents, texts, items, config)
+
+    def look(step):
+        if first and step % (config.look_every or batches) == 0:
+            prompts = [asked(config.prompts[0], style) for style in styles[:8]]
+            pictures = diffusion.make(pipe, prompts, [config.seed], config, height=side, width=side)
+            names = [figures.plain(style) for style in styles[:8]]
+            figures.grid(folder / f"step-{step:06}.png", pictures[None], names, title=config.prompts[0])
 
     with adapter.off():
-        before, others_before = measure(mine), measure(others)
-        plain = measure(mine, [caption(genre, "", "") for genre in test.genres])
+        before = measure(everything)
+        plain = measure(everything[own], [diffusion.caption(genre, "", "") for genre in test.genres])
     try:
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             started, cpu = time.perf_counter(), time.process_time()
             order.set_epoch(epoch)
-            loss = train_epoch(adapter, schedule, data, latents, order, parts, epoch, config)
+            loss = train_epoch(adapter, schedule, data, latents, order, parts, epoch, config, look)
             if not first:
                 continue
             spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-            record = {"epoch": epoch, "loss": loss, "heldout_loss": float(measure(mine).mean())} | spent
+            record = {"epoch": epoch, "loss": loss, "heldout_loss": float(measure(everything[own]).mean())} | spent
             state["history"].append({key: round(value, 6) for key, value in record.items()})
             print(json.dumps(state["history"][-1]), flush=True)
             state["resume"] = {part: each.state_dict() for part, each in parts.items()}
             runs.save_checkpoint(partial, state)
-            look(pipe, styles, folder / f"epoch-{epoch:03}.png", side, config)
     except KeyboardInterrupt:
         kept = len(state["history"])
         advice = f"{kept} finished epochs are kept: go on with --resume" if kept else "no epoch was finished"
@@ -248,15 +194,15 @@ def fit(styles, name: str, sets, config, device) -> None:
     if not first:
         return
     adapter.save(folder)
-    note = {"base": TINY if config.tiny else config.base, "styles": styles, "resolution": side}
-    history = state["history"]
+    history, after = state["history"], measure(everything)
     runs.write_text(run / f"{stem}.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    levels = {"loss on test paintings": {"without": float(before.mean())}}
-    figures.curves(run / f"{stem}_curve.png", history, CURVES, levels=levels)
-    facts = note | {
+    figures.curves(run / f"{stem}_curve.png", history, CURVES,
+                   levels={"loss on test paintings": {"without": float(before[own].mean())}})  # fmt: skip
+    facts = {
+        "base": TINY if config.tiny else config.base,
         "learned": ", ".join(figures.plain(style) for style in styles),
-        **compare("heldout", before, measure(mine)),
-        **(compare("other_styles", others_before, measure(others)) if len(others) else {}),
+        "resolution": side,
+        **diffusion.losses_by_style(test.styles, styles, before, after),
         "heldout_loss_known_words": round(float(plain.mean()), 6),
         "training_images": len(data),
         "steps": steps,
@@ -265,14 +211,17 @@ def fit(styles, name: str, sets, config, device) -> None:
         "cpu_minutes": round(sum(line["cpu_seconds"] for line in history) / 60, 2),
         "minutes": round(sum(line["seconds"] for line in history) / 60, 2),
     }
-    runs.add_facts(run, "lora", {name: facts} if name else facts, merge=True)
-    runs.write_text(folder / "lora.json", json.dumps(note, indent=2) + "\n")
+    runs.write_text(run / f"{stem}.md", facts["table"] + "\n")
+    known = known_facts(run, lambda key: not key.startswith("tiny_") and not (name and key == "per_style"))
+    runs.add_facts(run, "lora", known | ({"per_style": known.get("per_style", {}) | {name: facts}} if name else facts))
+    known = {key: facts[key] for key in ("base", "resolution")} | {key: state[key] for key in ("config", "fingerprint")}
+    runs.write_text(note, json.dumps(known | {"styles": styles, "finished": time.time()}, indent=2) + "\n")
     partial.unlink(missing_ok=True)  # last, so that a full disk loses nothing
-    print(f"{folder / FILE}: loss on test paintings of {', '.join(styles)} {facts['heldout_loss_before']:.4f} before, "
+    print(f"{folder}: loss on test paintings of {', '.join(styles)} {facts['heldout_loss_before']:.4f} before, "
           f"{facts['heldout_loss_after']:.4f} after")  # fmt: skip
 
 
-def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, config) -> float:
+def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, config, look) -> float:
     """One pass; returns the mean loss without weights."""
     weights, optimizer, scaler = adapter.parameters(), parts["optimizer"], parts["scaler"]
     draw = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see runs.resume
@@ -282,16 +231,17 @@ def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, conf
     for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=runs.rank() > 0)):
         noise = torch.randn(len(batch), *latents.shape[1:], generator=draw)
         times = torch.randint(schedule.config.num_train_timesteps, (len(batch),), generator=draw)
-        texts = captions_of(data, batch, torch.rand(len(batch), 3, generator=draw), config)
+        texts = diffusion.captions_of(data, batch, torch.rand(len(batch), 3, generator=draw), config)
         mine = torch.arange(runs.rank(), len(batch), runs.world())  # every process takes its share of each batch
         for part in mine.chunk(config.accumulate):
             said = [texts[row] for row in part]
-            each = denoising(adapter.pipe, schedule, latents[batch[part]], noise[part], times[part], said) / len(batch)
-            loss = (each * weigh(schedule, times[part], config.snr).to(each.device)).sum()
+            each = diffusion.denoising(adapter.pipe, schedule, latents[batch[part]], noise[part], times[part], said)
+            weight = diffusion.weigh(schedule, times[part], config.snr).to(each.device)
+            loss = (each * weight).sum() / len(batch)
             if not torch.isfinite(loss):
                 raise runs.Problem(f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower --lr")
             scaler.scale(loss).backward()
-            total += each.detach().sum().cpu()
+            total += each.detach().sum().cpu() / len(batch)
         for weight in weights:
             if weight.grad is not None:  # SDXL leaves the last layer of its first text encoder out
                 runs.sum_over_processes(weight.grad)  # each is a share of the whole batch's mean already
@@ -301,77 +251,40 @@ def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, conf
         scaler.update()
         parts["rates"].step()
         optimizer.zero_grad()
+        look((epoch - 1) * len(batches) + step + 1)
     return float(runs.sum_over_processes(total)) / len(batches)
 
 
-@torch.no_grad()
-def heldout(pipe, schedule, latents, texts, items, config):
-    """The denoising loss of the chosen pictures (N,), the mean over four steps of noise; the same noise every time."""
-    draw, losses = torch.Generator().manual_seed(config.seed), torch.zeros(len(latents))
-    for level in (0.125, 0.375, 0.625, 0.875):
-        noise = torch.randn(latents.shape, generator=draw)
-        for rows in items.split(config.batch_size):
-            times = torch.full((len(rows),), int(level * schedule.config.num_train_timesteps))
-            said = [texts[row] for row in rows]
-            losses[rows] += denoising(pipe, schedule, latents[rows], noise[rows], times, said).cpu() / 4
-    return losses[items]
-
-
-def compare(name: str, before, after) -> dict:
-    """Mean losses, and the change with its 95 % interval; pictures (N,) are compared each with itself."""
-    change, error = after - before, 1.96 * (after - before).std(correction=0) / len(before) ** 0.5
-    found = {"loss_before": before.mean(), "loss_after": after.mean(), "change": change.mean(),
-             "change_low": change.mean() - error, "change_high": change.mean() + error}  # fmt: skip
-    return {f"{name}_{key}": round(float(value), 6) for key, value in found.items()} | {f"{name}_images": len(before)}
+def known_facts(run: Path, outdated) -> dict:
+    """The run's facts of LoRA but for those whose names are outdated."""
+    path = run / "facts.json"
+    known = json.loads(path.read_text()).get("lora", {}) if path.exists() else {}
+    return {key: value for key, value in known.items() if not outdated(key)}
 
 
 # Painting -------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def make(pipe, prompts, seeds, config, **more) -> list[Image.Image]:
-    """A picture of each prompt from each seed; drawn on the CPU, so that every machine starts from the same noise."""
-    made = []
-    for prompt, seed in itertools.product(prompts, seeds):
-        draw = torch.Generator().manual_seed(seed)
-        made += pipe(prompt, generator=draw, num_inference_steps=config.steps, guidance_scale=config.guidance,
-                     **more).images  # fmt: skip
-    return made
 
 
 def asked(prompt: str, style: str) -> str:
     return f"{prompt} in the style of {figures.plain(style)}" if style else prompt
 
 
-def look(pipe, styles, path: Path, side: int, config) -> None:
-    """The first prompt in up to eight styles."""
-    pictures = make(pipe, [asked(config.prompts[0], style) for style in styles[:8]], [config.seed], config,
-                    height=side, width=side)  # fmt: skip
-    names = [figures.plain(style) for style in styles[:8]]
-    figures.grid(path, as_pixels(pictures)[None], names, title=config.prompts[0])
-
-
-def as_pixels(pictures) -> np.ndarray:
-    return np.stack([np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in pictures])
-
-
 def adapters(run) -> dict[str, Path]:
-    """The folder of each style's adapter; one with --per-style counts before the one for all."""
-    found = {}
-    for note in [Path(run, "lora/lora.json"), *sorted(Path(run).glob("lora/*/lora.json"))]:
-        if note.exists():
-            found |= dict.fromkeys(json.loads(note.read_text())["styles"], note.parent)
-    if not found:
+    """The folder of each style's adapter; where several know a style, the one trained last."""
+    notes = {path.parent: json.loads(path.read_text()) for path in Path(run).glob("lora/**/lora.json")}
+    if not notes:
         raise runs.Problem(f"no adapter in {run}/lora: run lora.py train, or give another --run")
-    return found
+    trained = sorted(notes, key=lambda folder: notes[folder].get("finished", 0))
+    found = {style: folder for folder in trained for style in notes[folder]["styles"]}
+    return dict(sorted(found.items()))
 
 
 def load_adapted(folder: Path, config):
     """The base with an adapter on top, and the size of the pictures that it is for."""
     note = json.loads((folder / "lora.json").read_text())
     base = Path(config.run, TINY) if note["base"] == TINY else note["base"]
-    pipe, side = load(base, runs.pick_device(config.device)), config.resolution or note["resolution"]
-    pipe.load_lora_weights(folder, weight_name=FILE)
+    pipe, side = diffusion.load(base, runs.pick_device(config.device)), config.resolution or note["resolution"]
+    pipe.load_lora_weights(folder)
     return pipe, {"height": side, "width": side}
 
 
@@ -387,22 +300,14 @@ def paint(config, words) -> None:
         raise runs.Problem(f"no style {config.style} in {config.run}/lora: it knows {', '.join(known)}")
     pipe, more = load_adapted(known[config.style or next(iter(known))], config)
     if config.image:
-        pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-        pipe.set_progress_bar_config(disable=True)
-        more = {"image": open_picture(config.image, more["height"]), "strength": config.strength}
+        pipe = diffusion.over_pictures(pipe)
+        more = {"image": diffusion.open_picture(config.image, more["height"]), "strength": config.strength}
     for prompt in words:
         name = "-".join([*re.findall(r"\w+", prompt)[:8], *[config.style] * bool(config.style), str(config.seed)])
         with runs.replacing(Path(config.out) / f"{name}.png") as temporary:
-            make(pipe, [asked(prompt, config.style)], [config.seed], config, **more)[0].save(temporary)
+            pixels = diffusion.make(pipe, [asked(prompt, config.style)], [config.seed], config, **more)[0]
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary)
         print(Path(config.out) / f"{name}.png")
-
-
-def open_picture(path, side: int) -> Image.Image:
-    """A file in its own proportions, with about side x side pixels, sides in multiples of 64."""
-    with Image.open(path) as file:
-        picture = as_rgb(ImageOps.exif_transpose(file))
-    scale = side / (picture.width * picture.height) ** 0.5
-    return picture.resize([max(64, round(scale * length / 64) * 64) for length in picture.size])
 
 
 def grid(config, words) -> None:
@@ -414,9 +319,9 @@ def grid(config, words) -> None:
             (pipe, size), loaded = load_adapted(folder, config), folder
         prompts = [asked(prompt, style) for prompt in config.prompts]
         pipe.disable_lora()
-        without = make(pipe, prompts, seeds, config, **size)
+        without = diffusion.make(pipe, prompts, seeds, config, **size)
         pipe.enable_lora()
-        shown[style] = as_pixels(without), as_pixels(make(pipe, prompts, seeds, config, **size))
+        shown[style] = without, diffusion.make(pipe, prompts, seeds, config, **size)
     rows, titles = [], []
     for style, pairs in shown.items():
         for seed in range(min(config.pictures, max(1, 4 // len(shown)))):
@@ -426,7 +331,7 @@ def grid(config, words) -> None:
     columns = [title for prompt in config.prompts for title in (prompt, "with LoRA")]
     figures.grid(run / "lora_grid.png", np.array(rows), columns, titles, "Without and with LoRA")
     facts = {"pictures": sum(len(pixels) for pixels, _ in shown.values())} | hit_rates(shown, config)
-    runs.add_facts(run, "lora", facts, merge=True)
+    runs.add_facts(run, "lora", known_facts(run, lambda key: key.startswith("hit_rate")) | facts)
     said = "; the judge sees the style asked for in {hit_rate_without:.1%} without LoRA, in {hit_rate:.1%} with it"
     print(f"{run / 'lora_grid.png'}{said.format(**facts) if 'hit_rate' in facts else ': no judge of these styles'}")
 
@@ -438,12 +343,10 @@ def hit_rates(shown: dict, config) -> dict:
     checkpoint = runs.load_checkpoint(path) if path.exists() else {"classes": []}
     if not set(shown) <= set(checkpoint["classes"]):
         return {}
-    model, hits = build_model(checkpoint), [[], []]
+    model, side, hits = build_model(checkpoint), checkpoint["data"]["size"], [[], []]
     for style, pairs in shown.items():
         for pixels, found in zip(pairs, hits, strict=True):
-            pictures = torch.from_numpy(pixels).float()
-            if pictures.shape[-1] != (side := checkpoint["data"]["size"]):
-                pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+            pictures = F.interpolate(torch.from_numpy(pixels).float(), (side, side), mode="bilinear", antialias=True)
             said = predict(model, pictures.round().byte(), checkpoint["crop"], checkpoint["windows"]).argmax(1)
             found.append(said == checkpoint["classes"].index(style))
     without, adapted = (float(torch.cat(found).float().mean()) for found in hits)

@@ -388,17 +388,22 @@ def resume(wanted: bool, partial: Path, fresh: dict, parts: dict) -> dict:
     if not wanted:
         raise Problem(f"{partial} is an unfinished training: go on with --resume, or delete it to train anew")
     state = load_checkpoint(partial)
-    for key, value in fresh["config"].items():
-        if state["config"].get(key) != value:
-            raise Problem(f"{partial} was trained with {key} = {state['config'].get(key)}, now it is {value}: "
-                          "give the old setting, or delete the file to train anew")  # fmt: skip
-    if state["fingerprint"] != fresh["fingerprint"]:
-        raise Problem(f"the paintings have changed since {partial} was written: delete it to train anew")
+    check_same(state, fresh, partial)
     for name, part in parts.items():
         part.load_state_dict(state["resume"][name])
     if rank() == 0:
         print(f"resuming after epoch {len(state['history'])}")
     return state
+
+
+def check_same(state: dict, fresh: dict, path: Path) -> None:
+    """Raise a Problem if the settings or the paintings are other than those that `path` was trained with."""
+    for key, value in fresh["config"].items():
+        if state["config"].get(key) != value:
+            raise Problem(f"{path} was trained with {key} = {state['config'].get(key)}, now it is {value}: "
+                          "give the old setting, or delete the file to train anew")  # fmt: skip
+    if state["fingerprint"] != fresh["fingerprint"]:
+        raise Problem(f"the paintings have changed since {path} was written: delete it to train anew")
 
 
 def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge: bool = False) -> None:

@@ -61,7 +61,9 @@ def read_facts(folder: Path) -> dict:
     if not path.exists():
         sys.exit(f"build.py: no {path}: run make first, or give another --run")
     parts = {each.parent.name: json.loads(each.read_text()) for each in sorted(folder.glob("*/facts.json"))}
-    return parts | json.loads(path.read_text())
+    facts = parts | json.loads(path.read_text())
+    small = facts.get("demo", {}).get("lora")  # of the small model that the demo teaches; one of the run's own goes first
+    return {"lora": small} | facts if small else facts
 
 
 def main():
@@ -81,11 +83,11 @@ def main():
             sys.exit(f"build.py: {options.run} has no facts of {script}.py yet: run it first")
     text = fill(REPORT / ("template.md" if options.publish else "run.md"), facts)
     for figure in FIGURE.findall(text):
-        if not (options.run / figure).exists():
+        places = [place for place in (options.run / figure, options.run / "demo" / figure) if place.exists()]
+        if not places:
             sys.exit(f"build.py: the report shows {figure}, which {options.run} does not have")
         if options.publish:
-            (REPORT / figure).parent.mkdir(exist_ok=True)
-            shutil.copyfile(options.run / figure, REPORT / figure)
+            shutil.copyfile(places[0], REPORT / figure)
     if options.publish:
         sys.path.insert(0, str(REPORT.parent))
         from figures import front  # not needed, nor matplotlib, for the documents alone

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, stop_in_epoch_2
+from huggingface_hub import errors as hub
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -36,17 +38,23 @@ def train(data, run, *flags):
 def tuned(demo, tmp_path_factory):
     """A run folder with a small base and an adapter, the weights of that base, and what the trained UNet says."""
     run, seen = tmp_path_factory.mktemp("tuned"), {}
-    whole = lora.Adapter.save
+    whole = diffusion.Adapter.save
 
     def noted(adapter, folder):
-        seen["weights"] = {name: value.clone() for name, value in adapter.pipe.unet.state_dict().items()}
+        seen["weights"] = weights_of(adapter.pipe)
         seen["said"] = say(adapter.pipe)
         whole(adapter, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora.Adapter, "save", noted)
+        patch.setattr(diffusion.Adapter, "save", noted)
         facts = train(demo, run, *STYLE, "--alpha", "6")
     return SimpleNamespace(run=run, facts=facts, **seen)
+
+
+def weights_of(pipe) -> dict:
+    """Those of UNet, VAE and text encoder, under the names that they had before the adapter."""
+    return {f"{part} {name.replace('.base_layer', '')}": value.clone() for part in ("unet", "vae", "text_encoder")
+            for name, value in getattr(pipe, part).state_dict().items() if "lora_" not in name}  # fmt: skip
 
 
 @torch.no_grad()
@@ -70,13 +78,13 @@ def base(tuned):
 
 def test_the_loss_on_held_out_pictures_falls(tuned):
     facts = tuned.facts
-    assert facts["heldout_change"] < 0
-    assert facts["heldout_change_low"] < facts["heldout_change"] < facts["heldout_change_high"]
+    assert facts["heldout_loss_change"] < 0
+    assert facts["heldout_loss_change_low"] < facts["heldout_loss_change"] < facts["heldout_loss_change_high"]
     fall = facts["heldout_loss_after"] - facts["heldout_loss_before"]
-    assert fall == pytest.approx(facts["heldout_change"], abs=1e-4)
-    assert facts["heldout_images"] == 4
-    assert facts["other_styles_images"] == 7 * 4
-    assert facts["heldout_change"] < facts["other_styles_change"]
+    assert fall == pytest.approx(facts["heldout_loss_change"], abs=1e-4)
+    assert facts["heldout_loss_images"] == 4
+    assert facts["other_styles_loss_images"] == 7 * 4
+    assert facts["heldout_loss_change"] < facts["other_styles_loss_change"]
     assert facts["steps"] == 2 * 32 // 8
     history = [json.loads(line) for line in (tuned.run / "lora.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in history] == [1, 2]
@@ -84,11 +92,102 @@ def test_the_loss_on_held_out_pictures_falls(tuned):
     assert not (tuned.run / "lora.partial.pt").exists()
 
 
-def test_the_weights_of_the_base_are_what_they_were(tuned, base):
-    kept = base.unet.state_dict()
-    adapted = {name.replace(".base_layer", ""): value for name, value in tuned.weights.items() if "lora_" not in name}
-    assert adapted.keys() == kept.keys()
-    assert all(torch.equal(adapted[name], kept[name]) for name in kept)
+def test_the_style_learned_gets_better_and_the_others_do_not(demo, tmp_path):
+    """Red pictures, on a base that was taught long enough on the demo's paintings to have something to lose."""
+    run, root = tmp_path / "run", tmp_path / "root"
+    train(demo, run, *STYLE, "--tiny-steps", "20", "200", "--epochs", "1", "--per-class", "8")
+    shutil.copytree(demo, root, ignore=shutil.ignore_patterns(".cache"))
+    draw = np.random.default_rng(0)
+    for number in range(16):
+        path = root / ("train" if number < 12 else "test") / "Red" / f"painter_{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.clip((220, 40, 40) + 25 * draw.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(path)
+    base = ["--no-tiny", "--base", str(run / "tiny_base"), "--styles", "Red"]
+    facts = train(root, run, *base, "--epochs", "2", "--per-class", "80", "--look-every", "15")
+    assert facts["heldout_loss_change_high"] < 0
+    assert facts["other_styles_loss_change_low"] > 0
+    assert len(facts["by_style"]) == 9
+    assert facts["by_style"]["Red"]["after"] == facts["heldout_loss_after"]
+    others = [each["before"] for style, each in facts["by_style"].items() if style != "Red"]
+    assert np.mean(others) == pytest.approx(facts["other_styles_loss_before"], abs=1e-5)
+    assert "| Red, learned | 4 |" in (run / "lora.md").read_text()
+    assert (run / "lora/step-000015.png").exists()
+
+
+def test_facts_of_another_training_do_not_stay(tuned, demo, tmp_path):
+    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    old = {"tiny_weights": 1, "hit_rate": 0.5, "other_styles_loss_after": 1.0, "per_style": {"Dots": {}}}
+    runs.add_facts(tmp_path, "lora", old)
+    facts = train(demo, tmp_path, "--epochs", "1", "--per-class", "4")  # all styles: there are no others
+    assert facts["tiny_weights"] == 1
+    assert not {name for name in facts if name in ("hit_rate", "per_style") or name.startswith("other_styles")}
+    assert "others together" not in facts["table"]
+    assert set(lora.adapters(tmp_path).values()) == {tmp_path / "lora"}
+
+
+@pytest.mark.parametrize("run", ["tuned", "with_words"])
+def test_the_weights_of_the_base_are_what_they_were(run, base, request):
+    found, kept = request.getfixturevalue(run).weights, weights_of(base)
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+@pytest.fixture(scope="module")
+def with_words(tuned, demo, tmp_path_factory):
+    """The same with the text encoder adapted, too, and checkpointing; `calls` of its first layer a training step."""
+    run, seen = tmp_path_factory.mktemp("with_words"), {"calls": 0}
+    (run / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    whole, epoch = diffusion.Adapter.save, lora.train_epoch
+
+    def noted(adapter, folder):
+        seen["weights"] = weights_of(adapter.pipe)
+        seen["words"] = adapter.pipe.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+        whole(adapter, folder)
+
+    def counted(adapter, *rest):
+        def count(*_):
+            seen["calls"] += 1
+
+        hook = adapter.pipe.text_encoder.encoder.layers[0].self_attn.register_forward_pre_hook(count)
+        seen["loss"] = epoch(adapter, *rest[:-1], lambda step: None)
+        hook.remove()
+        return seen["loss"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion.Adapter, "save", noted)
+        patch.setattr(lora, "train_epoch", counted)
+        facts = train(demo, run, *STYLE, "--text-encoder", "--checkpointing", "--epochs", "1")
+    return SimpleNamespace(run=run, facts=facts, **seen)
+
+
+def test_the_text_encoder_is_computed_twice_with_checkpointing(with_words):
+    assert with_words.calls == 2 * with_words.facts["steps"]
+
+
+def test_plain_diffusers_reads_an_adapted_text_encoder(with_words, base):
+    before = base.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+    base.load_lora_weights(with_words.run / "lora")
+    after = base.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+    assert torch.allclose(after, with_words.words, atol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_the_safety_checker_blackens_nothing(base, tmp_path):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(
+        text_config=small, vision_config=small | {"image_size": 8, "patch_size": 8}, projection_dim=8))  # fmt: skip
+    checker.concept_embeds_weights.data.fill_(-2)  # whatever it sees is too near to what it must not see
+    reader = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
+    parts = base.components | {"safety_checker": checker, "feature_extractor": reader}
+    strict = diffusers.StableDiffusionPipeline(**parts)
+    strict.save_pretrained(tmp_path)
+    assert picture_of(strict).max() == 0
+    pipe = diffusion.load(tmp_path, torch.device("cpu"))
+    assert picture_of(pipe).max() > 0
+    assert diffusion.over_pictures(pipe).safety_checker is None
 
 
 def test_plain_diffusers_paints_with_the_adapter(tuned, base):
@@ -129,37 +228,48 @@ def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
 
 def test_a_stopped_training_goes_on_and_ends_with_the_same_adapter(tuned, demo, tmp_path, monkeypatch):
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    whole = lora.look
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lora, "look", stopped)
+    stop_in_epoch_2(lora, monkeypatch, place=6)
     with pytest.raises(KeyboardInterrupt, match="1 finished epochs are kept"):
         train(demo, tmp_path, *STYLE, "--alpha", "6")
-    monkeypatch.setattr(lora, "look", whole)
+    monkeypatch.undo()
     with pytest.raises(runs.Problem, match="--resume"):
         train(demo, tmp_path, *STYLE, "--alpha", "6")
     with pytest.raises(runs.Problem, match="rank = 4, now it is 2"):
         train(demo, tmp_path, *STYLE, "--alpha", "6", "--rank", "2", "--resume")
     monkeypatch.setattr("diffusion.read_all", lambda *_: pytest.fail("the latents are there"))
     train(demo, tmp_path, *STYLE, "--alpha", "6", "--resume")
-    one, other = (load_file(run / "lora" / lora.FILE) for run in (tuned.run, tmp_path))
+    one, other = (load_file(run / "lora" / diffusion.FILE) for run in (tuned.run, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path):
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path, launcher):
     def weights(name):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny_base").symlink_to(tuned.run / "tiny_base")
-        return lambda: load_file(tmp_path / name / "lora" / lora.FILE)
+        return lambda: load_file(tmp_path / name / "lora" / diffusion.FILE)
 
     short = [*STYLE, "--epochs", "1", "--lr", "0.0002"]
     whole, parts, two = (weights(name) for name in ("whole", "parts", "two"))
     train(demo, tmp_path / "whole", *short)
     train(demo, tmp_path / "parts", *short, "--accumulate", "4", "--checkpointing")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    command = [*torchrun, ROOT / "lora.py", "train", *QUICK, *short, "--data", demo, "--run", tmp_path / "two"]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        ROOT / "lora.py",
+        "train",
+        *QUICK,
+        *short,
+        "--data",
+        demo,
+        "--run",
+        tmp_path / "two",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -169,33 +279,40 @@ def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo
         assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
-def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch, kind):
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    for room in (lora, diffusion):
-        monkeypatch.setattr(room, "precision", lambda device: torch.bfloat16)
-    whole, seen = lora.look, []
-    monkeypatch.setattr(lora, "look", lambda pipe, *rest: seen.append(pipe.unet.dtype) or whole(pipe, *rest))
+    monkeypatch.setattr(diffusion, "precision", lambda device: kind)
+    whole, seen = diffusion.make, []
+    monkeypatch.setattr(
+        diffusion, "make", lambda pipe, *rest, **more: seen.append(pipe.unet.dtype) or whole(pipe, *rest, **more)
+    )
     facts = train(demo, tmp_path, *STYLE)
-    assert seen[0] == torch.bfloat16
-    assert facts["heldout_change"] < 0
-    assert {value.dtype for value in load_file(tmp_path / "lora" / lora.FILE).values()} == {torch.float32}
+    assert seen[0] == kind
+    assert facts["heldout_loss_change"] < 0
+    assert {value.dtype for value in load_file(tmp_path / "lora" / diffusion.FILE).values()} == {torch.float32}
 
 
 def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
     flags = ["--per-style", "--styles", "Hatching", "Dots", "--epochs", "1"]
     facts = train(demo, tmp_path, *flags)
-    assert facts["Dots"]["other_styles_images"] == 7 * 4
-    one, other = (load_file(tmp_path / "lora" / style / lora.FILE) for style in ("Hatching", "Dots"))
+    assert facts["per_style"]["Dots"]["other_styles_loss_images"] == 7 * 4
+    one, other = (load_file(tmp_path / "lora" / style / diffusion.FILE) for style in ("Hatching", "Dots"))
     assert not all(torch.equal(one[name], other[name]) for name in one)
     train(demo, tmp_path, *flags, "--resume")
     assert capsys.readouterr().out.count("is finished") == 2
+    with pytest.raises(runs.Problem, match="trained with rank = 4, now it is 2"):
+        train(demo, tmp_path, *flags, "--resume", "--rank", "2")
     lora.main(["grid", *QUICK, "--run", str(tmp_path), "--prompts", "a town"])
     folders = lora.adapters(tmp_path)
     assert set(folders) == {"Hatching", "Dots"}
     pipe, _ = lora.load_adapted(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
     assert torch.equal(next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name),
                        next(iter(other.values())))  # fmt: skip
+    train(demo, tmp_path, "--styles", "Dots", "Bands", "--epochs", "1", "--per-class", "8")
+    both = tmp_path / "lora"
+    assert lora.adapters(tmp_path) == {"Bands": both, "Dots": both, "Hatching": both / "Hatching"}
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +341,9 @@ def told(pipe):
 
 def test_sdxl_goes_the_same_way(sdxl, demo, tmp_path):
     facts = train(demo, tmp_path, *STYLE, "--no-tiny", "--base", str(sdxl), "--text-encoder")
-    assert facts["heldout_change"] < 0
-    assert facts["heldout_change_low"] < facts["heldout_change"] < facts["heldout_change_high"]
-    assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / lora.FILE)} == {
+    assert facts["heldout_loss_change"] < 0
+    assert facts["heldout_loss_change_low"] < facts["heldout_loss_change"] < facts["heldout_loss_change_high"]
+    assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / diffusion.FILE)} == {
         "unet", "text_encoder", "text_encoder_2"}  # fmt: skip
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
     before, (words, pooled, _) = picture_of(pipe), told(pipe)
@@ -243,6 +360,15 @@ def test_captions_say_what_is_known():
             == "a landscape painting by claude monet in the style of Ukiyo-e")  # fmt: skip
     assert diffusion.caption("genre_painting", "", "Cubism") == "a genre painting in the style of Cubism"
     assert diffusion.caption("", "", "") == "a painting"
+    assert diffusion.caption("abstract_painting", "", "") == "an abstract painting"
+
+
+def test_the_small_models_words_are_one_token_each_the_same_every_time():
+    texts = ["a still life painting in the style of Halftone", "a landscape painting in the style of Hatching"]
+    tokenizer = diffusion.teach_words(texts)
+    assert tokenizer(texts[0])["input_ids"][1:-1] == [tokenizer(word)["input_ids"][1] for word in texts[0].split()]
+    assert diffusion.teach_words(texts[::-1]).get_vocab() == tokenizer.get_vocab()
+    assert tokenizer.decode(tokenizer("zebra, 7")["input_ids"], skip_special_tokens=True).strip() == "zebra , 7"
 
 
 def test_parts_of_captions_drop_out_at_their_rates(demo):
@@ -274,6 +400,7 @@ def test_easy_steps_do_not_drown_the_others():
         (["paint", "a town", "--image", "missing.png"], "no file missing.png"),
         (["paint", "a town", "--image", "{empty}", "--strength", "0.1"], "less than one step"),
         (["train", "--resolution", "36"], "multiple of 8"),
+        (["train", "--resolution", "24"], "--resolution of 32 or more"),
         (["paint", "a town", "--run", "{empty}"], "no adapter in .*lora: run lora.py train"),
         (["paint", "a town", "--style", "Cubism"], "no style Cubism in .*: it knows Hatching"),
         (["train", "--styles", "Cubism"], "no style Cubism in .*: it has Bands"),
@@ -281,7 +408,7 @@ def test_easy_steps_do_not_drown_the_others():
         (["train", *STYLE, "--no-tiny", "--base", "{empty}"], "it is no folder in diffusers' layout"),
         (
             ["train", *STYLE, "--no-tiny", "--base", "nobody/nothing"],
-            "check the name and the network",
+            "check the network",
         ),
         (["train", *STYLE, "--targets", "to_nothing"], "--targets to_nothing: "),
     ],
@@ -297,14 +424,30 @@ def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv,
     assert "\n" not in str(problem.value)
 
 
-def test_a_gated_base_and_too_little_memory_get_one_clear_line(tuned, demo, monkeypatch):
-    def gated(*_, **__):
-        raise OSError("403 Client Error. Cannot access gated repo")
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (hub.GatedRepoError, "accept its terms"),
+        (hub.RepositoryNotFoundError, "neither a folder nor a name on the hub"),
+        (hub.RemoteEntryNotFoundError, "not in diffusers' layout"),
+        (hub.LocalEntryNotFoundError, "check the network"),
+        (ConnectionError, "check the network"),
+        (MemoryError, "too little memory"),
+    ],
+)
+def test_a_base_that_does_not_load_gets_the_advice_of_its_reason(kind, advice, monkeypatch):
+    def fail(*_, **__):
+        answer = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise kind("no", response=answer) if issubclass(kind, hub.HfHubHTTPError) else kind("no")
 
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", gated)
-    with pytest.raises(runs.Problem, match="accept its terms"):
-        lora.load("some/base", torch.device("cpu"))
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", fail)  # diffusers hides it behind its own
+    with pytest.raises(runs.Problem, match=advice) as problem:
+        diffusion.load("some/base", torch.device("cpu"))
+    assert "\n" not in str(problem.value)
+    assert kind is hub.GatedRepoError or "gated" not in str(problem.value)
 
+
+def test_too_little_memory_gets_one_clear_line(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
@@ -312,9 +455,23 @@ def test_a_gated_base_and_too_little_memory_get_one_clear_line(tuned, demo, monk
     with pytest.raises(runs.Problem, match="--checkpointing"):
         lora.main(["train", *QUICK])
 
+    def small(*_, **__):
+        torch.empty(1 << 60)  # PyTorch's own words on a CPU
+
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", small)
+    with pytest.raises(runs.Problem, match="too little memory"):
+        diffusion.load("some/base", torch.device("cpu"))
+
+
+def test_the_precision_is_that_of_the_device(monkeypatch):
+    assert diffusion.precision(torch.device("cpu")) == torch.float32
+    for fast, kind in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, fast=fast: fast)
+        assert diffusion.precision(torch.device("cuda")) == kind
+
 
 def test_without_diffusers_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(lora, "diffusers", None)
+    monkeypatch.setattr(diffusion, "diffusers", None)
     with pytest.raises(runs.Problem, match="requirements-lora.txt"):
         lora.main(["train", *QUICK])
 

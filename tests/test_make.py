@@ -20,7 +20,7 @@ case $script in
   style_transfer.py) touch $run/style_grid${name:+_$name}.png;;
   embed.py) if [ $small ]; then touch $run/embed_tf_efficientnet_lite0_64.pt; else touch $run/embed.md; fi;;
   tune.py) touch $run/$name.md;;
-  lora.py) mkdir -p $run/lora; touch $run/lora/lora.json $run/lora_grid.png;;
+  lora.py) touch $run/lora_grid.png;;
   benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
@@ -96,6 +96,13 @@ def test_lora_comes_with_the_judge_and_only_on_demand(project):
     assert [call.split()[1] for call in calls] == ["train", "grid"]
     assert all("-c tiny.json" in call for call in calls)
     assert make(project, "lora")[0] == []
+    for flags in ("--per-style", "-c tiny.json --prompts 'a town'"):
+        assert make(project, "lora", f"LORA={flags}")[0] == ["lora.py", "lora.py"]
+        assert flags.replace("'", "") in (project / "calls").read_text()
+        assert make(project, "lora", f"LORA={flags}")[0] == []
+    (project / "runs/demo/lora_Dots.partial.pt").touch()
+    make(project, "lora", "LORA=--per-style")
+    assert "--per-style --resume" in (project / "calls").read_text()
     make(project, "lora", f"WIKIART={project}/paintings", "LORA=--styles Cubism")
     assert "--styles Cubism" in (project / "calls").read_text()
     assert "tiny.json" not in (project / "calls").read_text()
