@@ -190,11 +190,11 @@ $(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-lora.txt
 	touch $@
 
-benchmark: $(VENV)/ready-label $(if $(WIKIART),,data/demo/metadata.csv)
-	$(call with_settings,$(RUN)/benchmark.md)
+benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
+	@$(MAKE) --no-print-directory $(RUN)/benchmark.md
 
 # All of it runs on the CPU, so always with the settings for one.
-$(RUN)/benchmark.md: benchmark.py measures.py $(SHARED)
+$(RUN)/benchmark.md: benchmark.py measures.py train.py label.py $(SHARED)
 	$(PY) benchmark.py -c cpu.json $(STAGES) --data $(DATA) --run $(RUN)
 
 $(VENV)/ready-magenta: $(VENV)/ready requirements-magenta.txt

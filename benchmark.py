@@ -1,20 +1,24 @@
 """Measure against what people use: CPU time and memory, side by side in one run, on pictures that this script paints.
 
-    python benchmark.py -c cpu.json                                      # everything, some 20 minutes on one core
-    python benchmark.py -c cpu.json --measures batches cache             # only these; the others' figures are kept
+    python benchmark.py -c cpu.json                          # everything; with real paintings an hour on one core
+    python benchmark.py -c cpu.json --measures batches cache # only these; the others' figures are kept
     python benchmark.py -c cpu.json --measures resnet18_time --data /scratch/wikiart --run runs/wikiart
 
-Times are CPU time of this process and its children, so that what else runs here matters little; whatever is compared is
-measured in turns, a first round not counted, and the medians are set in relation. All of it runs on the CPU. Only
-resnet18_time looks at --data. Writes into the run folder: benchmark.md (a table), benchmark.png and facts.json.
+Times are CPU time of this process and its children, so that what else runs here matters little (but two_processes,
+which takes wall time); whatever is compared is measured in turns, a first round not counted, and the medians are set in
+relation (but memory and ResNet-18, which are measured once). All of it runs on the CPU. Only resnet18_time looks at
+--data. It takes 4 GB of memory and 2 GB of disk. Writes into the run folder: benchmark.md (a table), benchmark.png and
+facts.json.
 """
 
 import json
-import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+import torch
 
 import figures
 import runs
@@ -58,7 +62,7 @@ ROWS = {
     "batches": Row("batches with crop, flip, normalise", FOLDER, 60, 90, ".1f", "CPU ms an image"),
     "batches_jitter": Row("the same, each image by itself, with exposure and contrast", FOLDER, 25, 33, ".1f",
                           "CPU ms an image"),
-    "memory": Row("memory for the same batches", "the course's pattern: all images as floats", 0.01, 0.01, ".4f", "MB",
+    "memory": Row("memory for the same batches", "the course's pattern: all images as floats", 0.01, None, ".4f", "MB",
                   True),
     "cache": Row("building the cache", "one pass of ImageFolder", 2, 3.3, ".2f", "CPU ms an image"),
     "gemm_share": Row("training step of the CNN", "float32 matrix products", 0.7, 0.78, ".0%", "GFLOP/s"),
@@ -66,7 +70,7 @@ ROWS = {
                           "CPU ms an image", True),
     "resnet18_time": Row("CNN, until it is as good as ResNet-18", "ResNet-18, its reference recipe", 0.25, 0.1, ".2f",
                          "CPU min", True),
-    "growth": Row("an image of many", "an image of few", 1, 1, ".2f", "CPU ms an image", True),
+    "growth": Row("an image of many", "an image of few", None, None, ".2f", "CPU ms an image", True),
     "labelling": Row("labelling a folder", "the network alone", 0.8, 0.95, ".0%", "images a CPU second"),
     "two_processes": Row("two processes, same batch", "one process", None, None, ".2f", "images a second"),
 }  # fmt: skip
@@ -82,15 +86,19 @@ def main(argv=None):
     runs.keep_memory()  # as in training; so it is for what stands beside
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
+    lock = runs.claim(run, "benchmark")  # noqa: F841
+    for left in run.glob(".benchmark.*/"):  # by one that was killed
+        shutil.rmtree(left)
+    how = {key: getattr(config, key) for key in ("turns", "side", "batch_size", "megapixels", "memory_images")}
+    how |= {"threads": torch.get_num_threads(), "few": config.growth_images[0], "many": config.growth_images[1]}
     with tempfile.TemporaryDirectory(prefix=".benchmark.", dir=run) as scratch:  # a disk as the user's
         bench = Bench(config, Path(scratch))
         for name in MEASURES:
             if name in config.measures:
                 print(f"measuring {name}", flush=True)
-                facts = note(run, MEASURES[name](bench))
-                print(line_of(name, facts) if name in facts else f"{name}: not measured", flush=True)
-    how = {key: getattr(config, key) for key in ("turns", "batch_size", "megapixels")}
-    facts = note(run, on_paper(config, facts) | how | {"cores": len(os.sched_getaffinity(0))})
+                facts = note(run, MEASURES[name](bench), how)
+                print(line_of(name, facts) if name in facts else f"{name}: not reached", flush=True)
+    facts = note(run, on_paper(config, facts), how)
     header = [
         "| measure | beside | ratio | from turn to turn | to reach | stretch | ours | theirs | in |",
         "|---" * 9 + "|",
@@ -102,10 +110,15 @@ def main(argv=None):
     print(table, f"\n{run / 'benchmark.md'}")
 
 
-def note(run: Path, found: dict) -> dict:
-    """Put what was found among the facts of earlier measures, and return them all; what is None is taken away."""
+def note(run: Path, found: dict, how: dict) -> dict:
+    """Put what was found among the facts of earlier measures, and return them all; what is None is taken away.
+
+    Those that were measured with other settings than `how` are forgotten.
+    """
     path = run / "facts.json"
     known = json.loads(path.read_text()).get("benchmark", {}) if path.exists() else {}
+    if any(known.get(key) != value for key, value in how.items()):
+        known = how
     facts = {
         key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in (known | found).items()
     }
@@ -132,7 +145,7 @@ def draw(path: Path, facts: dict) -> None:
         return min(100 * better, most)
 
     groups = {"measured": [share(name, facts[name]) for name in shown],
-              "stretch": [share(name, ROWS[name].stretch) for name in shown]}  # fmt: skip
+              "stretch": [share(name, ROWS[name].stretch or ROWS[name].reach) for name in shown]}  # fmt: skip
     title = f"How fast, in per cent of what was to be reached ({most} and more end there)"
     figures.bars(path, groups, [figures.plain(name) for name in shown], title, "% of what was to be reached", True)
 
@@ -146,6 +159,8 @@ def on_paper(config, facts: dict) -> dict:
     paper = {
         "images": WIKIART,
         "operations_per_image": each,
+        "crop": settings.crop,
+        "crop_operations": operations(settings, settings.crop) / each,
         "epochs": settings.epochs,
         "operations": total,
         "pixels_gb": WIKIART * 3 * config.side**2 / 1e9,

@@ -138,6 +138,7 @@ class Labeller:
 
 def label_folder(labeller, artist, folder: Path, out: Path, config) -> float:
     """Write a row for each file below the folder, batch by batch; returns how many a second got a label."""
+    runs.keep_memory()
     if not folder.is_dir():
         raise runs.Problem(f"no folder {folder}")
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):

@@ -130,11 +130,10 @@ class Bench:
         count = max(*self.config.growth_images, self.config.memory_images)
         return fill(self.scratch / "many", count, partial(dab, random))
 
-    @cached_property
-    def few(self) -> Path:
-        """The first of them."""
-        files = iter(sorted((self.many / "train").rglob("*.jpg")))
-        return fill(self.scratch / "few", self.config.growth_images[0], lambda path: os.link(next(files), path))
+    def first(self, count: int) -> Path:
+        """A folder with the first so many of them."""
+        root, files = self.scratch / f"first-{count}", iter(sorted((self.many / "train").rglob("*.jpg")))
+        return root if root.exists() else fill(root, count, lambda path: os.link(next(files), path))
 
     def data(self, root: Path, side: int = 0) -> WikiArt:
         return WikiArt(root, size=side or self.config.side, processes=1)
@@ -246,32 +245,34 @@ def epoch_from_cache(root: Path, side: int, batch_size: int, count: int) -> None
 
 def memory(bench) -> dict:
     """Peaks differ by next to nothing from one time to the next, so one time is enough."""
-    config = bench.config
-    paths = [str(path) for root in (bench.scans, bench.many) for path in sorted((root / "train").rglob("*.jpg"))]
-    for root in (bench.scans, bench.many):
-        bench.data(root)  # decodes them
-    ours = peak_memory(epoch_from_cache, bench.many, config.side, config.batch_size, config.memory_images,
+    config, root = bench.config, bench.first(bench.config.memory_images)
+    paths = [str(path) for path in sorted((root / "train").rglob("*.jpg"))]
+    for each in (root, bench.scans):
+        bench.data(each)  # decodes them
+    ours = peak_memory(epoch_from_cache, root, config.side, config.batch_size, len(paths),
                        first=(bench.scans, config.side, 4, 4))  # fmt: skip
-    theirs = peak_memory(course, paths[: config.memory_images], config.side, first=(paths[:4], config.side))
+    theirs = peak_memory(course, paths, config.side, first=(paths[:4], config.side))
     found = ratio("memory", [ours], [theirs], [ours], [theirs])
     return {key: value for key, value in found.items() if key not in ("memory_low", "memory_high")}
 
 
 def growth(bench) -> dict:
-    config, roots, facts, decoding = bench.config, {"small": bench.few, "large": bench.many}, {}, {}
-    counts = dict(zip(roots, config.growth_images, strict=True))
+    config, facts, decoding = bench.config, {}, {}
+    counts = dict(zip(("small", "large"), config.growth_images, strict=True))
+    roots = {name: bench.first(count) for name, count in counts.items()}
+    bench.data(bench.scans)
     for name, root in roots.items():
         shutil.rmtree(root / ".cache", ignore_errors=True)  # of another measure
         started = cpu_time()
         decoding[name] = (len(bench.data(root)), cpu_time() - started)
         facts[f"growth_memory_{name}"] = peak_memory(epoch_from_cache, root, config.side, config.batch_size,
-                                                     counts[name], first=(root, config.side, 4, 4))  # fmt: skip
+                                                     counts[name], first=(bench.scans, config.side, 4, 4))  # fmt: skip
     again = max(1, counts["large"] // counts["small"] // 4)  # or the small one is over too soon to be measured
 
     def epochs(name, times):
         for _ in range(times):
             data = bench.data(roots[name])
-            from_cache(data.subset(np.arange(counts[name])), config.batch_size, one_for_all)
+            from_cache(data, config.batch_size, one_for_all)
 
     works = {"small": partial(epochs, "small", again), "large": partial(epochs, "large", 1)}
     spent = in_turns(config.turns, works)
@@ -382,7 +383,7 @@ def resnet18_time(bench) -> dict:
         run = bench.scratch / f"cnn-{share}"
         history = train_cnn(bench, run, config.data, ["--epochs", epochs, "--size", config.size])
         spent = np.cumsum([record["cpu_seconds"] for record in history])  # with validation, which ResNet-18 is spared
-        good = [record["val_balanced_accuracy"] >= accuracy for record in history]
+        good = [record["val_balanced_accuracy"] >= round(accuracy, 5) for record in history]
         best = max(record["val_balanced_accuracy"] for record in history)
         print(f"our network: {best:.1%} balanced in {spent[-1] / 60:.1f} CPU-minutes", flush=True)
         if any(good):
@@ -396,6 +397,7 @@ def resnet18_time(bench) -> dict:
         "resnet18_our_balanced_accuracy": best,
         "resnet18_our_minutes": float(spent[-1] / 60),
         "resnet18_epochs": config.resnet_epochs,
+        "resnet18_budgets": ", ".join(f"{share:.0%}" for share in sorted(config.budgets)),
     }
 
 
@@ -433,19 +435,19 @@ def train_resnet(training, validation, bench) -> tuple[float, float]:
     return float(balanced_accuracy_score(validation.labels, guesses)), spent
 
 
-def train_cnn(bench, run: Path, data, flags: list, start=()) -> list[dict]:
-    """train.py in a process of its own; returns what it noted of each epoch."""
+def train_cnn(bench, run: Path, data, flags: list, start=(), processes=1) -> list[dict]:
+    """train.py in processes of its own, with our threads in all; returns what it noted of each epoch."""
     config = bench.config
     common = ["--data", data, "--run", run, "--device", "cpu", "--processes", 1, "--resize", config.resize,
               "--seed", config.seed, "--split-seed", config.split_seed]  # fmt: skip
-    call([*start, runs.HERE / "train.py", *bench.layers, *common, *flags])
+    call([*start, runs.HERE / "train.py", *bench.layers, *common, *flags], processes)
     return [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
 
 
-def call(command: list) -> None:
-    """Run a Python script; the error of one that fails is handed on."""
+def call(command: list, processes: int = 1) -> None:
+    """Run a Python script, which may start so many processes; the error of one that fails is handed on."""
     command = [sys.executable, *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise runs.Problem((done.stderr.strip().splitlines() or [f"{command} failed"])[-1])
@@ -462,12 +464,14 @@ def two_processes(bench) -> dict:
     for turn in range(config.turns):
         for processes, start in ((1, ()), (2, torchrun)):
             run = bench.scratch / f"processes-{processes}-{turn}"
-            last[processes].append(train_cnn(bench, run, bench.scans, flags, start)[-1])
+            last[processes].append(train_cnn(bench, run, bench.scans, flags, start, processes)[-1])
             weights[processes] = runs.load_checkpoint(run / "classifier.pt")["weights"]
+    learned = dict(make_cnn(settings).named_parameters())  # and not what is merely counted or averaged
     seconds, cpu = ({count: np.array([record[key] for record in records]) for count, records in last.items()}
                     for key in ("seconds", "cpu_seconds"))  # fmt: skip
     pictures = config.epoch_images // settings.batch_size * settings.batch_size
-    both = [torch.cat([weight.float().flatten() for weight in weights[count].values()]) for count in (1, 2)]
+    both = [torch.cat([weight.float().flatten() for name, weight in weights[count].items() if name in learned])
+            for count in (1, 2)]  # fmt: skip
     return ratio("two_processes", seconds[1], seconds[2], pictures / seconds[2], pictures / seconds[1]) | {
         "two_processes_difference": float((both[0] - both[1]).norm() / both[0].norm()),
         "two_processes_cpu": float(np.median(cpu[1]) / np.median(2 * cpu[2])),  # of both, over one's
@@ -504,8 +508,9 @@ def labelling(bench) -> dict:
               "--run", scratch, "--checkpoint", scratch / "labeller.pt", "--device", "cpu"])  # fmt: skip
 
     works = {"forward": forward, "folder": partial(label, bench.scans), "start": partial(label, first)}
+    forward()  # a first round, not counted
     spent = in_turns(config.turns, works, warm=False)
-    ours = (len(data) - 1) / (spent["folder"] - spent["start"])
+    ours = (len(data) - 1) / (spent["folder"] - spent["start"]).clip(1e-9)
     theirs = len(data) / spent["forward"]
     return ratio("labelling", ours, theirs, ours, theirs)
 

@@ -330,7 +330,7 @@ def claim(run, name: str) -> object:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Problem(f"another training is writing {run}/{name}.pt: wait for it, or give another --run") from None
+        raise Problem(f"another program is writing {name} in {run}: wait for it, or give another --run") from None
     for leftover in Path(run).glob(f".{name}.*pt.*"):  # of a save that was killed
         leftover.unlink(missing_ok=True)
     return lock

@@ -62,7 +62,9 @@ def read_facts(folder: Path) -> dict:
         sys.exit(f"build.py: no {path}: run make first, or give another --run")
     parts = {each.parent.name: json.loads(each.read_text()) for each in sorted(folder.glob("*/facts.json"))}
     facts = parts | json.loads(path.read_text())
-    small = facts.get("demo", {}).get("lora")  # of the small model that the demo teaches; one of the run's own goes first
+    small = facts.get("demo", {}).get(
+        "lora"
+    )  # of the small model that the demo teaches; one of the run's own goes first
     return {"lora": small} | facts if small else facts
 
 

@@ -65,7 +65,7 @@ def test_every_measure_gives_a_number_and_a_row(run):
         assert facts.get(f"{name}_low", 0) <= facts.get(f"{name}_high", 0)
         assert any(benchmark.ROWS[name].what in line for line in lines)
     assert (run / "benchmark.png").stat().st_size > 5000
-    assert not list(run.glob(".benchmark.*"))  # what it painted is gone
+    assert not list(run.glob(".benchmark.*/"))  # what it painted is gone
 
 
 def test_what_wikiart_costs_on_paper(run):
@@ -150,10 +150,10 @@ def test_the_time_until_resnet18_is_reached(bench, tmp_path, monkeypatch):
     found = measures.resnet18_time(bench)
     assert 0 < found["resnet18_time"] == pytest.approx(found["resnet18_time_ours"] * 60 / 100)
     assert 0 <= found["resnet18_our_balanced_accuracy"] <= 1
-    benchmark.note(tmp_path, found)
+    benchmark.note(tmp_path, found, {})
     monkeypatch.setattr(measures, "train_resnet", lambda *_: (1.1, 100.0))
     bench.config.budgets = [2e-6]
-    assert "resnet18_time" not in benchmark.note(tmp_path, measures.resnet18_time(bench))  # nor is the old one left
+    assert "resnet18_time" not in benchmark.note(tmp_path, measures.resnet18_time(bench), {})  # nor is the old one left
 
 
 def test_resnet18_trains(bench, demo):

@@ -252,7 +252,7 @@ def test_two_trainings_in_one_run_folder(demo, tmp_path):
     code += "time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(runs.Problem, match="another training is writing"):
+        with pytest.raises(runs.Problem, match="another program is writing"):
             train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
         other.kill()
 
