@@ -148,7 +148,7 @@ lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 $(RUN)/embed.md: embed.py scores.py $(SHARED)
 	$(PY) embed.py $(FLAGS) --backbone $(lites) $(if $(LITES),--weights $(LITES))
 
-$(RUN)/embed_tf_efficientnet_lite0_64.pt: embed.py scores.py $(SHARED)
+$(RUN)/embed_tf_efficientnet_lite0_64.pt: $(RUN)/embed.md
 	$(PY) embed.py $(FLAGS) --backbone $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES))) \
 	    --target style --shrink 64
 
