@@ -21,7 +21,7 @@ WIKIART ?=
 ifneq ($(words x$(WIKIART) x$(RUN)),2)
 $(error WIKIART and RUN must be paths without spaces; a link to the folder will do)
 endif
-small_lora := -c tiny.json --styles Halftone
+small_lora := -c tiny.json --styles Drips
 ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
