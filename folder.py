@@ -59,7 +59,8 @@ def open_rgb(source, side: int, formats=None) -> Image.Image:
         warnings.simplefilter("ignore")  # big scans and odd metadata only warn; what can't be read still raises
         with Image.open(source, formats=formats) as image:
             image.draft("RGB", (side, side))
-            return as_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy, which takes a tenth of the time
+            return as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -72,7 +73,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # The pixel cache ------------------------------------------------------------------------------------------------------
