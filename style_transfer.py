@@ -294,7 +294,12 @@ def study(model, checkpoint, config, device) -> None:
     rebuilt = paint(eye[labels], 0.0)
     painted = [paint(eye[[style]].expand(len(items), -1)) for style in tqdm(range(styles), "styles", leave=False)]
 
-    facts = {"paintings": len(items), "strength": 1.0, "own_mse": float((rebuilt - originals).square().mean())}
+    facts = {
+        "paintings": len(items),
+        "shown": data.named(items[rows]),
+        "strength": 1.0,
+        "own_mse": float((rebuilt - originals).square().mean()),
+    }
     asked = labels[:, None] != torch.arange(styles)  # (N, styles): the mismatched pairs
     for judge, prefix in zip(judges, ("", "second_"), strict=False):
         says = [verdicts(judge, pictures, config, device) for pictures in (originals, rebuilt, *painted)]

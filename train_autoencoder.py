@@ -416,6 +416,7 @@ def report(run, state, model, training, validation, test, pca, config, device) -
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: state["config"][key] for key in ("crop", "batch_size", "seed")},
         "code": state["arguments"]["code"],
+        "shown": test.named(chosen_to_show(test, config)),
     }
     print(f"test paintings: {facts['psnr']:.2f} dB")
     if config.model == "StyleAutoencoder":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
-from folder import DataError, artist_of, cache_folder, hold_out, join, name_of, pixel_cache, read_metadata
+from folder import DataError, artist_of, cache_folder, hold_out, join, name_of, pixel_cache, read_metadata, title_of
 from layers import BatchNorm, Block, Dropout, Film, Normalise, Up, texture, trunk
 
 # The data set ---------------------------------------------------------------------------------------------------------
@@ -122,6 +122,12 @@ class WikiArt(Dataset):
         part = copy.copy(self)
         part.keep(chosen)
         return part
+
+    def named(self, items) -> str:
+        """Painters and titles of some paintings, for a caption."""
+        artists = (artist.replace("-", " ").title() for artist in self.artists[items])
+        titles = (title_of(path) for path in self.paths[items])
+        return "; ".join(": ".join(filter(None, pair)) for pair in zip(artists, titles, strict=True))
 
     def set_apart(self, share: float, seed: int) -> tuple["WikiArt", "WikiArt"]:
         """Training and validation part; the second holds about `share` of each class. Copies stay together."""

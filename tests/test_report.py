@@ -22,6 +22,9 @@ def test_links_and_images_resolve(page):
     assert links
     for link in links:
         assert (ROOT / page).parent.joinpath(link).exists(), link
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
     assert all(alternative for alternative in re.findall(r"!\[([^\]]*)\]", text))
 
 
