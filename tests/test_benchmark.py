@@ -165,7 +165,7 @@ def test_resnet18_trains(bench, demo):
 
 def test_two_processes_train_like_one(bench):
     found = measures.two_processes(bench)
-    assert found["two_processes_difference"] < 0.01  # of their length; AdamW turns a last digit into a whole step
+    assert found["two_processes_difference"] < 0.02  # of their length; AdamW turns a last digit into a whole step
     assert found["two_processes"] > 0
 
 
