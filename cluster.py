@@ -9,7 +9,8 @@
 Codes are standardised, reduced by PCA and grouped into as many clusters as there are styles. Writes into the run
 folder: codes/<source>.npz (codes, labels, artists and paths of the training and test paintings), clusters.md (the
 table) and facts.json; of each source tsne_<source>.png, pca_<source>.png, clusters_<source>.png (style by cluster),
-centroids_<source>.png (the paintings nearest to each centre), map_<source>.png and k_<source>.png.
+centroids_<source>.png (the paintings nearest to each centre), map_<source>.png and k_<source>.png. Beside the sheets of
+paintings stand painters and titles, in centroids_<source>.txt and map_<source>.txt, in the order in which one reads.
 """
 
 import hashlib
@@ -314,21 +315,25 @@ def draw(source, codes, raw, labels, clusters, classes, data, config) -> None:
 
     fit = data.fit_to_show(config.hide)
     centres = np.stack([codes[clusters == number].mean(0) for number in range(len(order))])
-    nearest = []
+    nearest, captions = [], []
     for number, centre in enumerate(centres):
         own = np.flatnonzero((clusters == number) & fit)
         own = own[np.argsort(((codes[own] - centre) ** 2).sum(1))][:8]
         pictures = np.full((8, *data.pixels.shape[1:]), 255, np.uint8)
         pictures[: len(own)] = data.pixels[data.rows[own]]
         nearest.append(pictures)
-    figures.grid(
-        run / f"centroids_{source}.png", np.stack(nearest), [""] * 8, names, f"{title}: nearest to each centre"
-    )
+        captions.append(f"{names[number]}: {data.named(own)}")
+    sheet = run / f"centroids_{source}.png"
+    figures.grid(sheet, np.stack(nearest), [""] * 8, names, f"{title}: nearest to each centre")
+    runs.write_text(sheet.with_suffix(".txt"), "\n\n".join(captions) + "\n")
     shown = np.flatnonzero(fit[chosen])
     if not len(shown):
         raise runs.Problem("--hide leaves no painting to show")
     pictures = [data.pixels[row] for row in data.rows[chosen[shown]]]
-    figures.thumbnails(run / f"map_{source}.png", places[shown], pictures, f"{source} codes laid out by t-SNE")
+    sheet = run / f"map_{source}.png"
+    drawn = figures.thumbnails(sheet, places[shown], pictures, f"{source} codes laid out by t-SNE")
+    captions = [data.named([item]) for item in chosen[shown[drawn]]]
+    runs.write_text(sheet.with_suffix(".txt"), "\n".join(captions) + "\n")
 
     ks = list(range(2, min(2 * len(classes) + 1, len(codes) - 1)))
     tried = [KMeans(k, n_init=3, random_state=config.seed).fit(codes) for k in ks]

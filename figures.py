@@ -134,16 +134,19 @@ def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], t
     save(figure, path)
 
 
-def thumbnails(path, places: np.ndarray, pictures: list[np.ndarray], title: str, cells: int = 28) -> None:
-    """Pictures uint8 (3, S, S) at their places (N, 2), one a cell of a square of cells; what finds none is left out."""
+def thumbnails(path, places: np.ndarray, pictures: list[np.ndarray], title: str, cells: int = 28) -> np.ndarray:
+    """Pictures uint8 (3, S, S) at their places (N, 2), one a cell of a square of cells; what finds none is left out.
+
+    Returns which were drawn, as one reads: by rows from the top, each from the left.
+    """
     low, high = places.min(0), places.max(0)
     wanted = ((places - low) / (high - low).clip(1e-9) * (cells - 1)).round().astype(int)
     side = 40
     canvas = np.full((cells * side, cells * side, 3), 255, np.uint8)
-    taken = set()
-    for (across, up), picture in zip(wanted, pictures, strict=True):
-        if (across, up) not in taken:
-            taken.add((across, up))
+    taken = {}
+    for number, ((across, up), picture) in enumerate(zip(wanted, pictures, strict=True)):
+        if (-up, across) not in taken:
+            taken[-up, across] = number
             top = (cells - 1 - up) * side
             thumbnail = Image.fromarray(picture.transpose(1, 2, 0)).resize((side, side), Image.Resampling.BOX)
             canvas[top : top + side, across * side : (across + 1) * side] = thumbnail
@@ -152,6 +155,7 @@ def thumbnails(path, places: np.ndarray, pictures: list[np.ndarray], title: str,
     axis.axis("off")
     axis.set_title(f"{title}: {len(taken)} of {len(pictures)} paintings")
     save(figure, path)
+    return np.array([taken[cell] for cell in sorted(taken)])
 
 
 def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str) -> None:

@@ -297,6 +297,7 @@ def study(model, checkpoint, config, device) -> None:
     facts = {
         "paintings": len(items),
         "shown": data.named(items[rows]),
+        "strength_shown": data.named(items[rows[:5]]),
         "strength": 1.0,
         "own_mse": float((rebuilt - originals).square().mean()),
     }

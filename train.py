@@ -304,9 +304,14 @@ def report(run, state, model, training, validation, drawn) -> None:
         state["epoch"],
     )  # fmt: skip
     largest_first = np.argsort(-training.counts(), kind="stable")
-    counts = {"paintings": training.counts()[largest_first], "drawn in an epoch": drawn[largest_first]}
+    counts, config = {"paintings": training.counts()}, state["config"]
+    counts[f"drawn in an epoch by {config['balance']}"] = drawn
+    if config["balance"] not in ("resample", "sampler"):  # which change the loss: what drawing them alike would do
+        order = BalancedSampler(training.labels, "resample", config["per_class"], config["seed"])
+        counts["drawn by resample"] = np.bincount(training.labels[list(order)], minlength=len(drawn))
+    counts = {name: each[largest_first] for name, each in counts.items()}
     names = [figures.plain(state["classes"][label]) for label in largest_first]
-    title = f"Training paintings per {state['config']['target']}"
+    title = f"Training paintings per {config['target']}"
     figures.bars(run / "classes.png", counts, names, title, "paintings", values=True)
     facts = {
         "model": state["model"],
@@ -325,7 +330,7 @@ def report(run, state, model, training, validation, drawn) -> None:
         "temperature": round(state["temperature"], 4),
         "cpu_minutes": round(sum(record["cpu_seconds"] for record in history) / 60, 2),
         "minutes": round(sum(record["seconds"] for record in history) / 60, 2),
-        **{key: state["config"][key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
+        **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
     }
     runs.add_facts(run, "train", facts, outdated=("test", "test_train", "cluster"))
 

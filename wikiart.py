@@ -127,7 +127,7 @@ class WikiArt(Dataset):
         """Painters and titles of some paintings, for a caption."""
         items = np.asarray(items)  # a tensor of one number would count as a number
         artists = (artist.replace("-", " ").title() for artist in self.artists[items])
-        titles = (title_of(path) for path in self.paths[items])
+        titles = (title_of(path).capitalize() for path in self.paths[items])
         return "; ".join(": ".join(filter(None, pair)) for pair in zip(artists, titles, strict=True))
 
     def set_apart(self, share: float, seed: int) -> tuple["WikiArt", "WikiArt"]:

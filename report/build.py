@@ -20,7 +20,7 @@ REPORT = Path(__file__).resolve().parent
 README = REPORT.parent / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
-FIGURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
+FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
 FRONT = {
     "Do paintings of a style lie together?": "map_manner.png",
     "What is left of a painting in a few numbers?": "reconstructions.png",

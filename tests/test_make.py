@@ -130,9 +130,9 @@ def test_the_report_is_only_published_from_real_paintings(project):
     wanted = ("report", f"WIKIART={project}/paintings")
     ran, _ = make(project, *wanted)
     variants = 8 * ["train_autoencoder.py", "style_transfer.py"]
-    rest = [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "style_transfer.py", "benchmark.py"]
+    rest = [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "style_transfer.py"]
     demo = ["demo.py", *STAGES, "report/build.py", "lora.py", "lora.py"]
-    assert ran == ["embed.py", "embed.py", *rest, *demo, "report/build.py"]
+    assert ran == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", "report/build.py"]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     old = project / "runs/paintings/seeds/0/classifier.pt"
     old.parent.mkdir(parents=True, exist_ok=True)
