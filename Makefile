@@ -100,7 +100,7 @@ $(RUN)/judge/classifier.pt: train.py judge.json $(SHARED)
 # A second judge where there is one: embed.py --shrink 64 makes it.
 JUDGES = --judges judge $(notdir $(wildcard $(RUN)/embed_*_64.pt))
 
-$(RUN)/style_grid.png: style_transfer.py scores.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
+$(RUN)/style_grid.png: style_transfer.py baselines.py scores.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
 	$(PY) style_transfer.py $(FLAGS) --method adain $(JUDGES)
 	$(PY) style_transfer.py $(FLAGS) --method wct $(JUDGES)
 	$(PY) style_transfer.py $(FLAGS) $(JUDGES)
@@ -145,14 +145,14 @@ $(VARIANTS): $(RUN)/style_grid_%.png: train_autoencoder.py style_transfer.py los
 
 # What others trained, to compare with; LITES="0.pth 1.pth 2.pth" are files of these weights, else they come from the hub.
 lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
-$(RUN)/embed.md: embed.py scores.py $(SHARED)
+$(RUN)/embed.md: embed.py backbones.py scores.py $(SHARED)
 	$(PY) embed.py $(FLAGS) --backbone $(lites) $(if $(LITES),--weights $(LITES))
 
 $(RUN)/embed_tf_efficientnet_lite0_64.pt: $(RUN)/embed.md
 	$(PY) embed.py $(FLAGS) --backbone $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES))) \
 	    --target style --shrink 64
 
-$(RUN)/style_grid_magenta.png: style_transfer.py scores.py figures.py $(RUN)/style_grid.png
+$(RUN)/style_grid_magenta.png: style_transfer.py baselines.py scores.py figures.py $(RUN)/style_grid.png
 	$(PY) style_transfer.py $(FLAGS) --method magenta --paintings 16 $(JUDGES)
 
 # The demo has scenes whose true picture in every manner is known, and teaches the small text-to-image model.

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import runs
 from figures import plain
-from folder import as_rgb, read_picture
+from folder import open_rgb, read_picture
 
 try:
     import diffusers
@@ -255,8 +255,7 @@ def over_pictures(pipe):
 
 def open_picture(path, side: int) -> Image.Image:
     """A file in its own proportions, with about side x side pixels, sides in multiples of 64."""
-    with Image.open(path) as file:
-        picture = as_rgb(ImageOps.exif_transpose(file))
+    picture = open_rgb(path, 2 * side)
     scale = side / (picture.width * picture.height) ** 0.5
     return picture.resize([max(64, round(scale * length / 64) * 64) for length in picture.size])
 

@@ -399,10 +399,11 @@ def resume(wanted: bool, partial: Path, fresh: dict, parts: dict) -> dict:
 def check_same(state: dict, fresh: dict, path: Path) -> None:
     """Raise a Problem if the settings or the paintings are other than those that `path` was trained with."""
     for key, value in fresh["config"].items():
-        if state["config"].get(key) != value:
-            raise Problem(f"{path} was trained with {key} = {state['config'].get(key)}, now it is {value}: "
+        old = state.get("config", {}).get(key)
+        if old != value:
+            raise Problem(f"{path} was trained with {key} = {old}, now it is {value}: "
                           "give the old setting, or delete the file to train anew")  # fmt: skip
-    if state["fingerprint"] != fresh["fingerprint"]:
+    if state.get("fingerprint") != fresh["fingerprint"]:
         raise Problem(f"the paintings have changed since {path} was written: delete it to train anew")
 
 

@@ -42,6 +42,7 @@ def main(argv=None):
     settings = read_settings(given)
     folder = Path(config.run) / config.name
     layers = [part for path in config.config or [] for part in ("-c", path)]
+    lock = runs.claim(folder, "tune")
     common = [*layers, "--data", config.data, "--device", config.device]
 
     def one(name):
@@ -69,6 +70,7 @@ def main(argv=None):
         }
     summary["cpu_minutes"] = [found["train"]["cpu_minutes"] for found in facts.values()]
     runs.add_facts(config.run, config.name, summary)
+    lock.close()
 
 
 def read_settings(given: str) -> dict[str, dict]:

