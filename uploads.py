@@ -1,5 +1,6 @@
 """What strangers send to page.py: held in memory and within limits, and opened by few decoders."""
 
+import asyncio
 import io
 import secrets
 import threading
@@ -20,6 +21,7 @@ from folder import FORMATS, read_picture
 
 HELD, FILES = 2**30, 1000  # bytes and number of the uploads that are held, at most
 FORGET = 3600  # seconds after which an upload is forgotten
+PATIENCE = 30  # seconds in which more of a request has to come
 MultiPartParser.spool_max_size = 0  # no limit: what is larger would be written to the disk
 # Of Gradio's own addresses those that the page and the API need. The rest reads files, or fetches from elsewhere.
 OPEN = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run",
@@ -80,7 +82,8 @@ def upload_routes(uploads: Uploads, folder: str) -> list[Route]:
 class Guard:
     """Turns away what is larger than it may be, before it is read, and addresses that nobody here needs.
 
-    All requests that are arriving together may have HELD bytes: each is small, but there can be many.
+    All requests that are arriving together may have HELD bytes: each is small, but there can be many. Who stops sending
+    in the middle keeps them from others for PATIENCE at most.
     """
 
     def __init__(self, app, megabytes: float):
@@ -89,11 +92,15 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http" and (refusal := self.refuse(scope)):
             return await PlainTextResponse(refusal[1], status_code=refusal[0])(scope, receive, send)
-        own = 0
+        own, whole = 0, False
 
         async def counted():
-            nonlocal own
-            message = await receive()
+            nonlocal own, whole
+            try:  # once the request is whole, what is waited for is the client's leaving
+                message = await (receive() if whole else asyncio.wait_for(receive(), PATIENCE))
+            except asyncio.TimeoutError:
+                raise HTTPException(408, "the rest of the request did not come") from None
+            whole = not message.get("more_body")
             size = len(message.get("body", b""))
             own, self.arriving = own + size, self.arriving + size
             if self.arriving > HELD:

@@ -463,6 +463,41 @@ def test_what_arrives_at_once_has_a_limit(monkeypatch):
     assert guard.arriving == 0
 
 
+def test_who_stops_in_the_middle_of_an_upload_is_turned_away(monkeypatch):
+    monkeypatch.setattr(uploads, "PATIENCE", 0.01)
+    app = Starlette(routes=uploads.upload_routes(uploads.Uploads(), "folder"))
+    guard, answers = uploads.Guard(app, 1), []
+    headers = [(b"content-length", b"999"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers, "query_string": b""}
+    arriving = iter([{"type": "http.request", "body": b"--x\r\n", "more_body": True}])
+
+    async def receive():
+        return next(arriving, None) or await asyncio.Event().wait()
+
+    async def send(message):
+        answers.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    assert answers[0]["status"] == 408
+    assert guard.arriving == 0
+
+
+def test_who_waits_for_an_answer_is_not(monkeypatch):
+    monkeypatch.setattr(uploads, "PATIENCE", 0.01)
+    arriving = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive():
+        return next(arriving, None) or await asyncio.sleep(0.1, {"type": "http.disconnect"})
+
+    async def streaming(scope, receive, send):
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+
+    asyncio.run(
+        uploads.Guard(streaming, 1)({"type": "http", "method": "GET", "path": "/", "headers": []}, receive, None)
+    )
+
+
 # The API
 
 
