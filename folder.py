@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -240,8 +241,8 @@ def name_of(path: str) -> str:
 
 
 def title_of(path: str) -> str:
-    """The title in a file name, in plain words."""
-    return name_of(path).partition("_")[2].replace("-", " ")
+    """The title in a file name, in plain words; WikiArt numbers works of one title: (1), (2)."""
+    return re.sub(r"\(\d+\)$", "", name_of(path).partition("_")[2]).replace("-", " ")
 
 
 def read_metadata(path: Path) -> dict[str, dict]:

@@ -355,8 +355,10 @@ def look(run, state, model, data, levels, pca, config, device, when: str) -> Non
     names = level_names(config, pca)
     panels = {"mean squared error": {"training crops": "mse", "validation": "val_mse"},
               "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"}}  # fmt: skip
-    lines = {"mean squared error": {names[key]: value for key, value in levels.items()},
-             "PSNR, dB": {names[key]: psnr(value) for key, value in levels.items()}}  # fmt: skip
+    lines = {
+        "mean squared error": {name: levels[key] for key, name in names.items()},
+        "PSNR, dB": {names["pca"]: psnr(levels["pca"])},
+    }  # the nearest alone, so that one sees the difference
     path = run / "autoencoder_curves.png"
     figures.curves(path, state["history"], panels, state["epoch"], lines, logarithmic=("mean squared error",))
     show(run, model, data, config, device, when, pca)
@@ -364,9 +366,9 @@ def look(run, state, model, data, levels, pca, config, device, when: str) -> Non
 
 def level_names(config, pca) -> dict[str, str]:
     return {
-        "mean_image": "the mean painting",
-        "mean_colour": "own mean colour",
         "pca": f"PCA, {pca.n_components_} numbers",
+        "mean_colour": "own mean colour",
+        "mean_image": "the mean painting",
     }
 
 

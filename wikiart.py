@@ -125,10 +125,10 @@ class WikiArt(Dataset):
 
     def named(self, items) -> str:
         """Painters and titles of some paintings, for a caption."""
-        items = np.asarray(items)  # a tensor of one number would count as a number
-        artists = (artist.replace("-", " ").title() for artist in self.artists[items])
-        titles = (title_of(path).capitalize() for path in self.paths[items])
-        return "; ".join(": ".join(filter(None, pair)) for pair in zip(artists, titles, strict=True))
+        return "; ".join(": ".join(filter(None, self.painter_and_title(item))) for item in np.asarray(items))
+
+    def painter_and_title(self, item) -> tuple[str, str]:
+        return self.artists[item].replace("-", " ").title(), title_of(self.paths[item]).capitalize()
 
     def set_apart(self, share: float, seed: int) -> tuple["WikiArt", "WikiArt"]:
         """Training and validation part; the second holds about `share` of each class. Copies stay together."""

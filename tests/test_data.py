@@ -225,6 +225,7 @@ def test_artists_titles_and_metadata(folder):
     assert files.artist_of("train/A/noname.jpg") == ""
     assert files.name_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
     assert files.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
+    assert files.title_of("A/claude-monet_water-lilies-1907(2).jpg") == "water lilies 1907"
 
 
 def test_twenty_seven_styles_some_missing_from_test(tmp_path):
