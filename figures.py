@@ -26,9 +26,10 @@ plt.rcParams.update(
     }
 )
 
-# Nine hues of Paul Tol's "bright" and "muted" schemes, told apart by colour-blind readers too; past nine classes the
-# same hues come back with another marker and line, so that 27 classes are 9 colours x 3 markers.
-HUES = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#999933", "#332288", "#555555"]
+# Nine hues of Paul Tol's and of Okabe and Ito's schemes, told apart by colour-blind readers too: tests/test_figures.py.
+# Those nearest to each other have different markers. Past nine classes the same hues come back with another marker and
+# line, so that 27 classes are 9 colours x 3 markers.
+HUES = ["#4477AA", "#E69F00", "#1B1B1B", "#EE6677", "#332288", "#88CCEE", "#997700", "#882255", "#DDCC77"]
 MARKERS = ["o", "^", "s"]
 LINES = ["-", "--", ":"]
 
@@ -117,15 +118,16 @@ def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: st
 
 
 def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], title: str) -> None:
-    """Points in the plane, a panel each: {name: (places (N, 2), numbers (N,), names of the numbers)}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 5.6), squeeze=False, layout="constrained")
-    for axis, (name, (places, numbers, names)) in zip(axes[0], panels.items(), strict=True):
+    """Points in the plane, in panels: {name: (places (N, 2), numbers (N,), names of the numbers)}."""
+    figure, axes = plt.subplots(len(panels), figsize=(8.2, 5.6 * len(panels)), squeeze=False, layout="constrained")
+    for axis, (name, (places, numbers, names)) in zip(axes.flat, panels.items(), strict=True):
         for number, label in enumerate(names):
             own = places[numbers == number]
             style = look(number)
             axis.scatter(*own.T, s=max(4, min(22, 3e4 / len(places))), color=style["color"], marker=style["marker"],
                          linewidths=0, alpha=0.75, label=plain(label))  # fmt: skip
         axis.set(title=name, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
         axis.grid(False)
         legend = axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, fontsize=9)
         for handle in legend.legend_handles:
@@ -171,8 +173,11 @@ def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str
     save(figure, path)
 
 
-def bars(path, groups: dict[str, list], labels: list[str], title: str, ylabel: str, values: bool = False) -> None:
-    """Bars side by side: for each label one of every group, {"before": (labels,), "after": (labels,)}."""
+def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values: bool = False, level=None) -> None:
+    """Bars side by side: for each label one of every group, {"before": (labels,), "after": (labels,)}.
+
+    With their `values` written above them, and a dashed line at a `level`, where these are given.
+    """
     figure, axis = plt.subplots(figsize=(max(7.5, 0.3 * len(labels) * min(len(groups), 4)), 4))
     width = 0.8 / len(groups)
     for number, (name, heights) in enumerate(groups.items()):
@@ -180,6 +185,8 @@ def bars(path, groups: dict[str, list], labels: list[str], title: str, ylabel: s
         drawn = axis.bar(places, heights, width, label=plain(name), color=HUES[number % len(HUES)])
         if values:
             axis.bar_label(drawn, fmt="%d", fontsize=8, rotation=90, padding=2)
+    if level is not None:
+        axis.axhline(level, color="0.3", lw=1.2, ls="--")
     axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axis.set(title=title, ylabel=ylabel)
     axis.margins(x=0.01, y=0.18 if values else 0.05)
@@ -192,7 +199,7 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
     """Pictures uint8 (N, 3, S, S) in rows, a caption of a few lines below each."""
     rows = max(1, -(-len(images) // columns))
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, (2 + 0.19 * lines) * rows + 0.4),
+    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, (2.1 + 0.19 * lines) * rows + 0.4),
                                 squeeze=False, layout="constrained")  # fmt: skip
     for axis in axes.flat:
         axis.axis("off")
@@ -204,10 +211,10 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
 
 
 def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
-    """The picture, grey and dark but for the regions whose evidence (h, w) is positive."""
-    share = Image.fromarray((255 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
+    """The picture in grey, tinted orange where the evidence (h, w) is positive."""
+    share = Image.fromarray((170 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
     share = share.resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(image, image.convert("L").point(lambda value: value * 0.35).convert("RGB"), share)
+    return Image.composite(Image.new("RGB", image.size, HUES[1]), image.convert("L").convert("RGB"), share)
 
 
 def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None = None, title: str = "") -> None:

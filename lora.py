@@ -327,8 +327,8 @@ def grid(config, words) -> None:
         for seed in range(min(config.pictures, max(1, 4 // len(shown)))):
             rows.append([pixels[number * config.pictures + seed] for number in range(len(config.prompts))
                          for pixels in pairs])  # fmt: skip
-            titles.append(figures.plain(style))
-    columns = [title for prompt in config.prompts for title in (prompt, "with LoRA")]
+            titles.append(figures.plain(style) + f", noise {seed + 1}" * (len(shown) < 4))
+    columns = [title for prompt in config.prompts for title in (prompt, "the same, with LoRA")]
     figures.grid(run / "lora_grid.png", np.array(rows), columns, titles, "Without and with LoRA")
     facts = {"pictures": sum(len(pixels) for pixels, _ in shown.values())} | hit_rates(shown, config)
     runs.add_facts(run, "lora", known_facts(run, lambda key: key.startswith("hit_rate")) | facts)

@@ -281,7 +281,7 @@ def build(labeller, artist, corrections, uploads: Uploads, config) -> gr.Blocks:
             if labeller.kind == "CNN":
                 evidence = labeller.evidence(pixels, int(probabilities.argmax()))
                 where = f"What spoke for {plain(guess)}: most of all the {place_of(evidence)}"
-                pictures.append(figure(figures.highlight(image, evidence), where, f"{where}. Dark and grey: nothing."))
+                pictures.append(figure(figures.highlight(image, evidence), where, f"{where}. Grey: nothing."))
             else:
                 pictures.append("<p>Regions that spoke for it are shown for a CNN of train.py alone: the answer of "
                                 f"this classifier ({labeller.kind}) is no sum over regions.</p>")  # fmt: skip

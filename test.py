@@ -129,10 +129,10 @@ def write_tables(run, suffix, data, truth, probabilities, classes) -> tuple[list
     with runs.replacing(run / f"predictions{suffix}.csv") as path:
         named = ((file, *rest) for file, rest in zip(data.paths, said, strict=True))
         write_csv(path, ("path", "class", "predicted", "probability"), named)
-    there = [row for row in rows if row[4]]
-    best, worst = max(there, key=lambda row: row[2]), min(there, key=lambda row: row[2])
+    there = [(figures.plain(name), recall) for name, _, recall, _, number in rows if number]
+    best, worst = (chosen(there, key=lambda row: row[1]) for chosen in (max, min))
     recalls = {name: round(float(recall), 4) for name, _, recall, _, number in rows if number}
-    extremes = {"best_class": best[0], "best_recall": best[2], "worst_class": worst[0], "worst_recall": worst[2]}
+    extremes = {"best_class": best[0], "best_recall": best[1], "worst_class": worst[0], "worst_recall": worst[1]}
     extremes = {key: value if isinstance(value, str) else float(value) for key, value in extremes.items()}
     numbers = {name: int(number) for name, *_, number in rows}
     return lines, extremes | {"recalls": recalls, "class_sizes": numbers}
@@ -176,15 +176,15 @@ def draw_paintings(run, suffix, data, truth, probabilities, checkpoint, config) 
     def told(row):
         return f"said {classes[guesses[row]]} {sure[row]:.0%}"
 
-    rows = [row for own in each for row in own[: 3 if len(classes) < 12 else 1]]
+    rows = [row for own in each for row in own[: 2 if len(classes) < 12 else 1]]
     captions = [f"{name_and_title(data, row)}\n{classes[truth[row]]}" for row in rows]
-    sheet("samples", data.pixels[data.rows[rows]], captions, 6, f"Some of the {config.split} paintings")
+    sheet("samples", data.pixels[data.rows[rows]], captions, 4, f"Some of the {config.split} paintings")
 
     wrong = [row for row in np.argsort(-sure, kind="stable") if guesses[row] != truth[row] and fit[row]]
     wrong = wrong[: config.mistakes]
     captions = [f"{name_and_title(data, row)}\nis {classes[truth[row]]}\n{told(row)}" for row in wrong]
     title = f"The surest mistakes on {config.split} paintings" if wrong else "No mistakes to show"
-    sheet("mistakes", data.pixels[data.rows[wrong]], captions, 6, title)
+    sheet("mistakes", data.pixels[data.rows[wrong]], captions, 4, title)
 
     if checkpoint["model"] == "CNN":
         model, pictures, captions = build_model(checkpoint), [], []
@@ -195,7 +195,7 @@ def draw_paintings(run, suffix, data, truth, probabilities, checkpoint, config) 
             lit = figures.highlight(Image.fromarray(pixels.transpose(1, 2, 0)), evidence)
             pictures += [pixels, np.asarray(lit).transpose(2, 0, 1)]
             captions += [name_and_title(data, row), f"for {classes[truth[row]]}\n{told(row)}"]
-        sheet("regions", pictures, captions, 4, "Bright: what spoke for the painting's own style")
+        sheet("regions", pictures, captions, 4, "Orange: what spoke for the painting's own style")
 
 
 def name_and_title(data, row: int) -> str:
