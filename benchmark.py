@@ -100,7 +100,8 @@ def main(argv=None):
                 print(f"measuring {name}", flush=True)
                 facts = note(run, MEASURES[name](bench), how)
                 print(line_of(name, facts) if name in facts else f"{name}: not reached", flush=True)
-    facts = note(run, on_paper(config, facts), how)
+    short = [row.what for name, row in ROWS.items() if row.reach and name in facts and reached(name, facts[name]) < 1]
+    facts = note(run, on_paper(config, facts) | {"short_of_goal": "; ".join(short) or "nothing"}, how)
     header = [
         "| measure | beside | ratio | from turn to turn | to reach | stretch | ours | theirs | in |",
         "|---" * 9 + "|",
@@ -137,14 +138,18 @@ def line_of(name: str, facts: dict) -> str:
     return f"| {' | '.join([row.what, row.beside, f'{facts[name]:{row.form}}', turns, *aims, *sides, row.unit])} |"
 
 
+def reached(name: str, value: float) -> float:
+    """The share of its goal that a measure reaches; 1 and more are good."""
+    return ROWS[name].reach / max(value, 1e-9) if ROWS[name].less else value / ROWS[name].reach
+
+
 def draw(path: Path, facts: dict) -> None:
     """Every measure in per cent of what it should reach."""
     shown = [name for name in ROWS if name in facts and ROWS[name].reach]
     most = 300
 
     def share(name, value):
-        better = ROWS[name].reach / max(value, 1e-9) if ROWS[name].less else value / ROWS[name].reach
-        return min(100 * better, most)
+        return min(100 * reached(name, value), most)
 
     groups = {"measured": [share(name, facts[name]) for name in shown],
               "a further goal": [share(name, ROWS[name].stretch or ROWS[name].reach) for name in shown]}  # fmt: skip

@@ -244,8 +244,8 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
 def front(path, panels: dict[str, object]) -> None:
     """Four finished figures on one picture, two above each other on the left, two on the right: {title: PNG file}."""
     pictures = [Image.open(file).convert("RGB") for file in panels.values()]
-    pictures = [each.crop((0, 0, each.width, round(0.645 * each.width))) if each.height > 1.1 * each.width else each
-                for each in pictures]  # of a high one two rows of four paintings  # fmt: skip
+    pictures = [each.crop((0, 0, each.width, round(0.69 * each.width))) if each.height > 1.1 * each.width else each
+                for each in pictures]  # of a high one the upper panel  # fmt: skip
     heights = [each.height / each.width + 0.1 for each in pictures]
     figure = plt.figure(figsize=(12, 9.6), layout="constrained")
     for number, half in enumerate(figure.subfigures(1, 2)):

@@ -22,9 +22,9 @@ RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", r
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
 FRONT = {
-    "Do paintings of a style lie together?": "map_manner.png",
+    "How often is each style recognised?": "confusion.png",
     "What is left of a painting in a few numbers?": "reconstructions.png",
-    "Which style, and what speaks for it?": "regions.png",
+    "Do paintings of a style lie together?": "tsne_manner.png",
     "The same painting in another style": "style_grid.png",
 }
 

@@ -203,3 +203,8 @@ def test_works_take_turns():
     spent = measures.in_turns(2, works)
     assert seen == list("ab" * 3)  # the first round warms up
     assert [len(seconds) for seconds in spent.values()] == [2, 2]
+
+
+def test_what_falls_short_of_its_goal_is_known():
+    assert benchmark.reached("memory", 0.005) == 2  # at most a hundredth
+    assert benchmark.reached("cache", 1) == 0.5  # at least twice as fast

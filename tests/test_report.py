@@ -56,3 +56,8 @@ def test_a_report_of_ones_own_run_and_a_missing_fact(tmp_path):
     assert "test.accuracy" in clear_line(script("report/build.py", "--run", tmp_path))
     (tmp_path / "facts.json").unlink()
     assert "run make first" in clear_line(script("report/build.py", "--run", tmp_path))
+
+
+def test_one_training_in_two_tables_has_one_figure():
+    facts = json.loads((ROOT / "report/facts.json").read_text())
+    assert facts["balance"]["logit"] == facts["ablation"]["everything"]
