@@ -165,7 +165,7 @@ publish: $(RUN)/embed.md $(RUN)/embed_tf_efficientnet_lite0_64.pt pipeline $(COM
 	@$(MAKE) --no-print-directory -j1 SETTINGS='$(SETTINGS)' $(RUN)/label.txt $(RUN)/benchmark.md
 	$(PY) report/build.py --run $(RUN) --publish
 
-$(RUN)/label.txt: label.py page.py uploads.py $(RUN)/classifier.pt
+$(RUN)/label.txt: label.py page.py panels.py uploads.py $(RUN)/classifier.pt
 	$(PY) label.py $(DATA)/test --measure $(SETTINGS) --run $(RUN) > $@.new
 	mv $@.new $@
 

@@ -30,9 +30,11 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+import corrections
 import folder as files
 import label
 import page
+import panels
 import runs
 import scores
 import test as evaluation
@@ -61,7 +63,7 @@ def asker(labeller, run, demo, artist=None):
     """Asks a function of the page, by its name, what it says of a picture's bytes; without a server."""
     held = uploads.Uploads()
     config = SimpleNamespace(run=str(run), data=str(demo), hide=[], megapixels=100, batch_size=8)
-    blocks = page.build(labeller, artist, label.Corrections(run / "corrections.sqlite"), held, config)
+    blocks = page.build(labeller, artist, corrections.Corrections(run / "corrections.sqlite"), held, config)
     functions = {each.name: each.fn for each in blocks.fns.values()}
     return lambda name, data: functions[name]({"path": held.put("a.png", data)})
 
@@ -388,9 +390,9 @@ def test_no_other_decoder_sees_an_upload(asked, paintings, tmp_path):
         assert len(trap.shown) == 1
         for name in ("look", "label"):
             asked(name, paintings[0])
-        store = label.Corrections(tmp_path / "corrections.sqlite")
+        store = corrections.Corrections(tmp_path / "corrections.sqlite")
         store.add("a.png", paintings[0], "m", "Cubism", 0.5, "Rococo")
-        label.export(store, tmp_path / "exported")
+        corrections.export(store, tmp_path / "exported")
         for name, (data, _) in TURNED_AWAY.items():
             with pytest.raises(page.gr.Error):
                 asked("look", data)
@@ -404,7 +406,7 @@ def test_a_stylist_sees_uploads_of_the_same_formats(paintings, tmp_path):
         "data": {"size": 32, "resize": "squash"},
         "weights": wikiart.make_model("StyleAutoencoder", arguments).state_dict()})  # fmt: skip
     with Trap() as trap:
-        painted = page.Painter(SimpleNamespace(run=tmp_path), torch.device("cpu")).paint(paintings[0], "B")
+        painted = panels.Painter(SimpleNamespace(run=tmp_path), torch.device("cpu")).paint(paintings[0], "B")
     assert painted.size == Image.open(io.BytesIO(paintings[0])).size
     assert not trap.shown
 
@@ -718,8 +720,8 @@ def test_it_listens_on_loopback_alone(server):
 def test_a_correction_is_there_after_kill_9(run, tmp_path):
     """A process that says a correction is saved, and is killed at once: again and again, none is lost."""
     code = (
-        "import label, sys\n"
-        "store, number = label.Corrections(sys.argv[1]), 0\n"
+        "import corrections, sys\n"
+        "store, number = corrections.Corrections(sys.argv[1]), 0\n"
         "while True:\n"
         "    store.add('a_b.png', b'%d' % number, 'model', 'Cubism', 0.5, 'Rococo')\n"
         "    print(number, flush=True)\n"
@@ -743,7 +745,7 @@ def test_a_correction_is_there_after_kill_9(run, tmp_path):
 
 
 def test_two_threads_correct_at_once(tmp_path):
-    store = label.Corrections(tmp_path / "corrections.sqlite")
+    store = corrections.Corrections(tmp_path / "corrections.sqlite")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: store.add("a.png", b"%d" % number, "m", "Cubism", 0.5, "Rococo"), range(64)))
     assert sorted(int(data) for _, _, data, _ in store.latest()) == list(range(64))
@@ -751,7 +753,7 @@ def test_two_threads_correct_at_once(tmp_path):
 
 def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
     run, target = tmp_path / "run", tmp_path / "exported"
-    store = label.Corrections(run / "corrections.sqlite")
+    store = corrections.Corrections(run / "corrections.sqlite")
     files = sorted((demo / "train").rglob("*.jpg"))
     for path in files:
         store.add(path.name, path.read_bytes(), "model", "Wrong", 0.4, path.parent.name)
@@ -774,23 +776,23 @@ def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
 
 
 def test_test_paintings_are_not_exported_into_training(demo, tmp_path, capsys):
-    store = label.Corrections(tmp_path / "corrections.sqlite")
+    store = corrections.Corrections(tmp_path / "corrections.sqlite")
     tested, other = tmp_path / "data/test/Dots/one.png", tmp_path / "other.png"
     for number, path in enumerate((picture(tested, 1), picture(other, 2))):
         store.add(f"new-{number}.png", path.read_bytes(), "m", "Dots", 0.5, "Dots")
-    label.export(store, tmp_path / "data/train")
+    corrections.export(store, tmp_path / "data/train")
     assert [path.read_bytes() for path in (tmp_path / "data/train").rglob("*.png")] == [other.read_bytes()]
     assert "new-0.png is a test painting" in capsys.readouterr().err
 
 
 def test_names_of_uploads_lead_nowhere_else(tmp_path):
-    store = label.Corrections(tmp_path / "corrections.sqlite")
+    store = corrections.Corrections(tmp_path / "corrections.sqlite")
     names = ["../../evil.png", "/etc/passwd", "..", ".", "", "a/b\\c.png", "x" * 300 + ".png", "\x00\n.png"]
     for number, name in enumerate(names):
         picture(tmp_path / "a.png", number)
         store.add(name, (tmp_path / "a.png").read_bytes(), "m", "Cubism", 0.5, "Cubism")
     (tmp_path / "a.png").unlink()
-    label.export(store, tmp_path / "exported")
+    corrections.export(store, tmp_path / "exported")
     assert len(list((tmp_path / "exported/Cubism").glob("*.png"))) == len(names)
     assert not [path for path in tmp_path.rglob("*.png") if path.parent != tmp_path / "exported/Cubism"]
 
@@ -808,12 +810,12 @@ def test_measuring_gives_the_facts(demo, run):
 
 def test_the_collection_is_a_table_of_years(demo, run, trained):
     shutil.copy(trained / "facts.json", run)
-    shown = page.collection(SimpleNamespace(run=str(run), data=str(demo)))
+    shown = panels.collection(SimpleNamespace(run=str(run), data=str(demo)))
     sizes = json.loads((trained / "facts.json").read_text())["train"]["class_sizes"]
     for name, size in sizes.items():
         assert f"{name.replace('_', ' ')}: <b>{size}</b>" in shown
     rows = [{"path": f"train/A/{number}.jpg", "year": year} for number, year in enumerate((1601, "c. 1622", "", 1910))]
-    found = page.years({row["path"]: row | {"year": str(row["year"])} for row in rows})
+    found = panels.years({row["path"]: row | {"year": str(row["year"])} for row in rows})
     assert "1600 to 1649" in found
     assert ">2<" in found
-    assert page.years({}) == "<p>metadata.csv of the data knows no years.</p>"
+    assert panels.years({}) == "<p>metadata.csv of the data knows no years.</p>"
