@@ -34,9 +34,10 @@ STAGES :=
 endif
 
 FLAGS = $(SETTINGS) $(STAGES) --data $(DATA) --run $(RUN)
-SHARED := wikiart.py layers.py windows.py folder.py runs.py config.json cpu.json demo.json $(RUN)/inputs.txt
+SHARED := wikiart.py layers.py windows.py folder.py runs.py config.json $(filter %.json,$(SETTINGS) $(STAGES)) \
+    $(RUN)/inputs.txt
 
-.PHONY: all pipeline embed features lora painter serve benchmark report publish test lint clean FORCE
+.PHONY: all pipeline embed features backbones lora painter serve benchmark report publish test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -86,7 +87,8 @@ $(RUN)/manner/autoencoder.pt: train_autoencoder.py losses.py $(SHARED)
 	$(PY) train_autoencoder.py $(FLAGS) --run $(RUN)/manner --manner-weight 0.15 \
 	    $(if $(wildcard $(RUN)/manner/autoencoder.partial.pt),--resume)
 
-$(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/manner/autoencoder.pt $(RUN)/classifier.pt
+$(RUN)/clusters.md: cluster.py figures.py $(RUN)/autoencoder.pt $(RUN)/manner/autoencoder.pt $(RUN)/classifier.pt \
+    $(wildcard $(RUN)/embed_*.pt)
 	$(PY) cluster.py $(FLAGS) --codes all --renew
 
 style_epochs := $(if $(WIKIART),--epochs 14)
@@ -100,7 +102,8 @@ $(RUN)/judge/classifier.pt: train.py judge.json $(SHARED)
 # A second judge where there is one: embed.py --shrink 64 makes it.
 JUDGES = --judges judge $(notdir $(wildcard $(RUN)/embed_*_64.pt))
 
-$(RUN)/style_grid.png: style_transfer.py baselines.py scores.py figures.py losses.py $(RUN)/style.pt $(RUN)/judge/classifier.pt
+$(RUN)/style_grid.png: style_transfer.py baselines.py scores.py figures.py losses.py $(RUN)/style.pt \
+    $(RUN)/judge/classifier.pt $(wildcard $(RUN)/embed_*_64.pt)
 	$(PY) style_transfer.py $(FLAGS) --method adain $(JUDGES)
 	$(PY) style_transfer.py $(FLAGS) --method wct $(JUDGES)
 	$(PY) style_transfer.py $(FLAGS) $(JUDGES)
@@ -112,6 +115,7 @@ report:
 	@echo 'make report publishes a run on real paintings: give WIKIART=/path'; exit 1
 else
 report: $(VENV)/ready $(VENV)/ready-embed $(VENV)/ready-magenta $(VENV)/ready-lora $(VENV)/ready-label
+	$(call with_settings,backbones)
 	$(call with_settings,publish)
 endif
 
@@ -123,7 +127,7 @@ ablation := report/ablation.json
 ablation_flags := --epochs 8
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md)
 
-$(COMPARISONS): $(RUN)/%.md: $(RUN)/inputs.txt config.json cpu.json report/ablation.json | $(RUN)/report.txt
+$(COMPARISONS): $(RUN)/%.md: $(SHARED) report/ablation.json | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $^; do find $(RUN)/$* \( -name classifier.pt -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
@@ -137,18 +141,22 @@ style_absolute := --told style
 style_means := --embed means
 style_spy := --spy-weight 0.1
 style_all :=
-VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,course hit texture critic absolute means spy all)
-$(VARIANTS): $(RUN)/style_grid_%.png: train_autoencoder.py style_transfer.py losses.py $(RUN)/style_grid.png
+variants := course hit texture critic absolute means spy all
+VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,$(variants))
+$(patsubst %,$(RUN)/style_%/style.pt,$(variants)): $(RUN)/style_%/style.pt: train_autoencoder.py losses.py \
+    $(RUN)/autoencoder.pt $(RUN)/classifier.pt
 	$(PY) train_autoencoder.py $(FLAGS) --model StyleAutoencoder --run $(RUN)/style_$* --start $(RUN)/autoencoder.pt \
 	    --guide $(RUN)/classifier.pt --epochs 5 $(style_$*) $(if $(wildcard $(RUN)/style_$*/style.partial.pt),--resume)
+
+$(VARIANTS): $(RUN)/style_grid_%.png: $(RUN)/style_%/style.pt $(RUN)/style_grid.png
 	$(PY) style_transfer.py $(FLAGS) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 100 $(JUDGES)
 
 # What others trained, to compare with; LITES="0.pth 1.pth 2.pth" are files of these weights, else they come from the hub.
 lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
-$(RUN)/embed.md: embed.py backbones.py scores.py $(SHARED)
+$(RUN)/embed_tf_efficientnet_lite2.pt: embed.py backbones.py scores.py $(SHARED)
 	$(PY) embed.py $(FLAGS) --backbone $(lites) $(if $(LITES),--weights $(LITES))
 
-$(RUN)/embed_tf_efficientnet_lite0_64.pt: $(RUN)/embed.md
+$(RUN)/embed_tf_efficientnet_lite0_64.pt: $(RUN)/embed_tf_efficientnet_lite2.pt
 	$(PY) embed.py $(FLAGS) --backbone $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES))) \
 	    --target style --shrink 64
 
@@ -159,14 +167,16 @@ $(RUN)/style_grid_magenta.png: style_transfer.py baselines.py scores.py figures.
 $(RUN)/demo: FORCE
 	+$(MAKE) --no-print-directory WIKIART= RUN=$(RUN)/demo LORA='$(small_lora)' pipeline painter
 
+# Codes that clusters.md compares, and the second judge: made first, so that what depends on them sees them.
+backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_lite0_64.pt
+
 # Speed comes last, one after the other, when nothing else of this runs.
-publish: $(RUN)/embed.md $(RUN)/embed_tf_efficientnet_lite0_64.pt pipeline $(COMPARISONS) $(VARIANTS) \
-    $(RUN)/style_grid_magenta.png $(RUN)/demo
+publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png $(RUN)/demo
 	@$(MAKE) --no-print-directory -j1 SETTINGS='$(SETTINGS)' $(RUN)/label.txt $(RUN)/benchmark.md
 	$(PY) report/build.py --run $(RUN) --publish
 
 $(RUN)/label.txt: label.py page.py panels.py uploads.py $(RUN)/classifier.pt
-	$(PY) label.py $(DATA)/test --measure $(SETTINGS) --run $(RUN) > $@.new
+	$(PY) label.py $(firstword $(wildcard $(DATA)/test) $(DATA)) --measure $(SETTINGS) --run $(RUN) --port 0 > $@.new
 	mv $@.new $@
 
 embed: $(VENV)/ready-embed
@@ -182,11 +192,11 @@ painter: $(RUN)/lora_grid.png
 
 export LORA
 $(RUN)/lora/flags.txt: FORCE
-	@mkdir -p $(@D); cmp -s - $@ <<< "$$LORA" || echo "$$LORA" > $@
+	@mkdir -p $(@D); cmp -s - $@ <<< "$$LORA" || { rm -f $(RUN)/lora*.partial.pt; echo "$$LORA" > $@; }
 
 # With --per-style there is an adapter for each style, so a file of make's own says that training has ended.
 $(RUN)/lora/trained: lora.py diffusion.py tiny.json $(RUN)/lora/flags.txt $(SHARED)
-	$(PY) lora.py train $(FLAGS) $(LORA) $(if $(wildcard $(RUN)/lora.partial.pt $(RUN)/lora_*.partial.pt),--resume)
+	$(PY) lora.py train $(FLAGS) $(LORA) $$(compgen -G '$(RUN)/lora*.partial.pt' > /dev/null && echo --resume)
 	touch $@
 
 $(RUN)/lora_grid.png: figures.py $(RUN)/lora/trained $(RUN)/judge/classifier.pt
@@ -197,10 +207,10 @@ $(VENV)/ready-lora: $(VENV)/ready requirements-lora.txt
 	touch $@
 
 benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
-	@$(MAKE) --no-print-directory $(RUN)/benchmark.md
+	$(call with_settings,$(RUN)/benchmark.md)
 
 # All of it runs on the CPU, so always with the settings for one.
-$(RUN)/benchmark.md: benchmark.py measures.py train.py label.py $(SHARED)
+$(RUN)/benchmark.md: benchmark.py measures.py train.py label.py cpu.json $(SHARED)
 	$(PY) benchmark.py -c cpu.json $(STAGES) --data $(DATA) --run $(RUN)
 
 $(VENV)/ready-magenta: $(VENV)/ready requirements-magenta.txt

@@ -100,7 +100,8 @@ def main(argv=None):
                 print(f"measuring {name}", flush=True)
                 facts = note(run, MEASURES[name](bench), how)
                 print(line_of(name, facts) if name in facts else f"{name}: not reached", flush=True)
-    short = [row.what for name, row in ROWS.items() if row.reach and name in facts and reached(name, facts[name]) < 1]
+    measured = [name for name, row in ROWS.items() if row.reach and f"{name}_theirs" in facts]
+    short = [ROWS[name].what for name in measured if name not in facts or reached(name, facts[name]) < 1]
     facts = note(run, on_paper(config, facts) | {"short_of_goal": "; ".join(short) or "nothing"}, how)
     header = [
         "| measure | beside | ratio | from turn to turn | to reach | stretch | ours | theirs | in |",
@@ -122,10 +123,8 @@ def note(run: Path, found: dict, how: dict) -> dict:
     known = json.loads(path.read_text()).get("benchmark", {}) if path.exists() else {}
     if any(known.get(key) != value for key, value in how.items()):
         known = how
-    facts = {
-        key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in (known | found).items()
-    }
-    facts = {key: value for key, value in facts.items() if value is not None}
+    found = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in found.items()}
+    facts = {key: value for key, value in (known | found).items() if value is not None}
     runs.add_facts(run, "benchmark", facts)
     return facts
 

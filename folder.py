@@ -240,9 +240,19 @@ def name_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0].partition("_jpg.rf.")[0]
 
 
+def readable(text: str) -> str:
+    """Names need not be UTF-8; what is not cannot be drawn or written."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def title_of(path: str) -> str:
     """The title in a file name, in plain words; WikiArt numbers works of one title: (1), (2)."""
     return re.sub(r"\(\d+\)$", "", name_of(path).partition("_")[2]).replace("-", " ")
+
+
+def painter_and_title(artist: str, path: str) -> tuple[str, str]:
+    """As people write them: ("Claude Monet", "Water lilies"); "" for what is not known."""
+    return readable(artist).replace("-", " ").title(), readable(title_of(path)).capitalize()
 
 
 def read_metadata(path: Path) -> dict[str, dict]:

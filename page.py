@@ -112,7 +112,7 @@ def build(labeller, artist, corrections, uploads: Uploads, config) -> gr.Blocks:
                 raise
             probabilities = labeller(pixels)[0]
             (guess, probability), *_ = likeliest = labeller.likeliest(probabilities)
-            image = small(io.BytesIO(data), 512, FORMATS)
+            image = small(io.BytesIO(data), 512, FORMATS, labeller.shape["resize"])
             shown = [f'<div role="status"><h2>{html.escape(plain(guess))}, {probability:.0%}</h2></div>',
                      bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest], 1),
                      "" if labeller.calibrated else "<p>These percentages are not calibrated.</p>"]  # fmt: skip

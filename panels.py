@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import runs
 from figures import plain
-from folder import FORMATS, open_rgb, read_metadata, read_picture, title_of
+from folder import FORMATS, open_rgb, painter_and_title, read_metadata, read_picture
 from wikiart import build_model
 from windows import views
 
@@ -37,9 +37,11 @@ def bars(rows: list[tuple[str, float, str]], most: float) -> str:
     return f'<ol class="bars">{"".join(items)}</ol>'
 
 
-def small(source, side: int, formats=None) -> Image.Image:
-    """A picture file, in its own proportions, of at most `side` pixels a side."""
+def small(source, side: int, formats=None, resize: str = "squash") -> Image.Image:
+    """A picture file, in its own proportions, of at most `side` pixels a side; only its centre where that counts."""
     image = open_rgb(source, 2 * side, formats)
+    if resize == "crop":
+        image = ImageOps.fit(image, (min(image.size),) * 2)
     image.thumbnail((side, side))
     return image
 
@@ -87,8 +89,8 @@ class Nearest:
         alike = self.codes @ self.unit(self.labeller.code(pixels))[0]
         found = []
         for row in self.shown[np.argsort(-alike, kind="stable")[:NEIGHBOURS]]:
-            artist = self.artists[row].replace("-", " ").title() or "unknown"
-            words = f"{title_of(self.paths[row]).capitalize() or 'Painting'} by {artist}, {plain(self.styles[row])}"
+            artist, title = painter_and_title(self.artists[row], self.paths[row])
+            words = f"{title or 'Painting'} by {artist or 'unknown'}, {plain(self.styles[row])}"
             try:
                 found.append(figure(small(self.root / self.paths[row], 288), words, words))
             except Exception:  # the codes are here, the paintings need not be
@@ -117,7 +119,8 @@ class Painter:
         images = views(pixels, self.crop)[0]
         painted = self.model.decode(self.model.encode(images), wanted, self.model.own_style(images))[0]
         painted = Image.fromarray((255 * painted.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy())
-        return painted.resize(small(io.BytesIO(data), 512, FORMATS).size, Image.Resampling.BICUBIC)
+        size = small(io.BytesIO(data), 512, FORMATS, self.shape["resize"]).size
+        return painted.resize(size, Image.Resampling.BICUBIC)
 
 
 def collection(config) -> str:

@@ -116,10 +116,12 @@ def _check(key: str, value, text: str, choices) -> None:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        if not math.isfinite(number) or number < 0 or (number == 0 and not re.search(r"(?<![\d.])0(?!\.?\d)", text)):
+        if not math.isfinite(number) or number < 0 or (number == 0 and not re.search(r"(^|; |: )0[:, ]", text)):
             raise Problem(f"{key} is {number}, which makes no sense: {text}")
         if text.startswith("share") and number > 1:
             raise Problem(f"{key} is {number}, but a share is at most 1")
+        if key == "dropout" and number == 1:
+            raise Problem("dropout is 1, which drops everything")
 
 
 def _text_and_choices(entry):
@@ -149,11 +151,20 @@ def _lay_over(base: dict, top: dict, path, where: str = "") -> None:
         if isinstance(base[key], dict) and isinstance(value, dict):
             _lay_over(base[key], value, path, f"{where}{key}.")
             continue
-        fits = type(value) is type(base[key]) or (isinstance(base[key], float) and type(value) is int)
-        if not fits:
-            kind = type(base[key]).__name__
-            raise Problem(f"{path} sets {where}{key} to {value!r}, but config.json has a {kind} there")
+        if not _alike(value, base[key]):
+            raise Problem(f"{path} sets {where}{key} to {value!r}, but config.json has a {_kind(base[key])} there")
         base[key] = type(base[key])(value)
+
+
+def _kind(value) -> str:
+    return f"list of {_kind(value[0] if value else '')}" if isinstance(value, list) else type(value).__name__
+
+
+def _alike(value, known) -> bool:
+    """Is a value of the kind of one that is known? Whole numbers may stand for others; lists hold what theirs hold."""
+    if isinstance(value, list) and isinstance(known, list):
+        return all(_alike(each, known[0] if known else "") for each in value)
+    return type(value) is type(known) or (isinstance(known, float) and type(value) is int)
 
 
 # Devices -------------------------------------------------------------------------------------------------------------

@@ -8,14 +8,15 @@
     python style_transfer.py --method adain                           # without training: see below
 
 `--method model` needs style.pt, from `train_autoencoder.py --model StyleAutoencoder`; adain and wct need autoencoder.pt
-alone and give its feature maps the mean statistics of a style. magenta, to compare with, is a pre-trained net of others
-(pip install -r requirements-magenta.txt) and imitates a painting of the style. Without --image this writes
-style_grid.png, style_hits.png, style_strength.png, style_transfer.md (a table) and facts.json into the run folder; the
-figures of other methods are style_grid_adain.png and so on. With --image it needs the checkpoint alone and writes
-<name>_<style>.png to --out.
+and the paintings, and give its feature maps the mean statistics of a style. magenta, to compare with, is a pre-trained
+net of others (pip install -r requirements-magenta.txt) and imitates a painting of the style. Without --image the scores
+need a judge, from `train.py -c judge.json --run <run>/judge`; this writes style_grid.png, style_hits.png,
+style_strength.png, style_transfer.md (a table) and facts.json into the run folder; the figures of other methods are
+style_grid_adain.png and so on. With --image the model needs its checkpoint alone; <name>_<style>.png go to --out.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,8 @@ def study(model, checkpoint, config, device) -> None:
     data = WikiArt(config.data, "test", classes=classes, processes=config.processes, **checkpoint["data"])
     items = torch.from_numpy(np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int))
     labels, styles = data.labels[items], len(classes)
+    if len(config.judges) not in (1, 2):
+        raise runs.Problem("--judges needs one or two classifiers: the first gives hit_rate")
     paths = [name if name.endswith(".pt") else f"{run}/{name}/classifier.pt" for name in config.judges]
     judges = [runs.load_checkpoint(runs.find_checkpoint(run, path)) for path in paths]
     for judge, name in zip(judges, config.judges, strict=True):
@@ -291,7 +294,8 @@ def truth(data, items, originals, painted) -> dict:
     """Where the test set holds the same scenes in every style, as the demo does: how much nearer to the true picture
     the repainting is than its source."""
     place = {(title_of(data.paths[item]), int(data.labels[item])): row for row, item in enumerate(items)}
-    scenes = {title for title, _ in place if all((title, style) in place for style in range(len(painted)))}
+    once = Counter(title for title, _ in place) if len(place) == len(items) else {}  # one title for two is no scene
+    scenes = {title for title, styles in once.items() if title and styles == len(painted)}
     pairs = [(row, style, place[title, style]) for (title, mine), row in place.items() if title in scenes
              for style in range(len(painted)) if style != mine]  # fmt: skip
     if not pairs:

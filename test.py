@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import figures
 import runs
-from folder import name_of
+from folder import name_of, painter_and_title, readable
 from scores import MEASURES, calibration_error, count_pairs, seen_and_unseen, with_intervals
 from wikiart import WikiArt, build_model
 from windows import calibrate, predict, views
@@ -199,8 +199,8 @@ def draw_paintings(run, suffix, data, truth, probabilities, checkpoint, config) 
 
 
 def name_and_title(data, row: int) -> str:
-    painter, title = data.painter_and_title(row)
-    return f"{short(painter)}\n{short(title or name_of(data.paths[row]))}"
+    painter, title = painter_and_title(data.artists[row], data.paths[row])
+    return f"{short(painter)}\n{short(title or readable(name_of(data.paths[row])))}"
 
 
 def short(text: str) -> str:

@@ -39,6 +39,8 @@ def main(argv=None):
     argv = argv[: argv.index("--")] if "--" in argv else argv
     given, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     config = runs.configure("tune", __doc__, SHARED, HELP, flags)
+    if config.name != "tune" and config.name in runs.settings(None):
+        raise runs.Problem(f"--name {config.name} is what another script calls its facts: give another")
     settings = read_settings(given)
     folder = Path(config.run) / config.name
     layers = [part for path in config.config or [] for part in ("-c", path)]

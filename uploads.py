@@ -98,7 +98,7 @@ class Guard:
             nonlocal own, whole
             try:  # once the request is whole, what is waited for is the client's leaving
                 message = await (receive() if whole else asyncio.wait_for(receive(), PATIENCE))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise HTTPException(408, "the rest of the request did not come") from None
             whole = not message.get("more_body")
             size = len(message.get("body", b""))

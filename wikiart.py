@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
-from folder import DataError, artist_of, cache_folder, hold_out, join, name_of, pixel_cache, read_metadata, title_of
+from folder import (
+    DataError,
+    artist_of,
+    cache_folder,
+    hold_out,
+    join,
+    name_of,
+    painter_and_title,
+    pixel_cache,
+    read_metadata,
+)
 from layers import BatchNorm, Block, Dropout, Film, Normalise, Up, texture, trunk
 
 # The data set ---------------------------------------------------------------------------------------------------------
@@ -125,10 +135,9 @@ class WikiArt(Dataset):
 
     def named(self, items) -> str:
         """Painters and titles of some paintings, for a caption."""
-        return "; ".join(": ".join(filter(None, self.painter_and_title(item))) for item in np.asarray(items))
-
-    def painter_and_title(self, item) -> tuple[str, str]:
-        return self.artists[item].replace("-", " ").title(), title_of(self.paths[item]).capitalize()
+        items = np.asarray(items)
+        named = map(painter_and_title, self.artists[items], self.paths[items])
+        return "; ".join(": ".join(filter(None, pair)) for pair in named)
 
     def set_apart(self, share: float, seed: int) -> tuple["WikiArt", "WikiArt"]:
         """Training and validation part; the second holds about `share` of each class. Copies stay together."""

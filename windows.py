@@ -15,7 +15,7 @@ from torch import nn
 def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2) -> torch.Tensor:
     """Training: of each picture another window, mirrored half of the time.
 
-    uint8 (B, 3, S, S) and random numbers in [0, 1) (7, B) to float (B, 3, crop, crop) in [0, 1]. A window covers
+    uint8 (B, 3, S, S) and random numbers in [0, 1) (7, B) to float (B, 3, crop, crop) around [0, 1]. A window covers
     between `smallest` and all of the area, up to a third wider or higher than the picture's proportions: small ones
     show the brushwork as it is, large ones the composition. Exposure and contrast vary a little; hues do not, for
     they help to tell styles apart.

@@ -21,6 +21,7 @@ README = REPORT.parent / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
+OF_DEMO = ("demo.png", "lora_grid.png")  # the small text-to-image model is taught on the demo
 FRONT = {
     "How often is each style recognised?": "confusion.png",
     "What is left of a painting in a few numbers?": "reconstructions.png",
@@ -61,11 +62,7 @@ def read_facts(folder: Path) -> dict:
     if not path.exists():
         sys.exit(f"build.py: no {path}: run make first, or give another --run")
     parts = {each.parent.name: json.loads(each.read_text()) for each in sorted(folder.glob("*/facts.json"))}
-    facts = parts | json.loads(path.read_text())
-    small = facts.get("demo", {}).get(
-        "lora"
-    )  # of the small model that the demo teaches; one of the run's own goes first
-    return {"lora": small} | facts if small else facts
+    return parts | json.loads(path.read_text())
 
 
 def main():
@@ -84,13 +81,14 @@ def main():
         if script not in facts:
             sys.exit(f"build.py: {options.run} has no facts of {script}.py yet: run it first")
     text = fill(REPORT / ("template.md" if options.publish else "run.md"), facts)
-    for figure in FIGURE.findall(text):
-        places = [place for place in (options.run / figure, options.run / "demo" / figure) if place.exists()]
-        if not places:
+    renewed = documents(facts) if options.publish else {}  # all is there before anything is overwritten
+    shown = {figure: options.run / ("demo" if figure in OF_DEMO else "") / figure for figure in FIGURE.findall(text)}
+    for figure, path in shown.items():
+        if not path.exists():
             sys.exit(f"build.py: the report shows {figure}, which {options.run} does not have")
-        if options.publish:
-            shutil.copyfile(places[0], REPORT / figure)
     if options.publish:
+        for figure, path in shown.items():
+            shutil.copyfile(path, REPORT / figure)
         sys.path.insert(0, str(REPORT.parent))
         from figures import front  # not needed, nor matplotlib, for the documents alone
 
@@ -98,7 +96,7 @@ def main():
         (REPORT / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
         for weights in ("classifier.pt", "autoencoder.pt", "style.pt"):  # which the numbers speak of
             shutil.copyfile(options.run / weights, REPORT / weights)
-        for path, filled in documents(facts).items():
+        for path, filled in renewed.items():
             path.write_text(filled)
         print(f"renewed: {REPORT / 'README.md'}, {README}")
     else:

@@ -205,6 +205,16 @@ def test_works_take_turns():
     assert [len(seconds) for seconds in spent.values()] == [2, 2]
 
 
-def test_what_falls_short_of_its_goal_is_known():
+def test_what_falls_short_of_its_goal_is_known(tmp_path, monkeypatch):
     assert benchmark.reached("memory", 0.005) == 2  # at most a hundredth
     assert benchmark.reached("cache", 1) == 0.5  # at least twice as fast
+    found = {"memory": {"memory": 0.005, "memory_ours": 1.0, "memory_theirs": 200.0},
+             "cache": {"cache": 1.0, "cache_ours": 2.0, "cache_theirs": 2.0},
+             "resnet18_time": {"resnet18_time": None, "resnet18_time_theirs": 9.0}}  # never as good  # fmt: skip
+    monkeypatch.setattr(benchmark, "MEASURES", {name: lambda bench, each=each: each for name, each in found.items()})
+    monkeypatch.setattr(benchmark, "Bench", lambda config, scratch: None)
+    benchmark.main(["--measures", *found, "--megapixels", "0.1234567", "--run", str(tmp_path)])
+    facts = json.loads((tmp_path / "facts.json").read_text())["benchmark"]
+    short = [benchmark.ROWS[name].what for name in ("cache", "resnet18_time")]
+    assert facts["short_of_goal"] == "; ".join(short)
+    assert "memory" in facts

@@ -79,6 +79,11 @@ def test_every_source_that_is_there_gets_scores_figures_and_codes(studied):
         with np.load(studied / "codes" / f"{source}.npz") as table:
             assert len(table["test"]) == len(table["test_labels"]) == len(table["test_paths"]) == 32
             assert len(table["train"]) == len(table["train_artists"])
+    named = (studied / "centroids_manner.txt").read_text().strip().split("\n\n")
+    assert len(named) == facts["cluster"]["manner"]["clusters"]
+    assert named[0].startswith("cluster 1: ")
+    assert named[0].count(": ") == 1 + min(8, 1 + named[0].count("; "))  # painter: title, of eight at most
+    assert 1 < len((studied / "map_manner.txt").read_text().splitlines()) <= 32
     assert "| autoencoder |" in (studied / "clusters.md").read_text()
     assert "train_autoencoder" in facts  # nothing else was lost
 

@@ -226,6 +226,9 @@ def test_artists_titles_and_metadata(folder):
     assert files.name_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
     assert files.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
     assert files.title_of("A/claude-monet_water-lilies-1907(2).jpg") == "water lilies 1907"
+    odd = b"A/am\xe9lie_le-caf\xe9.jpg".decode(errors="surrogateescape")  # Latin-1
+    painter, title = files.painter_and_title(files.artist_of(odd), odd)
+    assert (painter + title).encode() and painter[:2] + title[:6] == "AmLe caf"
 
 
 def test_twenty_seven_styles_some_missing_from_test(tmp_path):

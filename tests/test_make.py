@@ -10,7 +10,8 @@ from conftest import ROOT
 STUB = """#!/bin/bash
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
-  case $1 in --run) run=$2;; --name|--method) name=$2;; --model) model=style;; --shrink) small=1;; esac
+  case $1 in --run) run=$2;; --name|--method) name=$2;; --model) model=style;; --shrink) small=_64;;
+    --backbone) backbone=$2;; esac
   script=${script:-$1}; shift
 done
 case $script in
@@ -18,7 +19,8 @@ case $script in
   test.py) touch $run/report.txt;;
   train_autoencoder.py) mkdir -p $run; touch $run/${model:-autoencoder}.pt;;
   style_transfer.py) touch $run/style_grid${name:+_$name}.png;;
-  embed.py) if [ $small ]; then touch $run/embed_tf_efficientnet_lite0_64.pt; else touch $run/embed.md; fi;;
+  embed.py) case $backbone$small in tf_efficientnet_lite0) backbone=tf_efficientnet_lite2;; esac
+    touch $run/embed_${backbone:-convnext}$small.pt;;
   tune.py) touch $run/$name.md;;
   lora.py) touch $run/lora_grid.png;;
   benchmark.py) touch $run/benchmark.md;;
@@ -100,9 +102,12 @@ def test_lora_comes_with_the_judge_and_only_on_demand(project):
         assert make(project, "lora", f"LORA={flags}")[0] == ["lora.py", "lora.py"]
         assert flags.replace("'", "") in (project / "calls").read_text()
         assert make(project, "lora", f"LORA={flags}")[0] == []
-    (project / "runs/demo/lora_Dots.partial.pt").touch()
-    make(project, "lora", "LORA=--per-style")
-    assert "--per-style --resume" in (project / "calls").read_text()
+    stopped = project / "runs/demo/lora_Dots.partial.pt"
+    for flags, resumed in (("-c tiny.json --prompts 'a town'", True), ("--per-style", False)):
+        stopped.touch()
+        (project / "runs/demo/lora/trained").unlink()
+        make(project, "lora", f"LORA={flags}")
+        assert ("--resume" in (project / "calls").read_text()) == resumed
     make(project, "lora", f"WIKIART={project}/paintings", "LORA=--styles Cubism")
     assert "--styles Cubism" in (project / "calls").read_text()
     assert "tiny.json" not in (project / "calls").read_text()
@@ -125,6 +130,26 @@ def test_spaces_in_paths_get_one_clear_line(project):
     assert "paths without spaces" in make(project, "WIKIART=/a b")[1]
 
 
+@pytest.mark.parametrize("before", ["all", "embed"])
+def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(project, before):
+    paintings = f"WIKIART={project}/paintings"
+    make(project, before, paintings)
+    ran, _ = make(project, "report", paintings)
+    assert ran[:2] == ["embed.py", "embed.py"]
+    calls = (project / "calls").read_text().splitlines()
+    own = [line.split()[0] for line in calls if "/demo" not in line and "data/demo" not in line]
+    assert own.count("cluster.py") == 1
+    assert own.count("style_transfer.py") == 3 + 8 + 1
+    scored = [line for line in calls if line.startswith("style_transfer.py") and "/demo" not in line]
+    assert all("embed_tf_efficientnet_lite0_64.pt" in line for line in scored)
+
+
+def test_a_benchmark_makes_nothing_out_of_date(project):
+    make(project)
+    assert make(project, "benchmark")[0] == ["benchmark.py"]
+    assert make(project)[0] == ["report/build.py"]
+
+
 def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
     wanted = ("report", f"WIKIART={project}/paintings")
@@ -134,6 +159,8 @@ def test_the_report_is_only_published_from_real_paintings(project):
     demo = ["demo.py", *STAGES, "report/build.py", "lora.py", "lora.py"]
     assert ran == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", "report/build.py"]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
+    (project / "figures.py").touch()  # drawn again, not trained again
+    assert not {"train.py", "train_autoencoder.py"} & set(make(project, *wanted)[0])
     old = project / "runs/paintings/seeds/0/classifier.pt"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()

@@ -58,6 +58,32 @@ def test_a_report_of_ones_own_run_and_a_missing_fact(tmp_path):
     assert "run make first" in clear_line(script("report/build.py", "--run", tmp_path))
 
 
+def test_publishing_renews_everything_or_nothing(tmp_path):
+    """In a copy of the project, from a run folder that has what the committed report shows."""
+    for name in ("README.md", "figures.py", "report"):
+        (shutil.copytree if name == "report" else shutil.copy)(ROOT / name, tmp_path / name)
+    run, report = tmp_path / "run", tmp_path / "report"
+    shutil.copytree(report, run)
+    (run / "demo").mkdir()
+    for name in ("demo.png", "lora_grid.png"):
+        (run / name).rename(run / "demo" / name)
+    facts = json.loads((run / "facts.json").read_text())
+    facts["test"]["accuracy"] = 0.987654
+    (run / "facts.json").write_text(json.dumps(facts))
+    (run / "centroids_manner.txt").write_text("cluster 1: a painter: a title")
+    (run / "roc.png").rename(run / "away.png")
+    before = {path: path.read_bytes() for path in report.iterdir()}
+    publish = (tmp_path / "report/build.py", "--run", run, "--publish")
+    assert "roc.png" in clear_line(script(*publish))
+    assert {path: path.read_bytes() for path in report.iterdir()} == before
+    (run / "away.png").rename(run / "roc.png")
+    assert script(*publish).returncode == 0
+    assert "98.8%" in (report / "README.md").read_text()
+    assert "98.8%" in (tmp_path / "README.md").read_text()
+    assert (report / "centroids_manner.txt").read_text().startswith("cluster 1")
+    assert script(tmp_path / "report/build.py", "--check").returncode == 0
+
+
 def test_one_training_in_two_tables_has_one_figure():
     facts = json.loads((ROOT / "report/facts.json").read_text())
     assert facts["balance"]["logit"] == facts["ablation"]["everything"]

@@ -45,6 +45,8 @@ def test_later_files_lie_over_earlier_ones(tmp_path):
         ('{"size": "big"}', "size to 'big', but config.json has a int"),
         ('{"size": 1.5}', "has a int"),
         ('{"train": 3}', "has a dict"),
+        ('{"train": {"windows": [1, "a"]}}', "has a list of float"),
+        ('{"train": {"dropout": 1}}', "drops everything"),
         ('{"resize": "stretch"}', "must be one of squash, crop"),
         ("{", "not valid JSON"),
         ("[]", "must hold settings"),
@@ -59,7 +61,7 @@ def test_a_wrong_settings_file_is_named(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--batch-size", "0"), ("--epochs", "-1"), ("--lr", "nan"), ("--validation", "1.5"), ("--size", "0"),
-     ("--seed", "-1"), ("--windows", "0")],
+     ("--seed", "-1"), ("--windows", "0"), ("--lr", "0"), ("--dropout", "1")],
 )  # fmt: skip
 def test_a_number_that_makes_no_sense_is_named(flag, value):
     name = flag.strip("-").replace("-", "_")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,3 +249,17 @@ def test_styles_told_by_the_classifiers_means(styled, demo, tmp_path):
     given = runs.load_checkpoint(tmp_path / "style.pt")["weights"]["given"].float()
     assert given.shape == (8, 64)
     assert torch.allclose(given.mean(0), torch.zeros(64), atol=1e-2)
+
+
+def test_a_truth_is_known_of_scenes_alone():
+    """One painting of each style without a title, or with a title that comes twice, are no scene."""
+    pixels = torch.rand(4, 3, 8, 8)
+
+    def found(*names):
+        data = SimpleNamespace(paths=[f"{'ABAB'[row]}/{name}.jpg" for row, name in enumerate(names)],
+                               labels=torch.tensor([0, 1, 0, 1])[: len(names)])  # fmt: skip
+        return style_transfer.truth(data, range(len(names)), pixels, [pixels, pixels]).get("truth_pairs", 0)
+
+    assert found("me_a-town", "you_a-town", "me_b", "you_c") == 2
+    assert found("001", "002", "003", "004") == 0
+    assert found("me_self", "you_self", "her_self", "him_b") == 0

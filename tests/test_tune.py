@@ -1,9 +1,11 @@
 """A list of settings becomes trainings, one table, one figure and facts; finished ones are not trained again."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import TINY_TRAIN
+from conftest import ROOT, TINY_TRAIN
 
 import runs
 import tune
@@ -41,3 +43,13 @@ def test_a_setting_that_fails_is_named(demo, tmp_path):
     arguments = ['[{"model": "resnet19"}]', "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]
     with pytest.raises(runs.Problem, match=r"train.py failed in .*no model resnet19"):
         tune.main(arguments)
+
+
+def test_names_and_folders_are_ones_own(demo, tmp_path):
+    arguments = ['{"seed": [0]}', "--data", str(demo), "--run", str(tmp_path)]
+    with pytest.raises(runs.Problem, match="another script"):
+        tune.main([*arguments, "--name", "train"])
+    with runs.claim(tmp_path / "seeds", "tune"), open(tmp_path / "log", "w") as log:
+        command = [sys.executable, ROOT / "tune.py", *arguments, "--name", "seeds"]
+        assert subprocess.run(command, stderr=log, check=False).returncode == 1
+    assert "another program is writing tune" in (tmp_path / "log").read_text()
