@@ -6,6 +6,7 @@ import io
 import re
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,13 +23,16 @@ class Corrections:
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path, self.turn = Path(path), threading.Lock()
 
     @contextlib.contextmanager
     def open(self):
-        """A transaction; a connection for each, for threads may not share one."""
+        """A transaction; a connection for each, for threads may not share one.
+
+        One after the other: SQLite turns others away while a first or a last connection sets up or clears away its WAL.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as base:
+        with self.turn, contextlib.closing(sqlite3.connect(self.path, timeout=30)) as base:
             base.execute("PRAGMA journal_mode = WAL")
             base.execute("PRAGMA synchronous = FULL")
             base.execute("CREATE TABLE IF NOT EXISTS pictures (hash TEXT PRIMARY KEY, name TEXT, picture BLOB)")
