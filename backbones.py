@@ -1,7 +1,9 @@
 """Pre-trained backbones of timm: their weights, and the features that they make of paintings.
 
-model, source, arguments = load("tf_efficientnet_lite0", "lite0.pth", config)    # "" for weights: from the hub
-features, speed = extract(model, path, source, {"train": ..., "test": ...}, config, device)
+They are written as they are made: a stopped extraction goes on where it was.
+
+    model, source, arguments = load("tf_efficientnet_lite0", "lite0.pth", config)    # "" for weights: from the hub
+    features, speed = extract(model, path, source, {"train": ..., "test": ...}, config, device)
 """
 
 import copy

@@ -1,7 +1,9 @@
 """Repainting that nothing of ours was trained for, to compare style_transfer.py's model with.
 
-transplant(model, data, crop, "adain", 64, device)    # the plain autoencoder's decoder now takes styles, too
-Magenta(data, seed)                                   # others' pre-trained net, in the shape of a model
+Both encode and decode as the model does.
+
+    transplant(model, data, crop, "adain", 64, device)    # the plain autoencoder's decoder now takes styles, too
+    Magenta(data, seed)                                   # others' pre-trained net, in the shape of a model
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""label.py: the table of a folder, what the API answers, what it turns away, and the labels that users confirm."""
+"""label.py: the table of a folder, what the API answers, and what it turns away."""
 
 import asyncio
 import csv
@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -712,89 +711,6 @@ def test_it_listens_on_loopback_alone(server):
     lines = Path("/proc/net/tcp").read_text().splitlines() + Path("/proc/net/tcp6").read_text().splitlines()
     listening = [line.split()[1] for line in lines if f":{port:04X} " in line and line.split()[3] == "0A"]
     assert [each.partition(":")[0] for each in listening] == ["0100007F"]
-
-
-# Corrections
-
-
-def test_a_correction_is_there_after_kill_9(run, tmp_path):
-    """A process that says a correction is saved, and is killed at once: again and again, none is lost."""
-    code = (
-        "import corrections, sys\n"
-        "store, number = corrections.Corrections(sys.argv[1]), 0\n"
-        "while True:\n"
-        "    store.add('a_b.png', b'%d' % number, 'model', 'Cubism', 0.5, 'Rococo')\n"
-        "    print(number, flush=True)\n"
-        "    number += 1\n"
-    )
-    for turn in range(3):
-        path, said = tmp_path / f"{turn}.sqlite", -1
-        with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
-            for line in process.stdout:
-                said = int(line)
-                if said == 3 + turn:
-                    process.kill()
-                    break
-            rest = process.stdout.read().split()
-        said = int(rest[-1]) if rest else said
-        with sqlite3.connect(path) as base:
-            assert base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-            kept = base.execute("SELECT picture FROM corrections JOIN pictures USING (hash) ORDER BY number").fetchall()
-        assert len(kept) >= said + 1
-        assert [int(each) for (each,) in kept] == list(range(len(kept)))
-
-
-def test_two_threads_correct_at_once(tmp_path):
-    store = corrections.Corrections(tmp_path / "corrections.sqlite")
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: store.add("a.png", b"%d" % number, "m", "Cubism", 0.5, "Rococo"), range(64)))
-    assert sorted(int(data) for _, _, data, _ in store.latest()) == list(range(64))
-
-
-def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
-    run, target = tmp_path / "run", tmp_path / "exported"
-    store = corrections.Corrections(run / "corrections.sqlite")
-    files = sorted((demo / "train").rglob("*.jpg"))
-    for path in files:
-        store.add(path.name, path.read_bytes(), "model", "Wrong", 0.4, path.parent.name)
-    first, other = files[0], next(path.parent.name for path in files if path.parent != files[0].parent)
-    flags = ["--run", str(run), "--export", str(target)]
-    label.main(flags)
-    exported = {path.read_bytes(): path for path in target.rglob("*.jpg")}
-    assert all(exported[path.read_bytes()].parent.name == path.parent.name for path in files)
-    before = exported[first.read_bytes()]
-    assert before.name.startswith(first.stem)
-
-    store.add(first.name, first.read_bytes(), "model", "Wrong", 0.4, other)  # thought better of it
-    label.main(flags)
-    assert not before.exists()
-    assert [path.parent.name for path in target.rglob(f"{first.stem}-*")] == [other]
-    data = wikiart.WikiArt(target, "train", size=32, processes=1)
-    assert set(data.artists) <= {path.name.partition("_")[0] for path in files}
-    train.main([*TINY_TRAIN, "--data", str(target), "--run", str(run), "--epochs", "1"])
-    assert runs.load_checkpoint(run / "classifier.pt")["classes"] == sorted({path.parent.name for path in files})
-
-
-def test_test_paintings_are_not_exported_into_training(demo, tmp_path, capsys):
-    store = corrections.Corrections(tmp_path / "corrections.sqlite")
-    tested, other = tmp_path / "data/test/Dots/one.png", tmp_path / "other.png"
-    for number, path in enumerate((picture(tested, 1), picture(other, 2))):
-        store.add(f"new-{number}.png", path.read_bytes(), "m", "Dots", 0.5, "Dots")
-    corrections.export(store, tmp_path / "data/train")
-    assert [path.read_bytes() for path in (tmp_path / "data/train").rglob("*.png")] == [other.read_bytes()]
-    assert "new-0.png is a test painting" in capsys.readouterr().err
-
-
-def test_names_of_uploads_lead_nowhere_else(tmp_path):
-    store = corrections.Corrections(tmp_path / "corrections.sqlite")
-    names = ["../../evil.png", "/etc/passwd", "..", ".", "", "a/b\\c.png", "x" * 300 + ".png", "\x00\n.png"]
-    for number, name in enumerate(names):
-        picture(tmp_path / "a.png", number)
-        store.add(name, (tmp_path / "a.png").read_bytes(), "m", "Cubism", 0.5, "Cubism")
-    (tmp_path / "a.png").unlink()
-    corrections.export(store, tmp_path / "exported")
-    assert len(list((tmp_path / "exported/Cubism").glob("*.png"))) == len(names)
-    assert not [path for path in tmp_path.rglob("*.png") if path.parent != tmp_path / "exported/Cubism"]
 
 
 # How fast
