@@ -1,20 +1,18 @@
-"""What a folder of paintings holds: pixels, names, metadata; and which of them belong together.
+"""Image files: decoding, and a cache of pixels.
 
-Every file is decoded once, into a cache that is mapped from disk from then on:
+Every file is decoded once, into a cache that is then mapped from disk:
 
-pixels, index = pixel_cache(Path("/scratch/wikiart/train"), Path("/scratch/wikiart/.cache"), 128, "squash")
-pixels[0], index["files"][0]   # uint8 (3, 128, 128), 'Baroque/rembrandt_self-portrait.jpg'
+    pixels, index = pixel_cache(Path("/scratch/wikiart/train"), Path("/scratch/wikiart/.cache"), 128, "squash")
+    pixels[0], index["files"][0]   # uint8 (3, 128, 128), 'Baroque/rembrandt_self-portrait.jpg'
 """
 
 import contextlib
-import csv
 import fcntl
 import glob
 import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -29,12 +27,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from common.errors import DataError
+
 # What is taken from strangers: no SVG, and nothing that Pillow hands on to another program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-
-
-class DataError(OSError):
-    """The folder of paintings is not what it should be; the message is one line that says what to do."""
 
 
 def read_picture(source, size: int, resize: str = "squash", formats=None) -> np.ndarray:
@@ -224,91 +220,3 @@ class Decoder(Dataset):
             return np.ascontiguousarray(picture), None
         except Exception as error:  # Pillow's readers raise almost anything on damaged files
             return None, f"{type(error).__name__}: {error}".replace("\n", " ")
-
-
-# Names and metadata ---------------------------------------------------------------------------------------------------
-
-
-def artist_of(path: str) -> str:
-    """WikiArt names its files <artist>_<title>.jpg; "" where a name has no "_"."""
-    artist, underscore, _ = os.path.basename(path).partition("_")
-    return artist if underscore else ""
-
-
-def name_of(path: str) -> str:
-    """A file's name without its ending; Roboflow calls its augmented copies <name>_jpg.rf.<hash>.jpg."""
-    return os.path.splitext(os.path.basename(path))[0].partition("_jpg.rf.")[0]
-
-
-def readable(text: str) -> str:
-    """Names need not be UTF-8; what is not cannot be drawn or written."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def title_of(path: str) -> str:
-    """The title in a file name, in plain words; WikiArt numbers works of one title: (1), (2)."""
-    return re.sub(r"\(\d+\)$", "", name_of(path).partition("_")[2]).replace("-", " ")
-
-
-def painter_and_title(artist: str, path: str) -> tuple[str, str]:
-    """As people write them: ("Claude Monet", "Water lilies"); "" for what is not known."""
-    return readable(artist).replace("-", " ").title(), readable(title_of(path)).capitalize()
-
-
-def read_metadata(path: Path) -> dict[str, dict]:
-    """The rows of metadata.csv by their column `path`; nothing where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["path"]: row for row in csv.DictReader(file)}
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
-
-
-# Copies and splits ----------------------------------------------------------------------------------------------------
-
-
-def join(*keys) -> np.ndarray:
-    """Number the items, int64 (N,), so that those that share a value in any of the keys (N each) get the same number.
-
-    Copies of a painting share their name or their pixels. "" is no value.
-    """
-    number = list(range(len(keys[0])))
-
-    def first(item):  # follows a chain to its first member
-        while number[item] != item:
-            item = number[item]
-        return item
-
-    for key in keys:
-        seen = {}
-        for item, value in enumerate(key):
-            if value:
-                one, other = first(item), first(seen.setdefault(value, item))
-                number[max(one, other)] = min(one, other)
-    return np.array([first(item) for item in range(len(number))])
-
-
-def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose about `fraction` of every class, as a mask (N,), without dividing a group.
-
-    A group counts as its first member's class. Of every class with two groups or more of its own some are chosen; of
-    no class are all.
-    """
-    shuffled = np.random.default_rng(seed)
-    _, leaders, group = np.unique(groups, return_index=True, return_inverse=True)
-    table = np.zeros((len(leaders), labels.max() + 1), int)  # members of each group in each class
-    np.add.at(table, (group, labels), 1)
-    sizes, left, chosen = table.sum(1), table.sum(0), np.zeros(len(leaders), bool)
-    for label in np.unique(labels[leaders]):
-        own = shuffled.permutation(np.flatnonzero(labels[leaders] == label))
-        wanted, taken = fraction * sizes[own].sum(), 0
-        smallest = own[np.argmin(sizes[own])]  # goes where none is small enough
-        for candidate in (*own, smallest):
-            fits = taken + sizes[candidate] <= wanted or (candidate == smallest and not taken)
-            if fits and not chosen[candidate] and (left > table[candidate])[table[candidate] > 0].all():
-                chosen[candidate] = True
-                taken += sizes[candidate]
-                left = left - table[candidate]
-    return chosen[group]

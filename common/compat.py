@@ -1,0 +1,102 @@
+"""Old names, so that settings files, checkpoints and facts written by earlier versions can still be read."""
+
+import sys
+
+SETTINGS = {  # (section, key): (section, key) today
+    ("train", "smallest"): ("train", "min_crop_area"),
+    ("train", "windows"): ("train", "tta_scales"),
+    ("train", "average"): ("train", "ema_decay"),
+    ("train", "validation"): ("", "validation"),
+    ("train", "min_images"): ("", "min_images"),
+    ("train_autoencoder", "smallest"): ("train_autoencoder", "min_crop_area"),
+    ("train_autoencoder", "manner_weight"): ("train_autoencoder", "contrastive_weight"),
+    ("train_autoencoder", "glimpse"): ("train_autoencoder", "contrastive_min_area"),
+    ("train_autoencoder", "validation"): ("", "validation"),
+    ("train_autoencoder", "start"): ("train_style", "start"),
+    ("train_autoencoder", "guide"): ("train_style", "features"),
+    ("train_autoencoder", "embed"): ("train_style", "embed"),
+    ("train_autoencoder", "told"): ("train_style", "condition"),
+    ("train_autoencoder", "hit_weight"): ("train_style", "style_ce_weight"),
+    ("train_autoencoder", "texture_weight"): ("train_style", "style_stat_weight"),
+    ("train_autoencoder", "critic_weight"): ("train_style", "critic_weight"),
+    ("train_autoencoder", "layout_weight"): ("train_style", "layout_weight"),
+    ("train_autoencoder", "spy_weight"): ("train_style", "adversary_weight"),
+    ("embed", "validation"): ("", "validation"),
+    ("embed", "min_images"): ("", "min_images"),
+    ("lora", "heldout"): ("lora", "eval_images"),
+}
+VALUES = {"mean-deviation": "mean_std"}  # of train.pooling, and in checkpoints
+CHECKPOINT = {"windows": "tta_scales", "extra": "aux_classes", "points": "projection_dim", "given": "style_features"}
+WEIGHTS = {  # by model: beginnings and parts of names in the state dict
+    "Autoencoder": {"spread.": "expand.", "head.": "projection_head."},
+    "StyleAutoencoder": {"spread.": "expand.", "reader.": "style_head.", "given": "style_features", ".ask.": ".to_gamma_beta."},
+    "Pretrained": {"centre": "feature_mean", "spread": "feature_std"},
+}
+FACTS = {
+    "manner": "contrastive",
+    "manner_weight": "contrastive_weight",
+    "told": "condition",
+    "hit_weight": "style_ce_weight",
+    "texture_weight": "style_stat_weight",
+    "spy_weight": "adversary_weight",
+    "val_hits": "val_hit_rate",
+    "style_hit": "style_ce",
+    "style_texture": "style_stat",
+    "style_spy": "style_adversary",
+    "hit": "ce",
+    "texture": "stat",
+    "spy": "adversary",
+    "no_names": "no_aux",
+    "no_deviation": "no_std",
+    "no_views": "no_tta",
+    "no_average": "no_ema",
+}
+
+
+def rename_settings(settings: dict) -> dict:
+    """Settings {key or section: value or {key: value}} under today's names."""
+    renamed = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for (section, key), (new_section, new_key) in SETTINGS.items():
+        if isinstance(renamed.get(section), dict) and key in renamed[section]:
+            value = renamed[section].pop(key)
+            target = renamed.setdefault(new_section, {}) if new_section else renamed
+            target[new_key] = VALUES.get(value, value) if isinstance(value, str) else value
+    if renamed.get("train", {}).get("pooling") in VALUES:
+        renamed["train"]["pooling"] = VALUES[renamed["train"]["pooling"]]
+    return renamed
+
+
+def rename_flags(script: str, argv: list[str] | None) -> list[str]:
+    """Flags of one script (sys.argv without `argv`) under today's names."""
+    flags = {
+        f"--{key.replace('_', '-')}": f"--{new_key.replace('_', '-')}"
+        for (section, key), (_, new_key) in SETTINGS.items()
+        if section == script
+    }
+    return [flags.get(argument, argument) for argument in (sys.argv[1:] if argv is None else argv)]
+
+
+def rename_checkpoint(checkpoint: dict) -> dict:
+    """A checkpoint under today's names; one that has them already stays as it is."""
+    checkpoint = {CHECKPOINT.get(key, key): value for key, value in checkpoint.items()}
+    if "arguments" in checkpoint:
+        arguments = {CHECKPOINT.get(key, key): value for key, value in checkpoint["arguments"].items()}
+        arguments |= {"pooling": VALUES.get(arguments["pooling"], arguments["pooling"])} if "pooling" in arguments else {}
+        checkpoint["arguments"] = arguments
+    for old, new in WEIGHTS.get(checkpoint.get("model"), {}).items():
+        weights = checkpoint.get("weights", {})
+        checkpoint["weights"] = {rename_weight(name, old, new): value for name, value in weights.items()}
+    return checkpoint
+
+
+def rename_weight(name: str, old: str, new: str) -> str:
+    if old.startswith("."):
+        return name.replace(old, new)
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def rename_facts(facts: dict) -> dict:
+    """Facts, and facts within facts, under today's names."""
+    return {
+        FACTS.get(key, key): rename_facts(value) if isinstance(value, dict) else value for key, value in facts.items()
+    }

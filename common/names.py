@@ -1,0 +1,70 @@
+"""What file names, folder names and metadata.csv say about paintings."""
+
+import csv
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import DataError
+
+
+def artist_of(path: str) -> str:
+    """WikiArt names its files <artist>_<title>.jpg; "" where a name has no "_"."""
+    artist, underscore, _ = os.path.basename(path).partition("_")
+    return artist if underscore else ""
+
+
+def stem_of(path: str) -> str:
+    """A file's name without its ending; Roboflow calls its augmented copies <name>_jpg.rf.<hash>.jpg."""
+    return os.path.splitext(os.path.basename(path))[0].partition("_jpg.rf.")[0]
+
+
+def title_of(path: str) -> str:
+    """The title in a file name, with spaces for hyphens; WikiArt numbers works of one title: (1), (2)."""
+    return re.sub(r"\(\d+\)$", "", stem_of(path).partition("_")[2]).replace("-", " ")
+
+
+def printable(text: str) -> str:
+    """Text that can be drawn and written, from a file name, which need not be valid UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def artist_and_title(artist: str, path: str) -> tuple[str, str]:
+    """As captions write them: ("Claude Monet", "Water lilies"); "" for what is not known."""
+    return printable(artist).replace("-", " ").title(), printable(title_of(path)).capitalize()
+
+
+def display_name(name: str) -> str:
+    """A class's folder name as captions write it."""
+    return name.replace("Ukiyo_e", "Ukiyo-e").replace("_", " ")
+
+
+def read_metadata(path: Path) -> dict[str, dict]:
+    """The rows of metadata.csv by their column `path`; empty where there is no such file. Raises DataError."""
+    if not path.exists():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["path"]: row for row in csv.DictReader(file)}
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
+
+
+def hidden_parts(hide: list[str]) -> list[str]:
+    """Genres, and parts of file names, that no figure shows: `hide` with each text file replaced by its lines."""
+    parts = []
+    for entry in hide:
+        if entry.endswith(".txt") and not Path(entry).is_file():
+            raise DataError(f"no file {entry}: --hide takes genres, and text files with a part of a file name a line")
+        parts += Path(entry).read_text().split() if entry.endswith(".txt") else [entry]
+    return parts
+
+
+def showable(genres, paths, hide: list[str]) -> np.ndarray:
+    """Which paintings figures may show, a mask (N,): those without a hidden genre or part of a path (N each)."""
+    parts = hidden_parts(hide)
+    return np.array(
+        [not any(part == genre or part in path for part in parts) for genre, path in zip(genres, paths, strict=True)]
+    )

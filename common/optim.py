@@ -1,0 +1,77 @@
+"""Optimizers: Muon for convolutions, AdamW for the rest, and their learning-rate schedule."""
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum whose updates are orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    For convolution weights (out, in, height, width), seen as matrices (out, in * height * width).
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].mul_(group["momentum"]).add_(weight.grad)
+                update = orthogonalize((weight.grad + group["momentum"] * state["momentum"]).flatten(1))
+                update *= max(1, update.shape[0] / update.shape[1]) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view_as(weight), alpha=-group["lr"])
+
+
+def orthogonalize(matrix):
+    """A matrix with the same singular vectors and singular values near 1, by four quintic Newton-Schulz steps."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(4):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def linear_warmup_decay(optimizer, steps: int, warmup: float = 0.2):
+    """Learning-rate schedule: linear warm-up over a fraction of the steps, then linear decay to 0."""
+
+    def factor(step):
+        return min((step + 1) / (warmup * steps), (steps - step) / ((1 - warmup) * steps))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Optimizers:
+    """AdamW and, with muon=True, Muon for the convolutions; one `step` also advances their schedules.
+
+    Muon's learning rate is ten times AdamW's, in all recipes of this project.
+    """
+
+    def __init__(self, model, lr: float, weight_decay: float, steps: int, muon: bool = True):
+        convolutions = [p for p in model.parameters() if p.ndim == 4 and muon]
+        matrices = [p for p in model.parameters() if p.ndim > 1 and not (p.ndim == 4 and muon)]
+        vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizers = [torch.optim.AdamW(groups, lr)]
+        if convolutions:
+            self.optimizers.append(Muon(convolutions, 10 * lr, weight_decay=weight_decay))
+        self.schedules = [linear_warmup_decay(optimizer, steps) for optimizer in self.optimizers]
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self):
+        for part in (*self.optimizers, *self.schedules):
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in (*self.optimizers, *self.schedules)]
+
+    def load_state_dict(self, states):
+        for part, state in zip((*self.optimizers, *self.schedules), states, strict=True):
+            part.load_state_dict(state)

@@ -1,0 +1,347 @@
+"""How a script runs, whatever it computes: devices, processes, checkpoints, resuming, facts.
+
+Every script opens and closes with the same lines:
+
+    config = configure("train", __doc__, SETTINGS, shared, argv)    # common/config.py
+    device = pick_device(config.device)
+    ...
+    run_script(main)    # one line instead of a traceback for what the user can fix
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from common.compat import rename_checkpoint
+from common.errors import UserError
+
+# Settings that may differ when a training is resumed: they do not change the result.
+FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide")
+
+
+def run_script(main) -> None:
+    """Run `main`; wrong input, a full disk or Ctrl-C end it with one line and a non-zero status."""
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" is handled like Ctrl-C
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{script}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{script}: out of memory on the device: lower --batch-size")
+    except KeyboardInterrupt as interrupt:
+        print(f"{script}: stopped. {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is the accelerator that torch finds (CUDA, ROCm, MPS, XPU), else the CPU. Raises UserError."""
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device):
+    """bf16 where the hardware supports it; emulated on a CPU it was measured five times slower than float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def reuse_freed_memory() -> None:
+    """Tell glibc to keep freed memory: new pages for every batch took 7 % of the CPU time of training."""
+    with contextlib.suppress(AttributeError):  # another C library
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+# Several processes (torchrun) -----------------------------------------------------------------------------------------
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Under torchrun, join the process group and pick a GPU for this process; otherwise do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # Gloo for the sums of measurements, which are on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_share() -> slice:
+    """Which items of a batch this process computes: every world_size-th, from its rank on."""
+    return slice(rank(), None, world_size())
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size % world_size():
+        raise UserError(f"--batch-size must be a multiple of the {world_size()} processes")
+
+
+def data_parallel(model):
+    """The model, with gradients averaged over all processes where there are several."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+# Files that are complete or absent ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path` that replaces it when the block succeeds, and is removed when it fails.
+
+    A reader never sees half a file, and a full disk or `kill -9` leaves the old one as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    os.chmod(temporary, 0o644)  # mkstemp makes it private; results are to be read by others
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name with no content
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def claim(run, name: str):
+    """Lock `name` in the run folder until the returned file is closed or the program ends.
+
+    Raises UserError where another program holds the lock. Leftovers of a save that was killed are removed.
+    """
+    path = Path(run) / f".{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another program is writing {name} in {run}: wait for it, or give another --run") from None
+    for leftover in Path(run).glob(f".{name}.*pt.*"):
+        leftover.unlink(missing_ok=True)
+    return lock
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(run, name: str) -> Path:
+    """Where a checkpoint lies: `a/b.pt` is a path, `b.pt` a file of the run folder, `b` means b/classifier.pt there."""
+    if "/" in name:
+        return Path(name)
+    return Path(run) / (name if name.endswith(".pt") else f"{name}/classifier.pt")
+
+
+def save_checkpoint(path, checkpoint: dict) -> None:
+    """Write tensors and primitives, completely or not at all."""
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # torch's zip writer hides "no space left" in a RuntimeError
+            raise UserError(f"could not write {path}: is the disk full? ({str(error).splitlines()[0]})") from None
+
+
+def load_checkpoint(path, model: str = "") -> dict:
+    """Read a checkpoint onto the CPU, under today's names; of a certain `model`, if given. Raises UserError.
+
+    `weights_only` ensures that no code in the file can run.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}: run the script that trains it, or give another --run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, from EOFError to UnpicklingError
+        raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}): train again") from None
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise UserError(f"{path} holds no model: is it a checkpoint of this project?")
+    if model and checkpoint["model"] != model:
+        raise UserError(f"{path} holds a {checkpoint['model']}, but a {model} is needed here")
+    return rename_checkpoint(checkpoint)
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def half_precision(weights: dict) -> dict:
+    """A state dict with its matrices and filters in float16, to save and publish."""
+    return {
+        name: value.half() if value.is_floating_point() and value.ndim > 1 else value for name, value in weights.items()
+    }
+
+
+# Trainings that can be resumed ----------------------------------------------------------------------------------------
+
+
+def fixed_settings(config) -> dict:
+    """The settings that a resumed training must have had from the start."""
+    return {key: value for key, value in vars(config).items() if key not in FREE_SETTINGS}
+
+
+def resume(config, stem: str, state: dict, parts: dict) -> dict:
+    """The state of an unfinished training in the run folder, <stem>.partial.pt, or the new `state` where there is none.
+
+    `parts` ({name: model, optimizers, ...}) are loaded in place. Random numbers depend on (seed, epoch) alone, so the
+    result is that of an uninterrupted training. --restart discards the unfinished training. Raises UserError if it had
+    other settings or paintings.
+    """
+    partial = Path(config.run) / f"{stem}.partial.pt"
+    if config.restart and rank() == 0:
+        partial.unlink(missing_ok=True)
+    if config.restart or not partial.exists():
+        return state
+    saved = load_checkpoint(partial)
+    check_same_run(saved, state, partial)
+    for name, part in parts.items():
+        part.load_state_dict(saved["resume"][name])
+    if rank() == 0:
+        print(f"resuming after epoch {len(saved['history'])} ({partial})")
+    return saved
+
+
+def check_same_run(saved: dict, state: dict, path: Path) -> None:
+    """Raise UserError if a file was written with other settings or paintings than those of `state`."""
+    for key, value in state["config"].items():
+        old = saved.get("config", {}).get(key)
+        if old != value:
+            raise UserError(
+                f"{path} is an unfinished training with {key} = {old}, now it is {value}: "
+                "give the old setting, or --restart"
+            )
+    if saved.get("fingerprint") != state["fingerprint"]:
+        raise UserError(f"{path} is an unfinished training on other paintings: start anew with --restart")
+
+
+@contextlib.contextmanager
+def interruptible(state: dict):
+    """Ctrl-C in this block says how many epochs are kept, and how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        epochs = len(state["history"])
+        advice = f"{epochs} finished epochs are kept: run the same command again to resume"
+        raise KeyboardInterrupt((advice if epochs else "no epoch was finished") if rank() == 0 else "") from None
+
+
+class Timer:
+    """Seconds since it was made, as facts: {"seconds": wall time, "cpu_seconds": CPU time of this process}."""
+
+    def __init__(self):
+        self.start = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.start[0], "cpu_seconds": time.process_time() - self.start[1]}
+
+
+def save_epoch(run, stem: str, state: dict, record: dict, parts: dict) -> None:
+    """Append an epoch's record to the history, print it, and write <stem>.partial.pt and <stem>.jsonl."""
+    record = rounded(record)
+    print(json.dumps(record), flush=True)
+    state["resume"] = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(Path(run) / f"{stem}.partial.pt", state | {"history": [*state["history"], record]})
+    state["history"].append(record)  # only now: the epochs that Ctrl-C speaks of are on the disk
+    write_log(run, stem, state["history"])
+
+
+def write_log(run, stem: str, history: list[dict]) -> None:
+    write_text(Path(run) / f"{stem}.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+
+def finish(run, stem: str, state: dict) -> Path:
+    """Write the finished <stem>.pt, with its weights in half precision, in place of the partial checkpoint."""
+    path = Path(run) / f"{stem}.pt"
+    finished = {key: value for key, value in state.items() if key != "resume"}
+    save_checkpoint(path, finished | {"weights": half_precision(finished["weights"])})
+    (Path(run) / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
+    return path
+
+
+def check_finite(loss: torch.Tensor, step: int, epoch: int) -> None:
+    """Raise UserError if the loss of a step is not finite."""
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower --lr")
+
+
+# Facts ----------------------------------------------------------------------------------------------------------------
+
+
+def rounded(facts):
+    """Facts with floats at five significant digits or five decimals, whichever is finer; NumPy scalars become Python's."""
+    if isinstance(facts, dict):
+        return {key: rounded(value) for key, value in facts.items()}
+    if isinstance(facts, (list, tuple)):
+        return [rounded(value) for value in facts]
+    facts = facts.item() if hasattr(facts, "item") else facts
+    if not isinstance(facts, float) or not math.isfinite(facts) or facts == 0:
+        return facts
+    return round(facts, max(5, 4 - math.floor(math.log10(abs(facts)))))
+
+
+def read_facts(run) -> dict:
+    """The run folder's facts.json; empty where there is none."""
+    path = Path(run) / "facts.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge: bool = False) -> None:
+    """Put `{name: facts}`, rounded, into the run's facts.json; two scripts may do so at once.
+
+    `outdated` entries are removed. With `merge`, the name's other facts are kept.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".facts.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = {key: value for key, value in read_facts(run).items() if key not in outdated}
+        facts = (known.get(name, {}) if merge else {}) | rounded(facts)
+        write_text(run / "facts.json", json.dumps(known | {name: facts}, indent=2) + "\n")
