@@ -16,18 +16,68 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import runs
-from folder import decoding, open_rgb
-from wikiart import Pretrained
+from common.errors import UserError
+from common.images import decode_in_processes, open_rgb
+from common.layers import Normalise, mean_std
+from common.run import atomic_write, autocast, reuse_freed_memory, write_text
 
 try:
     import timm
 except ImportError:  # an extra: embed.py says how to get it
     timm = None
+
+
+class Pretrained(nn.Module):
+    """A backbone of timm and a classification head. Images (B, 3, any, any) in [0, 1] to logits (B, classes).
+
+    Features are the backbone's pooled features, then mean and standard deviation of the maps of its last `stages`. The
+    head sees them standardised over the training paintings.
+    """
+
+    def __init__(self, classes, backbone, size, features, stages=0, hidden=0, dropout=0.0, **normalisation):
+        super().__init__()
+        if timm is None:
+            raise UserError("this needs timm: pip install -r requirements/embed.txt")
+        self.normalise = Normalise(**normalisation)
+        self.backbone = timm.create_model(backbone, num_classes=0)  # its weights come with the checkpoint
+        self.size, self.stages = size, stages
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_std", torch.ones(features))
+        self.head = head(features, classes, hidden, dropout)
+
+    def features(self, images):
+        """Features (B, features) of images, resized to the backbone's input size."""
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        images = self.normalise(images)
+        if not self.stages:
+            return self.backbone(images).float()
+        last, stages = self.backbone.forward_intermediates(images, indices=self.stages)
+        pooled = self.backbone.forward_head(last, pre_logits=True)
+        return torch.cat([pooled.float(), *(mean_std(maps.float()).flatten(1) for maps in stages)], 1)
+
+    def forward(self, images):
+        return self.head((self.features(images) - self.feature_mean) / self.feature_std)
+
+    def train(self, mode: bool = True):
+        """Set the head to training mode; the backbone's batch norms keep their pre-trained statistics."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+def head(features: int, classes: int, hidden: int = 0, dropout: float = 0.0) -> nn.Module:
+    """Features to logits: a linear layer, or an MLP with one hidden layer and dropout on both."""
+    if not hidden:
+        return nn.Linear(features, classes)
+    first, last = nn.Linear(features, hidden), nn.Linear(hidden, classes)
+    return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
 
 
 def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
@@ -45,9 +95,9 @@ def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
             backbone.load_state_dict(found)
     except RuntimeError as error:
         said = "; ".join(line.strip() for line in str(error).splitlines())
-        raise runs.Problem(f"--backbone {name}{weights and f' with --weights {weights}'}: {said[:300]}") from None
+        raise UserError(f"--backbone {name}{weights and f' with --weights {weights}'}: {said[:300]}") from None
     except OSError as error:
-        raise runs.Problem(f"could not get the weights of {name}: {weights or 'check the network, or give --weights'} "
+        raise UserError(f"could not get the weights of {name}: {weights or 'check the network, or give --weights'} "
                            f"({type(error).__name__})") from None  # fmt: skip
     key = hashlib.sha256()
     for value in backbone.state_dict().values():
@@ -61,7 +111,7 @@ def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
     model.backbone.load_state_dict(backbone.state_dict())
     with torch.inference_mode():
         arguments["features"] = model.features(torch.zeros(1, 3, model.size, model.size)).shape[1]
-    model.centre = torch.zeros(arguments["features"])  # extract sets it
+    model.feature_mean = torch.zeros(arguments["features"])  # extract sets it
     return model, f"{Path(weights).name or 'hub'} {key.hexdigest()[:16]}", arguments
 
 
@@ -69,9 +119,9 @@ def read_weights(path: str) -> dict:
     try:
         return timm.models.load_state_dict(path, weights_only=True)
     except FileNotFoundError:
-        raise runs.Problem(f"no file of weights {path}") from None
+        raise UserError(f"no file of weights {path}") from None
     except Exception as error:  # torch and safetensors raise many kinds here
-        raise runs.Problem(f"{path} is no file of weights ({type(error).__name__})") from None
+        raise UserError(f"{path} is no file of weights ({type(error).__name__})") from None
 
 
 def with_parts(model, **parts):
@@ -105,7 +155,7 @@ def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple
     """
     flat, note, table = (path.with_name(f"{path.name}.{ending}") for ending in ("float32", "json", "npz"))
     files = [data.root / painting for data in sets.values() for painting in data.paths]
-    width = len(model.centre)
+    width = len(model.feature_mean)
     identity = {"weights": source.split()[-1], "size": model.size, "stages": model.stages, "resize": config.resize,
                 "shrink": config.shrink,
                 "paintings": [data.fingerprint for data in sets.values()]}  # fmt: skip
@@ -113,7 +163,7 @@ def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple
     if known.get("made_from") != identity:
         known = {"made_from": identity, "speed": {}}
         flat.unlink(missing_ok=True)
-        runs.write_text(note, json.dumps(known))
+        write_text(note, json.dumps(known))
     with open(flat, "ab") as target:
         done = target.tell() // (4 * width)
         done -= done % config.batch_size if done < len(files) else 0
@@ -123,21 +173,21 @@ def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple
             target.truncate(4 * width * done)
             table.unlink(missing_ok=True)
             known["speed"] = append(target, model, files[done:], config, device)
-            runs.write_text(note, json.dumps(known))
+            write_text(note, json.dumps(known))
     features = np.memmap(flat, np.float32, "r", shape=(len(files), width))
 
     first, moments = len(sets["train"]), np.zeros((2, width))
     for part in np.array_split(features[:first], -(-first // 1024)):
         moments += [part.sum(0, dtype=np.float64), (part.astype(np.float64) ** 2).sum(0)]
     mean, square = moments / first
-    model.centre = torch.tensor(mean, dtype=torch.float32, device=device)
-    model.spread = torch.tensor(np.maximum(square - mean**2, 1e-8) ** 0.5, dtype=torch.float32, device=device)
+    model.feature_mean = torch.tensor(mean, dtype=torch.float32, device=device)
+    model.feature_std = torch.tensor(np.maximum(square - mean**2, 1e-8) ** 0.5, dtype=torch.float32, device=device)
     if not table.exists():  # what cluster.py reads
         codes = {"train": features[:first], "test": features[first:], "classes": np.array(sets["train"].classes)}
         for split, data in sets.items():
             codes |= {f"{split}_labels": data.labels.numpy(), f"{split}_artists": data.artists,
                       f"{split}_paths": data.paths}  # fmt: skip
-        with runs.replacing(table) as temporary:
+        with atomic_write(table) as temporary:
             np.savez(temporary, **codes, made_from=json.dumps(identity))
     return features, known["speed"]
 
@@ -165,16 +215,16 @@ def append(target, model, files, config, device) -> dict:
     settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
     transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes: the network normalises
     paintings = Paintings(files, model.size, config.shrink, transform)
-    runs.keep_memory()
+    reuse_freed_memory()
     started, cpu = time.perf_counter(), sum(os.times()[:4])
     bar = tqdm(total=len(files), desc="features", unit="picture")
-    with torch.inference_mode(), bar, decoding(paintings, config.batch_size, config.processes, np.stack) as batches:
+    with torch.inference_mode(), bar, decode_in_processes(paintings, config.batch_size, config.processes, np.stack) as batches:
         for pixels in batches:
             images = torch.from_numpy(pixels).to(device).to(memory_format=torch.channels_last) / 255
-            with runs.autocast(device):
+            with autocast(device):
                 features = model.features(images)
             if not torch.isfinite(features).all():
-                raise runs.Problem("the backbone makes numbers that are not finite: are these its weights?")
+                raise UserError("the backbone makes numbers that are not finite: are these its weights?")
             target.write(features.cpu().numpy())
             target.flush()  # a kill leaves what is done
             bar.update(len(pixels))

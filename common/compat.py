@@ -29,7 +29,12 @@ VALUES = {"mean-deviation": "mean_std"}  # of train.pooling, and in checkpoints
 CHECKPOINT = {"windows": "tta_scales", "extra": "aux_classes", "points": "projection_dim", "given": "style_features"}
 WEIGHTS = {  # by model: beginnings and parts of names in the state dict
     "Autoencoder": {"spread.": "expand.", "head.": "projection_head."},
-    "StyleAutoencoder": {"spread.": "expand.", "reader.": "style_head.", "given": "style_features", ".ask.": ".to_gamma_beta."},
+    "StyleAutoencoder": {
+        "spread.": "expand.",
+        "reader.": "style_head.",
+        "given": "style_features",
+        ".ask.": ".to_gamma_beta.",
+    },
     "Pretrained": {"centre": "feature_mean", "spread": "feature_std"},
 }
 FACTS = {
@@ -81,7 +86,9 @@ def rename_checkpoint(checkpoint: dict) -> dict:
     checkpoint = {CHECKPOINT.get(key, key): value for key, value in checkpoint.items()}
     if "arguments" in checkpoint:
         arguments = {CHECKPOINT.get(key, key): value for key, value in checkpoint["arguments"].items()}
-        arguments |= {"pooling": VALUES.get(arguments["pooling"], arguments["pooling"])} if "pooling" in arguments else {}
+        arguments |= (
+            {"pooling": VALUES.get(arguments["pooling"], arguments["pooling"])} if "pooling" in arguments else {}
+        )
         checkpoint["arguments"] = arguments
     for old, new in WEIGHTS.get(checkpoint.get("model"), {}).items():
         weights = checkpoint.get("weights", {})

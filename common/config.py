@@ -40,7 +40,9 @@ SHARED = {
     "resize": Setting(str, ("squash", "crop"), "how an image becomes a square"),
     "device": Setting(str, None, "auto, cpu, cuda, cuda:1, mps, ..."),
     "seed": Setting(int, "[0, inf)", "random seed"),
-    "split_seed": Setting(int, "[0, inf)", "random seed of the validation split, and of roots without train/ and test/"),
+    "split_seed": Setting(
+        int, "[0, inf)", "random seed of the validation split, and of roots without train/ and test/"
+    ),
     "validation": Setting(float, "(0, 1)", "fraction of the training paintings used for validation"),
     "min_images": Setting(int, "[1, inf)", "training paintings an artist or genre needs to count as a class"),
     "processes": Setting(int, "[0, inf)", "processes that decode images; 0: one per core"),

@@ -1,7 +1,7 @@
-"""What a network is shown of a painting, in training and in evaluation, and what is made of its answers.
+"""Which part of a painting a network sees: random crops in training, fixed views in evaluation.
 
-random_crops(pixels, 96, torch.rand(7, len(pixels)))    # training: uint8 (N, 3, S, S) to float (N, 3, 96, 96)
-predict(model, pixels, 96, [1.0, 0.7])                  # evaluation: class probabilities (N, classes)
+random_crops(pixels, 96, torch.rand(7, len(pixels)))          # training: uint8 (N, 3, S, S) to float (N, 3, 96, 96)
+predict_probabilities(model, pixels, 96, [1.0, 0.7])          # evaluation: class probabilities (N, classes)
 """
 
 import itertools
@@ -12,116 +12,106 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def random_crops(images, crop: int, random: torch.Tensor, smallest: float = 0.2) -> torch.Tensor:
-    """Training: of each picture another window, mirrored half of the time.
+def random_crops(images, crop: int, random: torch.Tensor, min_area: float = 0.2) -> torch.Tensor:
+    """Training: a different random crop of each image, flipped half of the time, with exposure and contrast jitter.
 
-    uint8 (B, 3, S, S) and random numbers in [0, 1) (7, B) to float (B, 3, crop, crop) around [0, 1]. A window covers
-    between `smallest` and all of the area, up to a third wider or higher than the picture's proportions: small ones
-    show the brushwork as it is, large ones the composition. Exposure and contrast vary a little; hues do not, for
-    they help to tell styles apart.
+    images: uint8 (B, 3, S, S); random: uniform numbers in [0, 1), (7, B); returns float (B, 3, crop, crop) around
+    [0, 1]. A crop covers between `min_area` and all of the area, at aspect ratios up to 4:3: small crops show the
+    brushwork, large ones the composition. Exposure and contrast vary a little; hues do not, because they are evidence
+    of style.
     """
-    area, stretch = smallest + (1 - smallest) * random[0], torch.exp(0.3 * (random[1] - 0.5))
+    area, stretch = min_area + (1 - min_area) * random[0], torch.exp(0.3 * (random[1] - 0.5))
     side, flip = images.shape[-1], random[4] < 0.5
     width, height = ((side * area.sqrt() * ratio).round().clamp(max=side) for ratio in (stretch, 1 / stretch))
     left, top = (random[2] * (side - width + 1)).floor(), (random[3] * (side - height + 1)).floor()
     if images.device.type == "cpu":
-        # One by one and in bytes, which stay in the CPU's cache: seven times as fast as grid_sample on whole batches.
-        crops = torch.empty(len(images), 3, crop, crop, dtype=torch.uint8)
-        windows = torch.stack([top, top + height, left, left + width]).int().T.tolist()
-        for image, (upper, lower, west, east), mirrored, place in zip(images, windows, flip, crops, strict=True):
-            window = image[None, :, upper:lower, west:east]
-            window = window.flip(3) if mirrored else window.contiguous()
-            place.copy_(F.interpolate(window, (crop, crop), mode="bilinear", antialias=True, align_corners=False)[0])
-        crops = crops.float().div_(255)
+        crops = crop_each(images, crop, torch.stack([top, top + height, left, left + width]), flip)
     else:
-        crops = windows_at_once(images, crop, left, top, torch.where(flip, -width, width), height)
+        crops = grid_sample_crops(images, crop, left, top, torch.where(flip, -width, width), height)
     contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
     return crops.mul_(1 + contrast).add_(0.25 * exposure - 0.5 * contrast)
 
 
-def windows_at_once(images, crop: int, left, top, width, height) -> torch.Tensor:
-    """Windows of whole batches on a GPU: uint8 (B, 3, S, S) to float (B, 3, crop, crop); a width below 0 mirrors."""
+def crop_each(images, crop: int, boxes, flip) -> torch.Tensor:
+    """Crops on the CPU: boxes (4, B) are top, bottom, left and right in pixels; returns float (B, 3, crop, crop).
+
+    One image at a time and in bytes, which fit into the CPU's cache: seven times as fast as grid_sample on a batch.
+    """
+    crops = torch.empty(len(images), 3, crop, crop, dtype=torch.uint8)
+    for image, (top, bottom, left, right), mirrored, target in zip(
+        images, boxes.int().T.tolist(), flip, crops, strict=True
+    ):
+        box = image[None, :, top:bottom, left:right]
+        box = box.flip(3) if mirrored else box.contiguous()
+        target.copy_(resize(box, crop)[0])
+    return crops.float().div_(255)
+
+
+def grid_sample_crops(images, crop: int, left, top, width, height) -> torch.Tensor:
+    """Crops of a whole batch on a GPU: uint8 (B, 3, S, S) to float (B, 3, crop, crop); a negative width flips."""
     side, zero = images.shape[-1], torch.zeros_like(width)
-    across, down = (2 * left + width.abs()) / side - 1, (2 * top + height) / side - 1  # in affine_grid's [-1, 1]
-    theta = torch.stack([width / side, zero, across, zero, height / side, down], 1).view(-1, 2, 3).to(images.device)
+    x, y = (2 * left + width.abs()) / side - 1, (2 * top + height) / side - 1  # centres, in affine_grid's [-1, 1]
+    theta = torch.stack([width / side, zero, x, zero, height / side, y], 1).view(-1, 2, 3).to(images.device)
     grid = F.affine_grid(theta, (len(images), 3, crop, crop), align_corners=False)
-    # A large window has several pixels for one of the crop's, of which grid_sample would skip most: average them first.
+    # grid_sample does not antialias: where a crop is reduced, average its pixels first.
     level = (torch.maximum(width.abs(), height) / crop).log2().round().clamp(min=0)
     crops = torch.empty(len(images), 3, crop, crop, device=images.device)
-    for each in level.unique():
-        chosen = torch.nonzero(level == each).flatten().to(images.device)
-        source = F.avg_pool2d(images[chosen].float() / 255, int(2**each))
-        crops[chosen] = F.grid_sample(source, grid[chosen], padding_mode="reflection", align_corners=False)
+    for value in level.unique():
+        rows = torch.nonzero(level == value).flatten().to(images.device)
+        source = F.avg_pool2d(images[rows].float() / 255, int(2**value))
+        crops[rows] = F.grid_sample(source, grid[rows], padding_mode="reflection", align_corners=False)
     return crops
 
 
-def one_window(images, crop: int, random: torch.Tensor, smallest: float = 0.5) -> torch.Tensor:
-    """Training where sharpness counts: one window for all pictures of a batch, scaled as `views` scales them.
+def batch_crop(images, crop: int, random: torch.Tensor, min_area: float = 0.5) -> torch.Tensor:
+    """Training where sharpness matters: the same random crop for all images of a batch, resized as `views` does.
 
-    uint8, or float in [0, 1], (B, 3, S, S) and random numbers in [0, 1) (5,) to float (B, 3, crop, crop) in [0, 1].
+    images: uint8, or float in [0, 1], (B, 3, S, S); random: uniform numbers in [0, 1), (5,); returns float
+    (B, 3, crop, crop) in [0, 1].
     """
-    area, stretch = smallest + (1 - smallest) * random[0], math.exp(0.3 * (random[1] - 0.5))
+    area, stretch = min_area + (1 - min_area) * random[0], math.exp(0.3 * (random[1] - 0.5))
     side = images.shape[-1]
     height, width = (min(side, round(side * float(area.sqrt()) * ratio)) for ratio in (stretch, 1 / stretch))
     top, left = int(random[2] * (side - height + 1)), int(random[3] * (side - width + 1))
-    part = images[:, :, top : top + height, left : left + width]
+    box = images[:, :, top : top + height, left : left + width]
     if images.is_floating_point() or images.device.type != "cpu":
-        part = part if images.is_floating_point() else part.float() / 255
-        part = part.flip(3) if random[4] < 0.5 else part
-        return F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
-    part = part.flip(3) if random[4] < 0.5 else part.contiguous()  # bytes that lie apart are scaled more slowly
-    return F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False).float().div_(255)
+        box = box if images.is_floating_point() else box.float() / 255
+        return resize(box.flip(3) if random[4] < 0.5 else box, crop)
+    box = box.flip(3) if random[4] < 0.5 else box.contiguous()  # strided bytes are resized more slowly
+    return resize(box, crop).float().div_(255)
 
 
-def views(images, crop: int, window: float = 1.0) -> list[torch.Tensor]:
-    """Evaluation: the four corner windows of `window` times the picture's side, and their mirror images.
+def resize(images, side: int) -> torch.Tensor:
+    """Images (B, 3, H, W) at another size, (B, 3, side, side)."""
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
-    uint8 (B, 3, S, S) to a list of float (B, 3, crop, crop) in [0, 1]. 1 stands for the whole picture, 1.5 for the
-    whole picture at 1.5 times the crop's size.
+
+def views(images, crop: int, scale: float = 1.0) -> list[torch.Tensor]:
+    """Evaluation: the four corner crops of `scale` times the image's side, and their mirror images.
+
+    images: uint8 (B, 3, S, S); returns a list of float (B, 3, crop, crop) in [0, 1]. Scale 1 is the whole image, 1.5
+    the whole image at 1.5 times the size.
     """
-    if window > 1:
-        return views(images, round(crop * window))
-    side = round(images.shape[-1] * window)
-    starts = (0,) if window == 1 else (0, images.shape[-1] - side)
-    shown = []
+    if scale > 1:
+        return views(images, round(crop * scale))
+    side = round(images.shape[-1] * scale)
+    starts = (0,) if scale == 1 else (0, images.shape[-1] - side)
+    crops = []
     for top, left in itertools.product(starts, starts):
-        part = images[:, :, top : top + side, left : left + side].float() / 255
-        part = F.interpolate(part, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
-        shown += [part, part.flip(3)]
-    return shown
+        box = resize(images[:, :, top : top + side, left : left + side].float() / 255, crop)
+        crops += [box, box.flip(3)]
+    return crops
 
 
 @torch.no_grad()
-def over_views(function, images, crop: int, windows=(1.0,)) -> torch.Tensor:
-    """What `function` makes of uint8 pictures, (B, ...): the mean over the windows of the mean over their views."""
-    each = [torch.stack([function(view).float() for view in views(images, crop, side)]).mean(0) for side in windows]
-    return torch.stack(each).mean(0)
+def mean_over_views(function, images, crop: int, scales=(1.0,)) -> torch.Tensor:
+    """The mean over scales of the mean over views of function(view), (B, ...), for uint8 images."""
+    by_scale = [
+        torch.stack([function(view).float() for view in views(images, crop, scale)]).mean(0) for scale in scales
+    ]
+    return torch.stack(by_scale).mean(0)
 
 
-def predict(model: nn.Module, images, crop: int, windows=(1.0,)) -> torch.Tensor:
-    """Class probabilities (B, classes) of uint8 pictures."""
-    return over_views(lambda view: model(view).float().softmax(1), images, crop, windows)
-
-
-def calibrate(probabilities, temperature: float):
-    """Probabilities (B, classes) made surer by a temperature below 1, less sure by one above (Guo et al. 2017).
-
-    Their order stays.
-    """
-    return (probabilities.clamp_min(1e-9).log() / temperature).softmax(1)
-
-
-def fit_temperature(probabilities, labels) -> float:
-    """The temperature with which probabilities (N, classes) of a validation part fit its labels (N,) best.
-
-    Averaging over views and smoothed labels make a network less sure than it may be, long training surer. Every class
-    weighs the same, as in choosing the epoch. The labels are smoothed by what N of them leave open (Platt 1999):
-    else a network that makes no mistake on them would be made sure without end.
-    """
-    logs, weights = probabilities.clamp_min(1e-9).log(), 1 / torch.bincount(labels)[labels]
-
-    def loss(temperature):
-        losses = F.cross_entropy(logs / temperature, labels, label_smoothing=1 / (len(labels) + 2), reduction="none")
-        return (weights * losses).sum().item()
-
-    return min(torch.logspace(-2, 1, 301).tolist(), key=loss)
+def predict_probabilities(model: nn.Module, images, crop: int, scales=(1.0,)) -> torch.Tensor:
+    """Class probabilities (B, classes) of uint8 images (B, 3, S, S), averaged over views."""
+    return mean_over_views(lambda view: model(view).float().softmax(1), images, crop, scales)

@@ -9,6 +9,8 @@ import numpy as np  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from common.names import display_name  # noqa: E402
+
 plt.rcParams.update(
     {
         "figure.dpi": 100,
@@ -34,16 +36,11 @@ MARKERS = ["o", "^", "s"]
 LINES = ["-", "--", ":"]
 
 
-def look(number: int) -> dict:
+def class_style(number: int) -> dict:
     """Colour, marker and line style of class `number`."""
     turn = number // len(HUES)
     marker = MARKERS[(number + turn) % len(MARKERS)]  # neighbours differ in marker, too
     return {"color": HUES[number % len(HUES)], "marker": marker, "linestyle": LINES[turn % len(LINES)]}
-
-
-def plain(name: str) -> str:
-    """A folder's name as people write it."""
-    return name.replace("Ukiyo_e", "Ukiyo-e").replace("_", " ")
 
 
 def save(figure, path) -> None:
@@ -94,7 +91,7 @@ def lines(path, xs: list, panels: dict, xlabel: str, mark: tuple, levels=None, l
 def confusion(path, counts: np.ndarray, classes: list[str], title: str, normalise: bool) -> None:
     """Confusion matrix (true x predicted); normalised rows are shares of the true class, in per cent."""
     shown = 100 * counts / counts.sum(1, keepdims=True).clip(1) if normalise else counts
-    names = [plain(name) for name in classes]
+    names = [display_name(name) for name in classes]
     rows = [f"{name} ({total})" for name, total in zip(names, counts.sum(1), strict=True)]
     label = "% of the true class" if normalise else "pictures"
     heat(path, shown, rows, names, title, label, ("predicted", "true (pictures)"))
@@ -105,8 +102,8 @@ def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: st
     width, height = (max(5.5, 0.42 * len(names) + 2.5) for names in (columns, rows))
     figure, axis = plt.subplots(figsize=(width, height))
     image = axis.imshow(table, cmap="Blues", vmin=0, vmax=100 if unit.startswith("%") else None)
-    axis.set_xticks(range(len(columns)), [plain(name) for name in columns], rotation=90)
-    axis.set_yticks(range(len(rows)), [plain(name) for name in rows])
+    axis.set_xticks(range(len(columns)), [display_name(name) for name in columns], rotation=90)
+    axis.set_yticks(range(len(rows)), [display_name(name) for name in rows])
     axis.set(xlabel=axes[0], ylabel=axes[1], title=title)
     axis.grid(False)
     for row, column in np.ndindex(table.shape):
@@ -124,9 +121,9 @@ def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], t
     for axis, (name, (places, numbers, names)) in zip(axes.flat, panels.items(), strict=True):
         for number, label in enumerate(names):
             own = places[numbers == number]
-            style = look(number)
+            style = class_style(number)
             axis.scatter(*own.T, s=max(4, min(22, 3e4 / len(places))), color=style["color"], marker=style["marker"],
-                         linewidths=0, alpha=0.75, label=plain(label))  # fmt: skip
+                         linewidths=0, alpha=0.75, label=display_name(label))  # fmt: skip
         axis.set(title=name, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.grid(False)
@@ -166,8 +163,8 @@ def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str
     figure, axis = plt.subplots(figsize=(6, 5))
     axis.plot([0, 1], [0, 1], color="0.7", lw=1, ls=":", label="guessing 0.500")
     for number, (name, (false, true, area)) in enumerate(lines.items()):
-        style = look(number) | {"marker": None}
-        axis.plot(false, true, lw=1.8, label=f"{plain(name)} {area:.3f}", **style)
+        style = class_style(number) | {"marker": None}
+        axis.plot(false, true, lw=1.8, label=f"{display_name(name)} {area:.3f}", **style)
     axis.set(xlabel="false positive rate", ylabel="true positive rate", title=title, aspect="equal")
     axis.legend(title="area under the curve", loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9,
                 ncols=1 + len(lines) // 20)  # fmt: skip
@@ -183,7 +180,7 @@ def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values:
     width = 0.8 / len(groups)
     for number, (name, heights) in enumerate(groups.items()):
         places = np.arange(len(labels)) + (number - (len(groups) - 1) / 2) * width
-        drawn = axis.bar(places, heights, width, label=plain(name), color=HUES[number % len(HUES)])
+        drawn = axis.bar(places, heights, width, label=display_name(name), color=HUES[number % len(HUES)])
         if values:
             axis.bar_label(drawn, fmt="%d", fontsize=8, rotation=90, padding=2)
     if level is not None:

@@ -6,8 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_gather
 
-from layers import Block, texture
-from windows import one_window
+from common.crops import batch_crop
+from common.layers import Block, mean_std
+
+
+def class_log_prior(labels, classes: int) -> torch.Tensor:
+    """Log of each class's frequency among the labels (N,), float (classes,); for logit adjustment and class weights."""
+    return (torch.bincount(labels, minlength=classes) / len(labels)).log()
 
 
 def contrast(points, temperature: float = 0.2):
@@ -128,7 +133,7 @@ class Repaint(nn.Module):
             told = self.spy(Reverse.apply(codes, config.spy_weight))
             loss = loss + F.cross_entropy(told.float(), labels)
         if config.hit_weight or config.texture_weight or config.critic_weight:
-            other, reals = (one_window(each, side, numbers, 0.5) for each in (other, reals))
+            other, reals = (batch_crop(each, side, numbers, 0.5) for each in (other, reals))
             maps, logits = self.look(other)
             with torch.no_grad():
                 aims, _ = self.look(reals)
@@ -145,7 +150,7 @@ def unlike(maps, aims):
     """How far the textures of maps are from those of others, in deviations of the latter over the batch; a scalar."""
     distances = []
     for one, other in zip(maps, aims, strict=True):
-        one, other = texture(one.float()).flatten(1), texture(other.float()).flatten(1)
+        one, other = mean_std(one.float()).flatten(1), mean_std(other.float()).flatten(1)
         spread = of_all_processes(other).std(0) + 0.05
         distances.append(F.smooth_l1_loss(one / spread, other / spread))
     return sum(distances) / len(distances)

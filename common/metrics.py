@@ -1,71 +1,131 @@
-"""How good a result is: the measures that several scripts share. Classes are numbers; guesses and truth int64 (N,)."""
+"""Metrics. Classes are numbers; `truth` and `predictions` are int64 arrays (N,)."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from losses import luminance
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+BOOTSTRAP = 1000  # resamples behind each 95 % interval
 
-MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
-
-
-def with_intervals(truth, guesses, classes: int, resamples: int, seed: int) -> dict:
-    """Accuracy, balanced accuracy and macro-F1, each with its 95 % bootstrap interval (percentiles)."""
-    random = np.random.default_rng(seed)
-    facts = dict(zip(MEASURES, measures(truth, guesses, classes), strict=True))
-    drawn = random.integers(len(truth), size=(resamples, len(truth)))
-    table = np.array([measures(truth[rows], guesses[rows], classes) for rows in drawn])
-    for name, low, high in zip(MEASURES, *np.percentile(table, (2.5, 97.5), axis=0), strict=True):
-        facts |= {f"{name}_low": low, f"{name}_high": high}
-    return {name: float(value) for name, value in facts.items()}
+# Classification -------------------------------------------------------------------------------------------------------
 
 
-def measures(truth, guesses, classes: int) -> tuple[float, float, float]:
-    """The three of MEASURES; means over classes take those that occur in the truth."""
-    counts = count_pairs(truth, guesses, classes)
-    hits, true, said = counts.diagonal(), counts.sum(1), counts.sum(0)
-    there = true > 0
-    recall = hits[there] / true[there]
-    f1 = 2 * hits[there] / (true[there] + said[there])
+def confusion_counts(truth, predictions, classes: int) -> np.ndarray:
+    """Confusion matrix, int64 (true class, predicted class)."""
+    return np.bincount(truth * classes + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def classification_scores(truth, predictions, classes: int) -> tuple[float, float, float]:
+    """The three METRICS; means over classes take those that occur in the truth."""
+    counts = confusion_counts(truth, predictions, classes)
+    hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    present = true > 0
+    recall = hits[present] / true[present]
+    f1 = 2 * hits[present] / (true[present] + predicted[present])
     return hits.sum() / len(truth), recall.mean(), f1.mean()
 
 
-def count_pairs(truth, guesses, classes: int) -> np.ndarray:
-    """Confusion matrix, int64 (true, predicted)."""
-    return np.bincount(truth * classes + guesses, minlength=classes**2).reshape(classes, classes)
+def balanced_accuracy(truth, predictions) -> float:
+    """The mean over classes of the fraction of each class that is predicted correctly; tensors or arrays (N,)."""
+    truth, predictions = np.asarray(truth), np.asarray(predictions)
+    return class_balanced_mean((predictions == truth).astype(float), truth)
 
 
-def seen_and_unseen(known, data, guesses) -> dict:
-    """Accuracy on paintings by the artists that training knows (`known`), and by artists that it does not.
+def class_balanced_mean(values, labels) -> float:
+    """The mean over classes of the mean of each class's values; tensors or arrays (N,)."""
+    values, labels = np.asarray(values, np.float64), np.asarray(labels)
+    return float(np.mean([values[labels == label].mean() for label in np.unique(labels)]))
 
-    The first may be painter recognition in part, the second cannot be. The two groups hold different paintings.
-    """
-    facts, right = {}, guesses == data.labels.numpy()
-    seen = np.isin(data.artists, known)
-    for name, chosen in (("seen", seen), ("unseen", ~seen & (data.artists != ""))):
-        if chosen.any():
-            recalls = [right[chosen & (data.labels.numpy() == label)] for label in np.unique(data.labels[chosen])]
-            facts[f"{name}_artists_images"] = int(chosen.sum())
-            facts[f"{name}_artists_accuracy"] = float(right[chosen].mean())
-            facts[f"{name}_artists_balanced_accuracy"] = float(np.mean([recall.mean() for recall in recalls]))
+
+def bootstrap_scores(truth, predictions, classes: int, seed: int) -> dict:
+    """The three METRICS, each with its 95 % bootstrap interval as <metric>_low and <metric>_high (percentiles)."""
+    random = np.random.default_rng(seed)
+    facts = dict(zip(METRICS, classification_scores(truth, predictions, classes), strict=True))
+    resamples = random.integers(len(truth), size=(BOOTSTRAP, len(truth)))
+    scores = np.array([classification_scores(truth[rows], predictions[rows], classes) for rows in resamples])
+    for name, low, high in zip(METRICS, *np.percentile(scores, (2.5, 97.5), axis=0), strict=True):
+        facts |= {f"{name}_low": low, f"{name}_high": high}
     return facts
 
 
+def seen_unseen_accuracy(known_artists, data, predictions) -> dict:
+    """Accuracy on paintings by artists who are in the training set (`known_artists`), and by artists who are not.
+
+    The first may be artist recognition in part, the second cannot be. The two groups hold different paintings.
+    """
+    truth, facts = data.labels.numpy(), {}
+    seen = np.isin(data.artists, known_artists)
+    for name, mask in (("seen", seen), ("unseen", ~seen & (data.artists != ""))):
+        if mask.any():
+            facts[f"{name}_artists_images"] = int(mask.sum())
+            facts[f"{name}_artists_accuracy"] = (predictions == truth)[mask].mean()
+            facts[f"{name}_artists_balanced_accuracy"] = balanced_accuracy(truth[mask], predictions[mask])
+    return facts
+
+
+# Calibration ----------------------------------------------------------------------------------------------------------
+
+
 def calibration_error(truth, probabilities, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): how far the share that is right lies from the probability that was
-    given, as a mean over paintings in bins of like probability."""
-    sure, right = probabilities.max(1), probabilities.argmax(1) == truth
-    number = np.minimum((sure * bins).astype(int), bins - 1)
-    gaps = np.bincount(number, right - sure, bins)  # of each bin, times its paintings
+    """Expected calibration error (Guo et al. 2017): the gap between confidence and accuracy, in bins."""
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == truth
+    number = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(number, correct - confidence, bins)  # summed over the paintings of each bin
     return float(np.abs(gaps).sum() / len(truth))
 
 
-def similarity(one, other):
-    """Structural similarity (Wang et al. 2004) of luminances, (N,): 1 for equal pictures (N, 3, S, S)."""
-    places = torch.arange(11) - 5
-    bell = torch.exp(-(places**2) / (2 * 1.5**2))
-    kernel = (bell[:, None] * bell / bell.sum() ** 2).view(1, 1, 11, 11)
-    x, y = luminance(one), luminance(other)
-    mx, my, xx, yy, xy = (F.conv2d(each, kernel) for each in (x, y, x * x, y * y, x * y))
-    contrast = (2 * (xy - mx * my) + 0.03**2) / (xx - mx**2 + yy - my**2 + 0.03**2)
-    return (contrast * (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)).mean((1, 2, 3))
+def calibrate(probabilities, temperature: float):
+    """Probabilities (B, classes), sharper at temperatures below 1, flatter above (Guo et al. 2017); the order stays."""
+    return (probabilities.clamp_min(1e-9).log() / temperature).softmax(1)
+
+
+def fit_temperature(probabilities, labels) -> float:
+    """The temperature at which validation probabilities (N, classes) fit their labels (N,) best, by class-balanced NLL.
+
+    Labels are smoothed by 1 / (N + 2) (Platt 1999): a network without a mistake among N would otherwise be made
+    infinitely confident.
+    """
+    log_probabilities, weights = probabilities.clamp_min(1e-9).log(), 1 / torch.bincount(labels)[labels]
+
+    def loss(temperature):
+        logits, smoothing = log_probabilities / temperature, 1 / (len(labels) + 2)
+        losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        return (weights * losses).sum().item()
+
+    return min(torch.logspace(-2, 1, 301).tolist(), key=loss)
+
+
+def negative_log_likelihood(probabilities, labels):
+    """-log of the probability (N, classes) of each label (N,), at most 21."""
+    return F.nll_loss(probabilities.clamp_min(1e-9).log(), labels, reduction="none")
+
+
+# Images, float (N, 3, S, S) in [0, 1] ---------------------------------------------------------------------------------
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB, of a mean squared error of pixels in [0, 1]; 3 dB more are half the error."""
+    return float(-10 * np.log10(max(mse, 1e-12)))
+
+
+def luminance(images):
+    """Luminance (N, 1, S, S), by the weights of ITU-R BT.601."""
+    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def layout(images, side: int = 16):
+    """Coarse luminance as unit vectors (N, side * side): the dot product of two is their correlation."""
+    coarse = F.adaptive_avg_pool2d(luminance(images), side).flatten(1)
+    coarse = coarse - coarse.mean(1, keepdim=True)
+    return coarse / (coarse.norm(dim=1, keepdim=True) + 1e-4)
+
+
+def ssim(x, y):
+    """Structural similarity of luminance (Wang et al. 2004), (N,): 1 for equal images."""
+    offsets = torch.arange(11) - 5
+    gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel = (gaussian[:, None] * gaussian / gaussian.sum() ** 2).view(1, 1, 11, 11)
+    x, y = luminance(x), luminance(y)
+    mean_x, mean_y, xx, yy, xy = (F.conv2d(maps, kernel) for maps in (x, y, x * x, y * y, x * y))
+    contrast = (2 * (xy - mean_x * mean_y) + 0.03**2) / (xx - mean_x**2 + yy - mean_y**2 + 0.03**2)
+    return (contrast * (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)).mean((1, 2, 3))

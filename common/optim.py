@@ -4,7 +4,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum whose updates are orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Nesterov momentum with orthogonalized updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     For convolution weights (out, in, height, width), seen as matrices (out, in * height * width).
     """

@@ -316,7 +316,7 @@ def check_finite(loss: torch.Tensor, step: int, epoch: int) -> None:
 
 
 def rounded(facts):
-    """Facts with floats at five significant digits or five decimals, whichever is finer; NumPy scalars become Python's."""
+    """Facts with floats at five decimals or five significant digits, whichever is finer, and without NumPy's types."""
     if isinstance(facts, dict):
         return {key: rounded(value) for key, value in facts.items()}
     if isinstance(facts, (list, tuple)):

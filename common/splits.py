@@ -3,46 +3,47 @@
 import numpy as np
 
 
-def join(*keys) -> np.ndarray:
-    """Number the items, int64 (N,), so that those that share a value in any of the keys (N each) get the same number.
+def connected_groups(*keys) -> np.ndarray:
+    """Group numbers, int64 (N,): items that share a value in any of the keys (N each) are in the same group.
 
-    Copies of a painting share their name or their pixels. "" is no value.
+    Duplicates of a painting share their name or their pixels. "" is not a value.
     """
-    number = list(range(len(keys[0])))
+    parent = list(range(len(keys[0])))
 
-    def first(item):  # follows a chain to its first member
-        while number[item] != item:
-            item = number[item]
+    def root(item):
+        while parent[item] != item:
+            item = parent[item]
         return item
 
     for key in keys:
-        seen = {}
+        first_with = {}
         for item, value in enumerate(key):
             if value:
-                one, other = first(item), first(seen.setdefault(value, item))
-                number[max(one, other)] = min(one, other)
-    return np.array([first(item) for item in range(len(number))])
+                a, b = root(item), root(first_with.setdefault(value, item))
+                parent[max(a, b)] = min(a, b)
+    return np.array([root(item) for item in range(len(parent))])
 
 
 def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose about `fraction` of every class, as a mask (N,), without dividing a group.
+    """Choose about `fraction` of every class at random, as a mask (N,), without dividing a group.
 
-    A group counts as its first member's class. Of every class with two groups or more of its own some are chosen; of
-    no class are all.
+    A group counts as its first member's class. Of every class with two groups or more some are chosen; of no class are
+    all.
     """
-    shuffled = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     _, leaders, group = np.unique(groups, return_index=True, return_inverse=True)
-    table = np.zeros((len(leaders), labels.max() + 1), int)  # members of each group in each class
-    np.add.at(table, (group, labels), 1)
-    sizes, left, chosen = table.sum(1), table.sum(0), np.zeros(len(leaders), bool)
+    members = np.zeros((len(leaders), labels.max() + 1), int)  # of each group in each class
+    np.add.at(members, (group, labels), 1)
+    sizes, remaining, chosen = members.sum(1), members.sum(0), np.zeros(len(leaders), bool)
     for label in np.unique(labels[leaders]):
-        own = shuffled.permutation(np.flatnonzero(labels[leaders] == label))
-        wanted, taken = fraction * sizes[own].sum(), 0
-        smallest = own[np.argmin(sizes[own])]  # goes where none is small enough
-        for candidate in (*own, smallest):
-            fits = taken + sizes[candidate] <= wanted or (candidate == smallest and not taken)
-            if fits and not chosen[candidate] and (left > table[candidate])[table[candidate] > 0].all():
+        candidates = random.permutation(np.flatnonzero(labels[leaders] == label))
+        target, taken = fraction * sizes[candidates].sum(), 0
+        smallest = candidates[np.argmin(sizes[candidates])]  # the last resort, if no group fits
+        for candidate in (*candidates, smallest):
+            fits = taken + sizes[candidate] <= target or (candidate == smallest and not taken)
+            leaves_some = (remaining > members[candidate])[members[candidate] > 0].all()
+            if fits and leaves_some and not chosen[candidate]:
                 chosen[candidate] = True
                 taken += sizes[candidate]
-                left = left - table[candidate]
+                remaining = remaining - members[candidate]
     return chosen[group]
