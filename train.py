@@ -14,6 +14,7 @@ line per epoch, curves.png, classes.png and facts.json.
 """
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from common.run import (
     data_parallel,
     finish,
     fixed_settings,
+    half_precision,
     interruptible,
     join_processes,
     leave_processes,
@@ -144,11 +146,10 @@ def main(argv=None):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(ema.module).cpu().state_dict()}
                 save_epoch(config.run, "classifier", state, {"epoch": epoch} | record, parts)
     if rank() == 0:
-        state = without_auxiliary_outputs(state)
-        classifier = Classifier(state, device)
-        probabilities = classifier.predict_dataset(validation, calibrated=False)
+        state = publishable(state)
+        probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
         state["temperature"] = fit_temperature(probabilities, validation.labels)
-        report(config.run, state, classifier.model, training, validation, draws_per_class(sampler))
+        report(Path(config.run), state, training, validation, draws_per_class(sampler))
         path = finish(config.run, "classifier", state)
         lock.close()
         print(f"{path}: epoch {state['epoch']} kept, the best on {len(validation)} validation paintings")
@@ -188,7 +189,9 @@ def model_arguments(config, training: WikiArt, aux_classes: int) -> dict:
 
 def new_model(config, arguments: dict):
     """A network with the weights of --seed. Raises UserError for a torchvision model that does not fit --crop."""
-    torch.manual_seed(config.seed)  # here, because building the pixel cache draws random numbers and loading it does not
+    torch.manual_seed(
+        config.seed
+    )  # here, because building the pixel cache draws random numbers and loading it does not
     model = make_model(config.model, arguments)
     if config.model not in MODELS:
         try:
@@ -200,14 +203,14 @@ def new_model(config, arguments: dict):
     return model
 
 
-def without_auxiliary_outputs(state: dict) -> dict:
-    """The finished checkpoint without the outputs for artists and genres, which only training needs."""
-    if not state["arguments"].get("aux_classes"):
-        return state
-    classes, weights = len(state["classes"]), dict(state["weights"])
-    for name in ("out.weight", "out.bias"):
-        weights[name] = weights[name][:classes].clone()
-    return state | {"weights": weights, "arguments": state["arguments"] | {"aux_classes": 0}}
+def publishable(state: dict) -> dict:
+    """The checkpoint in half precision, and without the outputs for artists and genres, which only training needs."""
+    weights, arguments = half_precision(state["weights"]), state["arguments"]
+    if arguments.get("aux_classes"):
+        for name in ("out.weight", "out.bias"):
+            weights[name] = weights[name][: len(state["classes"])].clone()
+        arguments = arguments | {"aux_classes": 0}
+    return state | {"weights": weights, "arguments": arguments}
 
 
 def parameter_count(model) -> int:
@@ -269,16 +272,17 @@ class ClassifierLoss:
 
 
 def train_epoch(model, ema, data, sampler, criterion, optimizers, epoch, config, device) -> dict:
-    """One pass over the training set; returns the accuracy and the losses on training crops.
+    """One pass over the training set.
 
-    `loss` is the objective without auxiliary terms... `train_loss` is comparable with `val_loss`.
+    Returns means over its crops: `loss` is the objective, `train_loss` the class-balanced cross-entropy without
+    smoothing, prior and auxiliary tasks, comparable with `val_loss`.
     """
     model.train()
     sampler.set_epoch(epoch)
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # for each epoch, so that a resumed training draws the same
     batches = torch.tensor(list(sampler)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]  # so that processes have equal shares
-    correct = torch.zeros(2, len(data.classes), dtype=torch.float64, device=device)
+    sums = torch.zeros(4, len(data.classes), dtype=torch.float64)  # images, loss, cross-entropy, correct: by class
     for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
         random = torch.rand(7, len(batch))[:, local_share()]
         items = batch[local_share()]
@@ -292,4 +296,111 @@ def train_epoch(model, ema, data, sampler, criterion, optimizers, epoch, config,
         loss.backward()
         optimizers.step()
         ema.update_parameters(model)
-    return {}
+
+        logits = outputs.detach()[:, : len(data.classes)].float()
+        cross_entropy = F.cross_entropy(logits, labels, reduction="none")
+        correct = (logits.argmax(1) == labels).float()
+        values = torch.stack([torch.ones_like(correct), loss.detach().expand_as(correct), cross_entropy, correct])
+        sums.index_add_(1, labels.cpu(), values.cpu().double())
+    sums = sum_over_processes(sums)
+    count, loss, _, correct = sums.sum(1).tolist()
+    present = sums[0] > 0
+    train_loss = (sums[2] / sums[0])[present].mean().item()
+    return {"loss": loss / count, "train_loss": train_loss, "accuracy": correct / count}
+
+
+def evaluate(model, data: WikiArt, config, device) -> dict:
+    """Scores on whole images, without test-time augmentation: class-balanced loss, accuracy, balanced accuracy."""
+    model.eval()
+    batches = torch.arange(len(data)).split(config.batch_size)
+    images = (data.batch(items, device)[0] for items in batches)
+    probabilities = torch.cat([predict_probabilities(model, batch, config.crop).cpu() for batch in images])
+    predictions = probabilities.argmax(1)
+    val_loss = class_balanced_mean(negative_log_likelihood(probabilities, data.labels), data.labels)
+    if not np.isfinite(val_loss):
+        raise UserError("the validation loss is not finite: lower --lr")
+    return {
+        "val_loss": val_loss,
+        "val_accuracy": (predictions == data.labels).float().mean().item(),
+        "val_balanced_accuracy": balanced_accuracy(data.labels, predictions),
+    }
+
+
+def is_best(record: dict, history: list[dict]) -> bool:
+    """Is an epoch's balanced accuracy on the validation set at least as high as that of each earlier epoch?
+
+    The lowest loss would choose an earlier epoch: a network that grows more confident pays for its mistakes while it
+    makes fewer of them.
+    """
+    return all(record["val_balanced_accuracy"] >= earlier["val_balanced_accuracy"] for earlier in history)
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+def draws_per_class(sampler: BalancedSampler) -> np.ndarray:
+    """How many images of each class an epoch has, int64 (classes,)."""
+    return np.bincount(sampler.labels[list(sampler)], minlength=int(sampler.labels.max()) + 1)
+
+
+def print_classes(classes: list[str], training, drawn, validation) -> None:
+    print(f"\n{'class':30} {'paintings':>9} {'per epoch':>9} {'validation':>10}")
+    for label in np.argsort(-training, kind="stable"):
+        print(f"{classes[label]:30} {training[label]:9} {drawn[label]:9} {validation[label]:10}")
+    print(f"{'total':30} {training.sum():9} {drawn.sum():9} {validation.sum():10}\n", flush=True)
+
+
+def report(run, state: dict, training: WikiArt, validation: WikiArt, drawn) -> None:
+    """Write curves.png, classes.png and the facts of a finished training."""
+    panels = {
+        "class-balanced cross-entropy": {"training crops": "train_loss", "validation": "val_loss"},
+        "accuracy": {
+            "training crops": "accuracy",
+            "validation": "val_accuracy",
+            "validation, balanced": "val_balanced_accuracy",
+        },
+    }
+    figures.curves(run / "curves.png", state["history"], panels, state["epoch"])
+    plot_classes(run / "classes.png", state, training, drawn)
+    add_facts(run, "train", training_facts(state, training, validation), outdated=("test", "test_train", "cluster"))
+
+
+def plot_classes(path, state: dict, training: WikiArt, drawn) -> None:
+    """Bars: paintings per class, and how many of them an epoch draws."""
+    config, counts = state["config"], training.counts()
+    bars = {"paintings": counts, f"drawn in an epoch by {config['balance']}": drawn}
+    if config["balance"] not in ("resample", "sampler"):  # these change the loss; show what resampling would draw
+        resampler = BalancedSampler(training.labels, "resample", config["per_class"], config["seed"])
+        bars["drawn by resample"] = draws_per_class(resampler)
+    largest_first = np.argsort(-counts, kind="stable")
+    bars = {name: heights[largest_first] for name, heights in bars.items()}
+    names = [display_name(state["classes"][label]) for label in largest_first]
+    figures.bars(path, bars, names, f"Training paintings per {config['target']}", "paintings", values=True)
+
+
+def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
+    history, config, counts = state["history"], state["config"], training.counts()
+    best = history[state["epoch"] - 1]
+    return {
+        "model": state["model"],
+        "epochs": len(history),
+        "epoch_kept": state["epoch"],
+        "parameters": parameter_count(make_model(state["model"], state["arguments"])),
+        "left_out": training.left_out,
+        "training_images": len(training),
+        "validation_images": len(validation),
+        "classes": len(state["classes"]),
+        "largest_class": int(counts.max()),
+        "smallest_class": int(counts.min()),
+        "class_sizes": dict(zip(state["classes"], counts.tolist(), strict=True)),
+        "val_accuracy": best["val_accuracy"],
+        "val_balanced_accuracy": best["val_balanced_accuracy"],
+        "temperature": state["temperature"],
+        "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
+        "minutes": sum(record["seconds"] for record in history) / 60,
+        **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
