@@ -152,9 +152,7 @@ def write_csv(path, header, rows) -> None:
     with atomic_write(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file)  # file names need not be UTF-8
         writer.writerow(header)
-        writer.writerows(
-            [f"{cell:.4f}" if isinstance(cell, (float, np.floating)) else cell for cell in row] for row in rows
-        )
+        writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
