@@ -1,4 +1,4 @@
-"""What training asks of the autoencoders, beyond giving back the painting; and the measures of pictures behind it."""
+"""Losses: the class prior of the classifier's, reconstruction and contrastive loss, and the losses of style transfer."""
 
 import torch
 import torch.distributed as dist
@@ -8,6 +8,7 @@ from torch.distributed.nn.functional import all_gather
 
 from common.crops import batch_crop
 from common.layers import Block, mean_std
+from common.metrics import layout
 
 
 def class_log_prior(labels, classes: int) -> torch.Tensor:
@@ -15,37 +16,55 @@ def class_log_prior(labels, classes: int) -> torch.Tensor:
     return (torch.bincount(labels, minlength=classes) / len(labels)).log()
 
 
-def contrast(points, temperature: float = 0.2):
-    """NT-Xent (Chen et al. 2020): of all windows, the other one of its painting shall be each one's nearest.
-
-    points (2, B, D): of two windows of each painting; those of all processes count.
-    """
-    points = F.normalize(of_all_processes(points, 1).flatten(0, 1), dim=1)
-    likeness = (points @ points.T / temperature).fill_diagonal_(-torch.inf)
-    other = torch.arange(len(points), device=points.device).roll(len(points) // 2)
-    return F.cross_entropy(likeness, other)
-
-
-def of_all_processes(values, dim: int = 0):
-    """The values of the whole batch, of which every process holds a part; gradients find their way back."""
+def gather(values, dim: int = 0):
+    """Concatenate a tensor over all processes along `dim`; gradients flow back to each process's own part."""
     return torch.cat(all_gather(values.contiguous()), dim) if dist.is_initialized() else values
 
 
-def luminance(images):
-    """How light a picture is: (N, 3, S, S) to (N, 1, S, S)."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+# Reconstruction -------------------------------------------------------------------------------------------------------
 
 
-def layout(images, side: int = 16):
-    """Where a picture is light and where dark, (N, side * side), of length 1; a dot product is a correlation."""
-    coarse = F.adaptive_avg_pool2d(luminance(images), side).flatten(1)
-    coarse = coarse - coarse.mean(1, keepdim=True)
-    return coarse / (coarse.norm(dim=1, keepdim=True) + 1e-4)
+class ReconstructionLoss(nn.Module):
+    """Mean squared error of an Autoencoder, divided by the `variance` of the pixels.
+
+    With a `contrastive_weight`, NT-Xent between projections of two crops of each image is added.
+    """
+
+    def __init__(self, model, contrastive_weight: float, variance: float):
+        super().__init__()
+        self.model, self.contrastive_weight, self.variance = model, contrastive_weight, variance
+
+    def forward(self, images, second_crops=None):
+        """The loss and the mean squared error; images, and other crops of them, are float (B, 3, crop, crop)."""
+        if second_crops is None:
+            mse = F.mse_loss(self.model(images).float(), images)
+            return mse / self.variance, mse
+        reconstructions, projections = self.model(images, second_crops)
+        mse = F.mse_loss(reconstructions.float(), images)
+        contrastive = nt_xent(projections.float().view(2, len(images), -1))
+        return mse / self.variance + self.contrastive_weight * contrastive, mse
 
 
-class Reverse(torch.autograd.Function):
-    """Hands a gradient back with its sign turned (Ganin and Lempitsky 2015): what comes before is trained against what
-    comes after, in one step."""
+def nt_xent(projections, temperature: float = 0.2):
+    """NT-Xent (Chen et al. 2020) of projections (2, B, D) of two crops of each image; a scalar.
+
+    Each crop's positive is the other crop of its image; all other crops, those of other processes included, are its
+    negatives.
+    """
+    projections = F.normalize(gather(projections, 1).flatten(0, 1), dim=1)
+    similarities = (projections @ projections.T / temperature).fill_diagonal_(-torch.inf)
+    positives = torch.arange(len(projections), device=projections.device).roll(len(projections) // 2)
+    return F.cross_entropy(similarities, positives)
+
+
+# Style transfer -------------------------------------------------------------------------------------------------------
+
+
+class GradientReversal(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by -weight (Ganin and Lempitsky 2015).
+
+    It trains a network against the adversary that follows it, in one step.
+    """
 
     @staticmethod
     def forward(context, values, weight):
@@ -58,118 +77,120 @@ class Reverse(torch.autograd.Function):
 
 
 class Critic(nn.Module):
-    """Tells a style's paintings from what is repainted in it, at each place of a frozen classifier's maps.
+    """A projection discriminator (Miyato and Koyama 2018) on feature maps: is an image a painting of a style?
 
-    Maps instead of pixels make it small and quick to learn (Sauer et al. 2021, "Projected GANs converge faster"). A
-    look at the pixels shows it what these maps are blind to.
+    Frozen feature maps instead of pixels make it small and quick to train (Sauer et al. 2021, "Projected GANs Converge
+    Faster"). A small network on the pixels covers what these maps do not respond to.
+
+    channels: of each feature map; styles: number of classes; width: of the hidden layers.
     """
 
     def __init__(self, channels: list[int], styles: int, width: int = 64):
         super().__init__()
-        self.eye = nn.Sequential(nn.Conv2d(3, width // 2, 4, 2), nn.LeakyReLU(0.2), nn.Conv2d(width // 2, width, 4, 2))
-        self.looks = nn.ModuleList(
+        layers = [nn.Conv2d(3, width // 2, 4, 2), nn.LeakyReLU(0.2), nn.Conv2d(width // 2, width, 4, 2)]
+        self.pixel_net = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(c, width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2))
             for c in (width, *channels)
         )
-        self.wants = nn.ModuleList(nn.Linear(styles, width) for _ in self.looks)  # a direction for each style
+        self.class_projections = nn.ModuleList(nn.Linear(styles, width) for _ in self.heads)
 
-    def forward(self, images, maps, shares):
-        """Scores (B, places) of images (B, 3, S, S) with maps [(B, C, H, W), ...] as paintings of the styles."""
-        maps = [self.eye(2 * images - 1), *maps]
-        scores = [torch.einsum("bhwc,bc->bhw", look(each.movedim(1, 3)), want(shares)).flatten(1)
-                  for each, look, want in zip(maps, self.looks, self.wants, strict=True)]  # fmt: skip
+    def forward(self, images, maps, styles):
+        """Scores (B, positions); images float (B, 3, S, S), maps [(B, C, H, W), ...], styles one-hot (B, styles)."""
+        scores = []
+        maps = [self.pixel_net(2 * images - 1), *maps]
+        for features, head, project in zip(maps, self.heads, self.class_projections, strict=True):
+            scores.append(torch.einsum("bhwc,bc->bhw", head(features.movedim(1, 3)), project(styles)).flatten(1))
         return torch.cat(scores, 1)
 
 
-class Repaint(nn.Module):
-    """Trains a StyleAutoencoder: the own style gives the painting back, another style has to come true.
+class StyleLoss(nn.Module):
+    """The loss of a StyleAutoencoder, which reconstructs images and repaints them in a target style.
 
-    What coming true means is said by our classifier, which stays as it is: it names the style asked for
-    (`hit_weight`), its maps have the statistics of a real painting of that style (`texture_weight`), and a critic
-    cannot tell them from those (`critic_weight`). It looks through windows of random size and scale, or the decoder
-    would learn patterns that fool this classifier and nobody else. The layout has to stay (`layout_weight`), and the
-    content must not tell a spy the style (`spy_weight`): so the decoder has to ask for it.
+    Besides reconstruction and the cross-entropy of the style head, a frozen classifier (`feature_net`, a CNN) compares
+    repainted images with real paintings of the target style. Settings weigh the terms; 0 turns a term off:
+
+    style_ce_weight: cross-entropy of the classifier's prediction for the target style;
+    style_stat_weight: distance between the statistics of feature maps, see `style_stat_loss`;
+    critic_weight: hinge loss against a `Critic` of feature maps and pixels;
+    layout_weight: 1 - correlation of coarse luminance with the input;
+    adversary_weight: of an adversary that predicts the source style from the code, so that codes hold content only.
+
+    The classifier sees random crops at random scales: with a fixed view, the decoder learned patterns that fool this
+    classifier and no other.
     """
 
-    WEIGHTS = ("hit_weight", "texture_weight", "critic_weight", "layout_weight", "spy_weight")
+    WEIGHTS = ("style_ce_weight", "style_stat_weight", "critic_weight", "layout_weight", "adversary_weight")
 
-    def __init__(self, model, guide, config, variance: float):
+    def __init__(self, model, feature_net, config, variance: float):
         super().__init__()
         self.model, self.config, self.variance = model, config, variance
-        self.guide = [guide.requires_grad_(False)]  # in a list: no part of what is trained and saved
-        styles = model.reader.out_features
+        self.frozen = [feature_net.requires_grad_(False)]  # in a list, so that it is not part of the state dict
+        self.styles = model.style_head.out_features
         if config.critic_weight:
-            blocks = [layer for layer in guide.body if isinstance(layer, Block)]
-            self.critic = Critic([3, *(block.conv2.out_channels for block in blocks)], styles)
-        if config.spy_weight:
-            self.spy = nn.Sequential(nn.Linear(len(model.scales), 256), nn.ReLU(), nn.Linear(256, styles))
+            blocks = [layer for layer in feature_net.body if isinstance(layer, Block)]
+            self.critic = Critic([3, *(block.conv2.out_channels for block in blocks)], self.styles)
+        if config.adversary_weight:
+            code = len(model.scales)
+            self.adversary = nn.Sequential(nn.Linear(code, 256), nn.ReLU(), nn.Linear(256, self.styles))
 
-    def look(self, images):
-        """What the guide sees: coarse colours, its maps at three scales, and its logits."""
-        guide = self.guide[0]
-        maps = guide.normalise(images)
-        levels = [F.avg_pool2d(maps, 4)]  # colours, as coarse as the first maps
-        for layer in guide.body:
+    def forward(self, images, labels, targets, style_images, random):
+        """The loss, and the mean squared error of the reconstructions.
+
+        images: float (B, 3, crop, crop), with labels (B,); targets: the styles to repaint them in (B,); style_images:
+        paintings of those styles (B, 3, crop, crop); random: uniform numbers in [0, 1), (6,), for the feature crop.
+        """
+        config, half = self.config, -(-len(images) // 2)  # half of the reconstructions are enough
+        source, target = (F.one_hot(numbers, self.styles).float() for numbers in (labels, targets))
+        codes, reconstructions, repainted, style_logits = self.model(images, source, target, half)
+        mse = F.mse_loss(reconstructions.float(), images[:half])
+        loss = mse / self.variance + F.cross_entropy(style_logits.float(), labels)
+        if config.layout_weight:
+            correlation = (layout(repainted.float()) * layout(images)).sum(1).mean()
+            loss = loss + config.layout_weight * (1 - correlation)
+        if config.adversary_weight:
+            logits = self.adversary(GradientReversal.apply(codes, config.adversary_weight))
+            loss = loss + F.cross_entropy(logits.float(), labels)
+        if config.style_ce_weight or config.style_stat_weight or config.critic_weight:
+            loss = loss + self.feature_loss(repainted, style_images, targets, target, random)
+        return loss, mse
+
+    def feature_loss(self, repainted, style_images, targets, target, random):
+        """The terms that compare repainted images with paintings of the target style: `targets` (B,), one-hot too."""
+        config = self.config
+        side = 4 * round((0.7 + 0.7 * float(random[5])) * repainted.shape[-1] / 4)
+        repainted, style_images = (batch_crop(images, side, random, 0.5) for images in (repainted, style_images))
+        maps, logits = self.feature_maps(repainted)
+        with torch.no_grad():
+            style_maps, _ = self.feature_maps(style_images)
+        loss = config.style_ce_weight * F.cross_entropy(logits.float(), targets)
+        loss = loss + config.style_stat_weight * style_stat_loss(maps, style_maps)
+        if config.critic_weight:
+            repainted, *maps = (GradientReversal.apply(values, config.critic_weight) for values in (repainted, *maps))
+            real, fake = self.critic(style_images, style_maps, target), self.critic(repainted, maps, target)
+            loss = loss + F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        return loss
+
+    def feature_maps(self, images):
+        """The classifier's coarse input and its maps after each block, [(B, C, H, W), ...]; its logits (B, styles)."""
+        feature_net = self.frozen[0]
+        maps = feature_net.normalise(images)
+        levels = [F.avg_pool2d(maps, 4)]  # colours, at the resolution of the first maps
+        for layer in feature_net.body:
             maps = layer(maps)
             if isinstance(layer, Block):
                 levels.append(maps)
-        return levels, guide.out(guide.pool(maps))[:, : guide.classes]
-
-    def forward(self, images, labels, others, reals, numbers):
-        """The loss, and the mean squared error of what comes back in the own style.
-
-        images (B, 3, crop, crop) with labels (B,), the styles to paint them in (B,), reals: paintings of those styles
-        (B, 3, crop, crop), numbers: random ones in [0, 1) (6,) that choose the window.
-        """
-        side = 4 * round((0.7 + 0.7 * float(numbers[5])) * images.shape[-1] / 4)
-        config, half = self.config, -(-len(images) // 2)
-        shares, asked = (F.one_hot(each, self.model.reader.out_features).float() for each in (labels, others))
-        codes, same, other, read = self.model(images, shares, asked, half)
-        error = F.mse_loss(same.float(), images[:half])
-        loss = error / self.variance + F.cross_entropy(read.float(), labels)
-        if config.layout_weight:
-            loss = loss + config.layout_weight * (1 - (layout(other.float()) * layout(images)).sum(1).mean())
-        if config.spy_weight:
-            told = self.spy(Reverse.apply(codes, config.spy_weight))
-            loss = loss + F.cross_entropy(told.float(), labels)
-        if config.hit_weight or config.texture_weight or config.critic_weight:
-            other, reals = (batch_crop(each, side, numbers, 0.5) for each in (other, reals))
-            maps, logits = self.look(other)
-            with torch.no_grad():
-                aims, _ = self.look(reals)
-            loss = loss + config.hit_weight * F.cross_entropy(logits.float(), others)
-            loss = loss + config.texture_weight * unlike(maps, aims)
-            if config.critic_weight:
-                other, *maps = (Reverse.apply(each, config.critic_weight) for each in (other, *maps))
-                true, false = self.critic(reals, aims, asked), self.critic(other, maps, asked)
-                loss = loss + F.relu(1 - true).mean() + F.relu(1 + false).mean()
-        return loss, error
+        return levels, feature_net.out(feature_net.pool(maps))[:, : feature_net.classes]
 
 
-def unlike(maps, aims):
-    """How far the textures of maps are from those of others, in deviations of the latter over the batch; a scalar."""
+def style_stat_loss(maps, style_maps):
+    """Distance of the mean and standard deviation of feature maps to those of others, [(B, C, H, W), ...]; a scalar.
+
+    In units of their standard deviation over the batch of all processes, by a smooth L1 loss.
+    """
     distances = []
-    for one, other in zip(maps, aims, strict=True):
-        one, other = mean_std(one.float()).flatten(1), mean_std(other.float()).flatten(1)
-        spread = of_all_processes(other).std(0) + 0.05
-        distances.append(F.smooth_l1_loss(one / spread, other / spread))
+    for values, style_values in zip(maps, style_maps, strict=True):
+        statistics, style_statistics = (mean_std(v.float()).flatten(1) for v in (values, style_values))
+        std = gather(style_statistics).std(0) + 0.05
+        distances.append(F.smooth_l1_loss(statistics / std, style_statistics / std))
     return sum(distances) / len(distances)
-
-
-class Copy(nn.Module):
-    """Trains an Autoencoder: the code gives the painting back, and windows of one painting are told from others by
-    their textures (`manner_weight`)."""
-
-    def __init__(self, model, config, variance: float):
-        super().__init__()
-        self.model, self.config, self.variance = model, config, variance
-
-    def forward(self, images, glimpses=None):
-        """The loss, and the mean squared error; images and other windows of the same paintings (B, 3, crop, crop)."""
-        if glimpses is None:
-            error = F.mse_loss(self.model(images).float(), images)
-            return error / self.variance, error
-        painted, points = self.model(images, glimpses)
-        error = F.mse_loss(painted.float(), images)
-        apart = contrast(points.float().view(2, len(images), -1))
-        return error / self.variance + self.config.manner_weight * apart, error
