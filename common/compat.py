@@ -66,8 +66,9 @@ def rename_settings(settings: dict) -> dict:
             value = renamed[section].pop(key)
             target = renamed.setdefault(new_section, {}) if new_section else renamed
             target[new_key] = VALUES.get(value, value) if isinstance(value, str) else value
-    if renamed.get("train", {}).get("pooling") in VALUES:
-        renamed["train"]["pooling"] = VALUES[renamed["train"]["pooling"]]
+    train = renamed.get("train")
+    if isinstance(train, dict) and train.get("pooling") in VALUES:
+        train["pooling"] = VALUES[train["pooling"]]
     return renamed
 
 
@@ -86,9 +87,8 @@ def rename_checkpoint(checkpoint: dict) -> dict:
     checkpoint = {CHECKPOINT.get(key, key): value for key, value in checkpoint.items()}
     if "arguments" in checkpoint:
         arguments = {CHECKPOINT.get(key, key): value for key, value in checkpoint["arguments"].items()}
-        arguments |= (
-            {"pooling": VALUES.get(arguments["pooling"], arguments["pooling"])} if "pooling" in arguments else {}
-        )
+        if "pooling" in arguments:
+            arguments["pooling"] = VALUES.get(arguments["pooling"], arguments["pooling"])
         checkpoint["arguments"] = arguments
     for old, new in WEIGHTS.get(checkpoint.get("model"), {}).items():
         weights = checkpoint.get("weights", {})

@@ -191,10 +191,10 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
     )
     try:
         yield iter(loader)
-    except RuntimeError as error:  # raised wherever the program is when a worker is killed
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two come from the pipe of a killed worker
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, RuntimeError) and not reason.startswith("DataLoader worker (pid"):
             raise
-        reason = str(error).splitlines()[0]
         raise DataError(f"a decoding process died, perhaps for lack of memory: try --processes 1 ({reason})") from None
 
 

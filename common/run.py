@@ -241,6 +241,8 @@ def resume(config, stem: str, state: dict, parts: dict) -> dict:
     if config.restart or not partial.exists():
         return state
     saved = load_checkpoint(partial)
+    if "resume" not in saved:
+        raise UserError(f"{partial} is not an unfinished training: remove it, or start anew with --restart")
     check_same_run(saved, state, partial)
     for name, part in parts.items():
         part.load_state_dict(saved["resume"][name])

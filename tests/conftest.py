@@ -14,21 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--seed", "0", "--device", "cpu", "--processes", "1"]
-TINY_TRAIN = [
-    *TINY,
-    "--size",
-    "32",
-    "--crop",
-    "32",
-    "--width",
-    "8",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "16",
-    "--per-class",
-    "12",
-]
+TINY_TRAIN = [*TINY, *"--size 32 --crop 32 --width 8 --epochs 2 --batch-size 16 --per-class 12".split()]
 
 
 def script(name, *arguments, **options):
@@ -59,7 +45,7 @@ def stop_in_epoch_2(module, monkeypatch, place=3):
 
 
 def picture(path, seed=0, size=(24, 20), mode="RGB", **options):
-    """Write a random picture that no other seed gives."""
+    """Write a random picture, a different one for each seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, **options)
@@ -124,5 +110,5 @@ def trained(demo, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("run")
     train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run)])
-    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run / "mlp"), "--model", "MLP", "--windows", "1"])
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run / "mlp"), "--model", "MLP", "--tta-scales", "1"])
     return run

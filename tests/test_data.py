@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import folder as files
-from folder import DataError, hold_out, join, read_picture
+from common import images, names
+from common.errors import DataError
+from common.images import read_image
+from common.splits import connected_groups, hold_out
 from wikiart import BalancedSampler, WikiArt
 
 RED = (200, 30, 40)
@@ -52,7 +54,7 @@ def solid(mode, color):
 )
 def test_odd_formats_become_rgb(tmp_path, name, image, expected):
     image.save(tmp_path / name)
-    pixels = read_picture(tmp_path / name, 16)
+    pixels = read_image(tmp_path / name, 16)
     assert pixels.shape == (3, 16, 16)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels.reshape(3, -1).mean(1) - expected).max() < 4
@@ -60,12 +62,12 @@ def test_odd_formats_become_rgb(tmp_path, name, image, expected):
 
 def test_palette_with_transparency_lies_on_white(tmp_path):
     solid("RGB", RED).quantize(4).save(tmp_path / "a.png", transparency=0)
-    assert read_picture(tmp_path / "a.png", 8).min() == 255
+    assert read_image(tmp_path / "a.png", 8).min() == 255
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
     solid("RGB", RED).save(tmp_path / "a.gif", save_all=True, append_images=[solid("RGB", "blue")])
-    assert np.abs(read_picture(tmp_path / "a.gif", 8).mean((1, 2)) - RED).max() < 4
+    assert np.abs(read_image(tmp_path / "a.gif", 8).mean((1, 2)) - RED).max() < 4
 
 
 def test_exif_rotation_is_undone(tmp_path):
@@ -74,7 +76,7 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # ... to be turned clockwise: black left, white right
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    turned = read_picture(tmp_path / "a.jpg", 16)
+    turned = read_image(tmp_path / "a.jpg", 16)
     assert turned[:, :, :6].max() < 30
     assert turned[:, :, 10:].min() > 225
 
@@ -83,8 +85,8 @@ def test_squash_keeps_the_borders_and_crop_the_proportions(tmp_path):
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[:, 50:150] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert read_picture(tmp_path / "wide.png", 16, "squash")[0, 8, 0] == 0
-    assert read_picture(tmp_path / "wide.png", 16, "crop").min() > 200
+    assert read_image(tmp_path / "wide.png", 16, "squash")[0, 8, 0] == 0
+    assert read_image(tmp_path / "wide.png", 16, "crop").min() > 200
 
 
 # Bad input
@@ -101,9 +103,9 @@ def test_broken_files_are_left_out_and_named(folder, capsys):
     (folder / "train" / "README.txt").write_text("beside the styles: ignored")
     data = load(folder)
     assert data.counts().tolist() == [4, 7, 2]
-    said = capsys.readouterr().err
-    assert "4 of 17 files" in said
-    listed = open(said.split("see ")[1].strip()).read()
+    message = capsys.readouterr().err
+    assert "4 of 17 files" in message
+    listed = open(message.split("see ")[1].strip()).read()
     for name in ("a_text.jpg", "a_empty.png", "a_truncated.jpg", "a_bomb.png"):
         assert f"Cubism/{name}" in listed
     assert "DecompressionBomb" in listed
@@ -116,7 +118,7 @@ def test_broken_files_are_left_out_and_named(folder, capsys):
     [
         (lambda root: shutil.rmtree(root), "no folder"),
         (lambda root: (shutil.rmtree(root), root.mkdir()), "no style folders"),
-        (lambda root: (root / "train" / "Empty").mkdir(), "Empty holds no picture"),
+        (lambda root: (root / "train" / "Empty").mkdir(), "Empty holds no image"),
         (lambda root: shutil.rmtree(root / "train" / "Cubism"), "Cubism is not one of the styles"),
         (lambda root: shutil.rmtree(root / "test"), "no test/"),
         (lambda root: shutil.rmtree(root / "train"), "holds a folder test"),
@@ -151,17 +153,28 @@ def test_links_pipes_and_names_that_are_not_utf8(folder):
 
 
 def test_a_decoder_that_dies_gets_one_clear_line(folder, monkeypatch):
-    monkeypatch.setattr(files, "read_picture", lambda *_: os._exit(9))
+    monkeypatch.setattr(images, "read_image", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="decoding process died"):
         load(folder)
     assert not list((folder / ".cache").glob("*train-*"))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_decoder_that_dies_while_it_sends_is_not_a_full_disk(folder, monkeypatch, error):
+    def broken_pipe(*_, **__):
+        raise error
+        yield
+
+    monkeypatch.setattr(images, "DataLoader", broken_pipe)
+    with pytest.raises(DataError, match="decoding process died"):
+        load(folder)
 
 
 def test_a_full_disk_gets_one_clear_line(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "build_cache", full)
+    monkeypatch.setattr(images, "build_cache", full)
     with pytest.raises(DataError, match="could not write the pixel cache .* No space left"):
         load(folder)
 
@@ -196,15 +209,15 @@ def test_new_metadata_makes_another_fingerprint(folder):
 
 def test_the_classes_of_a_checkpoint_keep_their_order(folder):
     data = load(folder, "test", classes=["Fauvism", "Cubism", "Baroque"])
-    assert {path.split("/")[1]: int(label) for path, label in zip(data.paths, data.labels, strict=True)} == {
-        "Fauvism": 0, "Cubism": 1, "Baroque": 2}  # fmt: skip
+    labels = {path.split("/")[1]: int(label) for path, label in zip(data.paths, data.labels, strict=True)}
+    assert labels == {"Fauvism": 0, "Cubism": 1, "Baroque": 2}
 
 
 def test_pixels_belong_to_their_paths(folder):
     data = load(folder)
     for item in range(len(data)):
         pixels, label = data[item]
-        assert np.array_equal(pixels, read_picture(folder / data.paths[item], 16))
+        assert np.array_equal(pixels, read_image(folder / data.paths[item], 16))
         assert label == data.labels[item]
 
 
@@ -222,13 +235,13 @@ def test_artists_titles_and_metadata(folder):
     data = load(folder)
     assert (data.genres[0], data.years[0], data.genres[1]) == ("landscape", "1899", "")
     assert data.artists[0].startswith("painter-")
-    assert files.artist_of("train/A/noname.jpg") == ""
-    assert files.name_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
-    assert files.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
-    assert files.title_of("A/claude-monet_water-lilies-1907(2).jpg") == "water lilies 1907"
+    assert names.artist_of("train/A/noname.jpg") == ""
+    assert names.stem_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
+    assert names.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
+    assert names.title_of("A/claude-monet_water-lilies-1907(2).jpg") == "water lilies 1907"
     odd = b"A/am\xe9lie_le-caf\xe9.jpg".decode(errors="surrogateescape")  # Latin-1
-    painter, title = files.painter_and_title(files.artist_of(odd), odd)
-    assert (painter + title).encode() and painter[:2] + title[:6] == "AmLe caf"
+    artist, title = names.artist_and_title(names.artist_of(odd), odd)
+    assert (artist + title).encode() and artist[:2] + title[:6] == "AmLe caf"
 
 
 def test_twenty_seven_styles_some_missing_from_test(tmp_path):
@@ -246,8 +259,8 @@ def test_twenty_seven_styles_some_missing_from_test(tmp_path):
 def test_the_second_start_decodes_nothing_and_a_change_rebuilds(folder, monkeypatch):
     before = load(folder)
     built = []
-    build = files.build_cache
-    monkeypatch.setattr(files, "build_cache", lambda *a: (built.append(a), build(*a)))
+    build = images.build_cache
+    monkeypatch.setattr(images, "build_cache", lambda *a: (built.append(a), build(*a)))
     load(folder)
     assert not built
     added = picture(folder / "train" / "Cubism" / "new_one.png", 77)
@@ -255,7 +268,7 @@ def test_the_second_start_decodes_nothing_and_a_change_rebuilds(folder, monkeypa
     picture(added, 78)
     os.utime(added, ns=(1, 1))
     data = load(folder)
-    assert np.array_equal(data[list(data.paths).index("train/Cubism/new_one.png")][0], read_picture(added, 16))
+    assert np.array_equal(data[list(data.paths).index("train/Cubism/new_one.png")][0], read_image(added, 16))
     load(folder, size=24)
     load(folder, resize="crop")
     assert len(built) == 4
@@ -310,7 +323,7 @@ def test_kill_9_during_a_build_leaves_nothing_behind(many):
     victim.stdout.close()
     assert not list((many / ".cache").glob("train-*"))  # it was killed in time
     data = WikiArt(many, size=64, processes=1)
-    assert np.array_equal(data[0][0], read_picture(many / data.paths[0], 64))
+    assert np.array_equal(data[0][0], read_image(many / data.paths[0], 64))
     assert len(list((many / ".cache").glob("*train-*"))) == 1
 
 
@@ -330,14 +343,14 @@ def test_style_folders_alone_are_split(tmp_path):
 
 def test_copies_are_found():
     paths = ["A/m_x_jpg.rf.11.jpg", "A/m_x_jpg.rf.22.jpg", "A/m_y.jpg", "B/m_z.jpg", "B/m_y.png"]
-    groups = join([files.name_of(path) for path in paths], ["1", "2", "3", "3", "4"])
+    groups = connected_groups([names.stem_of(path) for path in paths], ["1", "2", "3", "3", "4"])
     assert groups[0] == groups[1]
     assert groups[2] == groups[3] == groups[4]
     assert groups[0] != groups[2]
 
 
 def test_joining_is_transitive_and_empty_values_join_nothing():
-    assert join(["a", "b", "", ""], ["1", "1", "2", "3"], ["x", "y", "y", ""]).tolist() == [0, 0, 0, 3]
+    assert connected_groups(["a", "b", "", ""], ["1", "1", "2", "3"], ["x", "y", "y", ""]).tolist() == [0, 0, 0, 3]
 
 
 labelled = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=120)
@@ -396,12 +409,12 @@ def test_draws_are_new_each_epoch_and_none_shows_everything_once():
     first = sorted(sampler)
     sampler.set_epoch(1)
     assert sorted(sampler) != first
-    assert sorted(BalancedSampler(labels, "none")) == list(range(33))
+    assert sorted(BalancedSampler(labels, "none", 0)) == list(range(33))
 
 
 def test_drawing_at_inverse_frequency_gives_every_class_the_same_chance():
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
-    sampler = BalancedSampler(labels, "sampler")
+    sampler = BalancedSampler(labels, "sampler", 0)
     drawn = labels[list(sampler)]
     assert len(drawn) == 1000
     assert torch.bincount(drawn).sub(1000 / 3).abs().max() < 75  # five standard deviations
@@ -414,13 +427,18 @@ def test_drawing_at_inverse_frequency_gives_every_class_the_same_chance():
 def labelled_folder(tmp_path):
     """Two styles, three artists; one genre is known only of some."""
     rows = []
-    for seed, (split, style, artist, genre) in enumerate([
-        ("train", "A", "ann", "portrait"), ("train", "A", "ann", "portrait"), ("train", "A", "bob", "landscape"),
-        ("train", "B", "cyd", ""), ("train", "B", "ann", "portrait"), ("test", "A", "ann", "landscape"),
-        ("test", "B", "cyd", "still_life"), ("test", "B", "dan", "portrait"),
-    ]):  # fmt: skip
+    paintings = """train A ann portrait
+        train A ann portrait
+        train A bob landscape
+        train B cyd -
+        train B ann portrait
+        test A ann landscape
+        test B cyd still_life
+        test B dan portrait"""
+    for seed, line in enumerate(paintings.splitlines()):
+        split, style, artist, genre = line.split()
         path = picture(tmp_path / split / style / f"{artist}_{seed}.png", seed).relative_to(tmp_path)
-        rows.append(f"{path},{genre}")
+        rows.append(f"{path},{genre.strip('-')}")
     (tmp_path / "metadata.csv").write_text("\n".join(["path,genre", *rows]))
     return tmp_path
 
@@ -461,3 +479,13 @@ def test_a_batch_comes_to_the_device_that_is_asked_for(folder):
     data.on_device = data.on_device.new_zeros(data.on_device.shape, device="cpu")
     assert data.batch(torch.tensor([1, 0]), torch.device("meta"))[0].device.type == "meta"
     assert data.batch(torch.tensor([1, 0]), torch.device("cpu"))[0].device.type == "cpu"
+
+
+def test_a_subset_has_its_own_pixels_on_the_device(folder):
+    data = load(folder)
+    data.on_device = torch.from_numpy(data.pixels[data.rows])  # as move_to() leaves it on a GPU
+    part = data.subset(torch.tensor([7, 2]))
+    for item in range(2):
+        assert torch.equal(part.batch(torch.tensor([item]), torch.device("cpu"))[0][0], part[item][0])
+    mask = (data.labels == 1).numpy()
+    assert torch.equal(data.subset(mask).on_device, data.on_device[torch.from_numpy(mask)])

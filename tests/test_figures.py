@@ -30,7 +30,7 @@ def apart(one: str, other: str) -> float:
 
 
 def test_27_classes_can_be_told_apart_by_the_colour_blind_too():
-    looks = [figures.look(number) for number in range(27)]
+    looks = [figures.class_style(number) for number in range(27)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 27
     assert len({(look["color"], look["linestyle"]) for look in looks}) == 27
     for one, other in itertools.combinations(looks[:9], 2):

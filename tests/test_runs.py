@@ -1,4 +1,4 @@
-"""Settings, facts and files that are whole or absent."""
+"""Settings, facts, and files that are complete or absent."""
 
 import importlib
 import json
@@ -12,23 +12,23 @@ import pytest
 import torch
 from conftest import ROOT
 
-import runs
 import train
+from common import compat, config, run
+from common.errors import UserError
 
-HELP = {key: "text; 0: off" for key in json.loads((ROOT / "config.json").read_text())["train"]}
 SCRIPTS = [key for key, value in json.loads((ROOT / "config.json").read_text()).items() if isinstance(value, dict)]
 
 
 def configure(*argv):
-    return runs.configure("train", "doc", ("size", "resize", "seed"), HELP, list(argv))
+    return config.configure("train", "doc", train.SETTINGS, train.SHARED, list(argv))
 
 
 def test_flags_lie_over_files_over_defaults(tmp_path):
     over = tmp_path / "over.json"
     over.write_text('{"size": 64, "train": {"epochs": 7, "lr": 1}}')
-    config = configure("-c", str(over), "--epochs", "9")
-    assert (config.size, config.epochs, config.lr) == (64, 9, 1.0)
-    assert isinstance(config.lr, float)
+    settings = configure("-c", str(over), "--epochs", "9")
+    assert (settings.size, settings.epochs, settings.lr) == (64, 9, 1.0)
+    assert isinstance(settings.lr, float)
 
 
 def test_later_files_lie_over_earlier_ones(tmp_path):
@@ -45,28 +45,40 @@ def test_later_files_lie_over_earlier_ones(tmp_path):
         ('{"size": "big"}', "size to 'big', but config.json has a int"),
         ('{"size": 1.5}', "has a int"),
         ('{"train": 3}', "has a dict"),
-        ('{"train": {"windows": [1, "a"]}}', "has a list of float"),
-        ('{"train": {"dropout": 1}}', "drops everything"),
+        ('{"train": {"tta_scales": [1, "a"]}}', "has a list of float"),
+        ('{"train": {"dropout": 1}}', r"dropout is 1\.0, but must be in \[0, 1\)"),
         ('{"resize": "stretch"}', "must be one of squash, crop"),
         ("{", "not valid JSON"),
-        ("[]", "must hold settings"),
+        ("[]", "must hold a JSON object"),
     ],
 )
 def test_a_wrong_settings_file_is_named(tmp_path, content, message):
     (tmp_path / "wrong.json").write_text(content)
-    with pytest.raises(runs.Problem, match=message):
+    with pytest.raises(UserError, match=message):
         configure("-c", str(tmp_path / "wrong.json"))
 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--batch-size", "0"), ("--epochs", "-1"), ("--lr", "nan"), ("--validation", "1.5"), ("--size", "0"),
-     ("--seed", "-1"), ("--windows", "0"), ("--lr", "0"), ("--dropout", "1")],
-)  # fmt: skip
+    [
+        line.split()
+        for line in (
+            "--batch-size 0",
+            "--epochs -1",
+            "--lr nan",
+            "--validation 1.5",
+            "--size 0",
+            "--seed -1",
+            "--tta-scales 0",
+            "--lr 0",
+            "--dropout 1",
+        )
+    ],
+)
 def test_a_number_that_makes_no_sense_is_named(flag, value):
     name = flag.strip("-").replace("-", "_")
-    with pytest.raises(runs.Problem, match=f"{name} is "):
-        runs.configure("train", "doc", train.SHARED, train.HELP, [flag, value])
+    with pytest.raises(UserError, match=f"{name} is "):
+        configure(flag, value)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -78,20 +90,53 @@ def test_every_key_is_explained(name, capsys):
     assert f"    python {name}.py" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cpu.json", "demo.json", "mlp.json"])
-def test_the_settings_that_come_with_us_are_valid(name):
-    configure("-c", str(ROOT / name))
+@pytest.mark.parametrize("path", sorted((ROOT / "settings").glob("*.json")), ids=lambda path: path.stem)
+def test_the_settings_files_are_valid(path):
+    configure("-c", str(path))
+
+
+def test_settings_flags_and_checkpoints_under_old_names_can_be_read(tmp_path):
+    old = {"train": {"smallest": 0.3, "windows": [1.0], "average": 0.5, "pooling": "mean-deviation", "validation": 0.2}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    settings = configure("-c", str(tmp_path / "old.json"), "--average", "0.25")
+    assert (settings.min_crop_area, settings.tta_scales, settings.ema_decay) == (0.3, [1.0], 0.25)
+    assert (settings.pooling, settings.validation) == ("mean_std", 0.2)
+    arguments = {"classes": 2, "pooling": "mean-deviation", "extra": 3}
+    checkpoint = compat.rename_checkpoint({"model": "CNN", "arguments": arguments, "windows": [1.0]})
+    assert checkpoint["tta_scales"] == [1.0]
+    assert checkpoint["arguments"] == {"classes": 2, "pooling": "mean_std", "aux_classes": 3}
+
+
+def test_there_are_at_most_120_settings_and_every_one_belongs_to_a_script():
+    settings = json.loads((ROOT / "config.json").read_text())
+    assert sum(len(value) if isinstance(value, dict) else 1 for value in settings.values()) <= 120
+    shared = set()
+    for name in SCRIPTS:
+        module = importlib.import_module(name)
+        assert set(module.SETTINGS) == set(settings[name]), name
+        shared |= set(module.SHARED)
+    assert shared == set(settings) - set(SCRIPTS)
+
+
+def test_the_ground_floor_stays_small():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    top = {path.split("/")[0] for path in tracked if not path.startswith(".")}
+    assert len(top) <= 30
+    assert sum(name.endswith(".py") for name in top) <= 15
 
 
 def test_facts_of_scripts_stand_side_by_side(tmp_path):
-    runs.add_facts(tmp_path, "train", {"a": 1})
-    runs.add_facts(tmp_path, "test", {"b": 2})
-    runs.add_facts(tmp_path, "train", {"c": 3})
+    run.add_facts(tmp_path, "train", {"a": 1})
+    run.add_facts(tmp_path, "test", {"b": 2})
+    run.add_facts(tmp_path, "train", {"c": 3})
     assert json.loads((tmp_path / "facts.json").read_text()) == {"train": {"c": 3}, "test": {"b": 2}}
 
 
 def test_two_programs_adding_facts_lose_none(tmp_path):
-    code = "import runs, sys; [runs.add_facts(sys.argv[1], f'{sys.argv[2]}{n}', {'n': n}) for n in range(40)]"
+    code = "import sys; from common.run import add_facts\n"
+    code += "for n in range(40): add_facts(sys.argv[1], f'{sys.argv[2]}{n}', {'n': n})"
     both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, name], cwd=ROOT) for name in "ab"]
     assert [process.wait(120) for process in both] == [0, 0]
     assert len(json.loads((tmp_path / "facts.json").read_text())) == 80
@@ -100,7 +145,7 @@ def test_two_programs_adding_facts_lose_none(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), runs.replacing(path) as temporary:
+    with pytest.raises(OSError, match="full"), run.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise OSError("disk full")
     assert path.read_text() == "old"
@@ -109,10 +154,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_kill_9_during_a_save_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "classifier.pt"
-    runs.save_checkpoint(path, {"model": "old", "weights": torch.zeros(3)})
+    run.save_checkpoint(path, {"model": "old", "weights": torch.zeros(3)})
     code = (
-        "import runs, sys, torch\n"
-        "while True: runs.save_checkpoint(sys.argv[1], {'model': 'new', 'weights': torch.ones(8_000_000)})"
+        "import sys, torch; from common import run\n"
+        "while True: run.save_checkpoint(sys.argv[1], {'model': 'new', 'weights': torch.ones(8_000_000)})"
     )
     for delay in (0.0, 0.02, 0.05):
         process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT)
@@ -122,7 +167,7 @@ def test_kill_9_during_a_save_leaves_the_old_checkpoint(tmp_path):
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        checkpoint = runs.load_checkpoint(path)
+        checkpoint = run.load_checkpoint(path)
         assert checkpoint["weights"].unique().numel() == 1
         for leftover in tmp_path.glob(".*"):
             leftover.unlink()
@@ -133,6 +178,6 @@ def test_a_full_disk_gets_one_clear_line(tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(runs.Problem, match="disk full"):
-        runs.save_checkpoint(tmp_path / "a.pt", {})
+    with pytest.raises(UserError, match="disk full"):
+        run.save_checkpoint(tmp_path / "a.pt", {})
     assert not os.listdir(tmp_path)

@@ -15,14 +15,13 @@ from conftest import ROOT, TINY, TINY_TRAIN, clear_line, picture, script, stop_i
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-import figures
-import runs
-import scores
 import test as evaluation
 import train
 import wikiart
-import windows
-from folder import title_of
+from common import crops, figures, run
+from common.errors import UserError
+from common.metrics import METRICS, classification_scores
+from common.names import title_of
 
 
 def weights_of(path):
@@ -86,9 +85,11 @@ def test_a_checkpoint_is_tensors_and_primitives_and_rebuilds_the_model(trained, 
     model = wikiart.build_model(checkpoint)
     assert set(model.state_dict()) == set(checkpoint["weights"])
     pixels = torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:5].copy())
-    probabilities = windows.predict(model, pixels, checkpoint["crop"])
+    probabilities = crops.predict_probabilities(model, pixels, checkpoint["crop"])
     assert torch.allclose(probabilities.sum(1), torch.ones(5), atol=1e-5)
-    one_by_one = torch.cat([windows.predict(model, picture[None], checkpoint["crop"]) for picture in pixels])
+    one_by_one = torch.cat(
+        [crops.predict_probabilities(model, picture[None], checkpoint["crop"]) for picture in pixels]
+    )
     assert torch.allclose(probabilities, one_by_one, atol=1e-5)
 
 
@@ -100,13 +101,13 @@ def test_same_command_same_numbers(trained, demo, tmp_path):
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, tmp_path, monkeypatch):
     arguments = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)]
     stop_in_epoch_2(train, monkeypatch, place=6)
-    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* --resume"):
+    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* run the same command again"):
         train.main(arguments)
     monkeypatch.undo()
     assert not (tmp_path / "classifier.pt").exists()
-    with pytest.raises(runs.Problem, match=r"trained with lr = .* now it is 0\.5"):
-        train.main([*arguments, "--resume", "--lr", "0.5"])
-    train.main([*arguments, "--resume"])
+    with pytest.raises(UserError, match=r"unfinished training with lr = .* now it is 0\.5: .* --restart"):
+        train.main([*arguments, "--lr", "0.5"])
+    train.main(arguments)
     assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
     lines = [
         [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()] for run in (trained, tmp_path)
@@ -118,12 +119,12 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, t
 def test_resuming_on_changed_paintings_is_refused(demo, trained, tmp_path):
     checkpoint = torch.load(trained / "classifier.pt", weights_only=True) | {"fingerprint": "other"}
     torch.save(checkpoint, tmp_path / "classifier.partial.pt")
-    with pytest.raises(runs.Problem, match="paintings have changed"):
-        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--resume"])
+    with pytest.raises(UserError, match="unfinished training on other paintings"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(demo, tmp_path):
-    with pytest.raises(runs.Problem, match=r"loss is (nan|inf) at step \d+ of epoch 1"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+ of epoch 1"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--lr", "1e30"])
 
 
@@ -134,18 +135,18 @@ def test_sigterm_keeps_the_finished_epochs_and_says_how_to_go_on(demo, tmp_path)
     while not (tmp_path / "classifier.partial.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume" in said
-    assert "Traceback" not in said
-    assert runs.load_checkpoint(tmp_path / "classifier.partial.pt")["history"]
+    assert "run the same command again to resume" in stderr
+    assert "Traceback" not in stderr
+    assert run.load_checkpoint(tmp_path / "classifier.partial.pt")["history"]
 
 
 # test.py
 
 
 def test_evaluation_writes_tables_and_figures(trained, demo):
-    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "50"])
+    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained)])
     for name in ("confusion.png", "confusion_counts.png", "roc.png", "mistakes.png", "samples.png", "regions.png"):
         assert np.asarray(Image.open(trained / name).convert("L")).std() > 5
     rows = list(csv.DictReader((trained / "predictions.csv").open()))
@@ -153,7 +154,7 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     hits = [row["class"] == row["predicted"] for row in rows]
     assert facts["images"] == len(rows) == 32
     assert facts["accuracy"] == pytest.approx(np.mean(hits), abs=1e-4)
-    for name in scores.MEASURES:
+    for name in METRICS:
         assert facts[f"{name}_low"] <= facts[name] <= facts[f"{name}_high"]
     assert facts["majority_accuracy"] == pytest.approx(1 / 8)
     assert facts["seen_artists_images"] + facts["unseen_artists_images"] == 32
@@ -164,14 +165,14 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
 
 
 def test_a_checkpoint_from_elsewhere_gives_the_same_table(trained, demo, tmp_path):
-    small = ["--data", str(demo), "--bootstrap", "20"]
+    small = ["--data", str(demo)]
     evaluation.main([*TINY, *small, "--run", str(trained)])
     evaluation.main([*TINY, *small, "--run", str(tmp_path / "new"), "--checkpoint", str(trained / "classifier.pt")])
     assert (trained / "predictions.csv").read_text() == (tmp_path / "new/predictions.csv").read_text()
 
 
 def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
-    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "20", "--split", "train"])
+    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--split", "train"])
     assert (trained / "confusion_train.png").exists()
     assert json.loads((trained / "facts.json").read_text())["test_train"]["images"] >= 80
 
@@ -179,7 +180,7 @@ def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
 def test_measures_agree_with_scikit_learn():
     random = np.random.default_rng(0)
     truth, guesses = random.integers(5, size=200), random.integers(5, size=200)
-    accuracy, balanced, f1 = scores.measures(truth, guesses, 5)
+    accuracy, balanced, f1 = classification_scores(truth, guesses, 5)
     assert accuracy == pytest.approx((truth == guesses).mean())
     assert balanced == pytest.approx(balanced_accuracy_score(truth, guesses))
     assert f1 == pytest.approx(f1_score(truth, guesses, average="macro"))
@@ -187,7 +188,7 @@ def test_measures_agree_with_scikit_learn():
 
 def test_a_class_missing_from_the_truth_counts_for_nothing():
     truth, guesses = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
-    assert scores.measures(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
+    assert classification_scores(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
 
 
 def test_figures_are_readable_at_27_classes(tmp_path):
@@ -195,14 +196,15 @@ def test_figures_are_readable_at_27_classes(tmp_path):
     classes = [f"Style_number_{number}" for number in range(27)]
     data = wikiart.WikiArt.__new__(wikiart.WikiArt)
     data.paths, data.artists = np.array(["test/a/b_c.jpg"] * 300), np.array(["b"] * 300)
-    data.genres, data.labels, data.rows = np.array(["nude"] * 300), torch.zeros(300), np.arange(300)
+    data.genres, data.rows = np.array(["nude"] * 300), np.arange(300)
     data.pixels = random.integers(0, 256, (300, 3, 8, 8), dtype=np.uint8)
-    config = SimpleNamespace(split="test", mistakes=4, hide=["nude"], seed=0)
-    truth, probabilities = random.integers(26, size=300), random.dirichlet(np.ones(27), 300)  # the last one is missing
-    evaluation.draw_figures(tmp_path, "", data, truth, probabilities, classes, config)
+    data.split, data.classes = "test", classes
+    data.labels = torch.from_numpy(random.integers(26, size=300))  # the last class is missing
+    config = SimpleNamespace(hide=["nude"], seed=0)
+    probabilities = random.dirichlet(np.ones(27), 300)
+    evaluation.plot_scores(tmp_path, "", data, probabilities)
     assert min(Image.open(tmp_path / "confusion.png").size) > 1000
-    checkpoint = {"model": "MLP", "classes": classes}
-    evaluation.draw_paintings(tmp_path, "", data, truth, probabilities, checkpoint, config)
+    evaluation.plot_paintings(tmp_path, "", data, probabilities, SimpleNamespace(model_name="MLP"), config)
     for name in ("samples", "mistakes"):
         assert (tmp_path / f"{name}.png").stat().st_size < 20_000  # every picture has a genre that is not to be shown
 
@@ -232,8 +234,8 @@ def test_a_mistake_gets_one_clear_line(tmp_path, arguments, message):
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half a zip"])
 def test_a_damaged_checkpoint_gets_one_clear_line(tmp_path, content):
     (tmp_path / "classifier.pt").write_bytes(content)
-    with pytest.raises(runs.Problem, match="not a checkpoint of ours"):
-        runs.load_checkpoint(tmp_path / "classifier.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        run.load_checkpoint(tmp_path / "classifier.pt")
 
 
 def test_loading_a_checkpoint_runs_no_code(tmp_path):
@@ -242,33 +244,50 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
             return open, (str(tmp_path / "owned"), "w")
 
     torch.save({"model": Evil()}, tmp_path / "classifier.pt")
-    with pytest.raises(runs.Problem):
-        runs.load_checkpoint(tmp_path / "classifier.pt")
+    with pytest.raises(UserError):
+        run.load_checkpoint(tmp_path / "classifier.pt")
     assert not (tmp_path / "owned").exists()
 
 
 def test_two_trainings_in_one_run_folder(demo, tmp_path):
-    code = f"import runs, time; lock = runs.claim({str(tmp_path)!r}, 'classifier'); print('held', flush=True); "
+    code = f"import time; from common import run; lock = run.claim({str(tmp_path)!r}, 'classifier'); print('held', flush=True); "
     code += "time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(runs.Problem, match="another program is writing"):
+        with pytest.raises(UserError, match="another program is writing"):
             train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
         other.kill()
 
 
 def test_one_picture_left_over_at_evaluation(trained, demo):
-    evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--bootstrap", "5", "--batch-size", "31"])
+    classifier = wikiart.Classifier.load(trained / "classifier.pt", "cpu")
+    data = wikiart.WikiArt(demo, "test", size=32, processes=1)
+    in_one_batch = classifier.predict_dataset(data)
+    assert torch.allclose(in_one_batch, classifier.predict_dataset(data, batch_size=31), atol=1e-5)
 
 
-def test_an_unfinished_training_is_not_overwritten(trained, demo, tmp_path):
+def test_an_unfinished_training_of_other_settings_is_kept_until_restart(trained, demo, tmp_path, monkeypatch):
+    arguments = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)]
+    stop_in_epoch_2(train, monkeypatch, place=6)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*arguments, "--lr", "0.5"])
+    monkeypatch.undo()
+    partial = (tmp_path / "classifier.partial.pt").read_bytes()
+    with pytest.raises(UserError, match="unfinished training with lr = 0.5, now it is 0.002: .* --restart"):
+        train.main(arguments)
+    assert (tmp_path / "classifier.partial.pt").read_bytes() == partial
+    train.main([*arguments, "--restart"])
+    assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
+
+
+def test_a_finished_checkpoint_is_no_unfinished_training(trained, demo, tmp_path):
     (tmp_path / "classifier.partial.pt").write_bytes((trained / "classifier.pt").read_bytes())
-    with pytest.raises(runs.Problem, match="unfinished training: go on with --resume, or delete it"):
+    with pytest.raises(UserError, match="not an unfinished training"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
 
 
 def test_too_few_paintings(demo, tmp_path):
-    with pytest.raises(runs.Problem, match="too few"):
+    with pytest.raises(UserError, match="too few"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--batch-size", "500"])
 
 
@@ -278,10 +297,10 @@ def test_a_split_that_has_moved_is_noticed(tmp_path):
         picture(tmp_path / "root" / f"S{number % 2}" / f"a_{number}.png", number)
     arguments = ["--data", str(tmp_path / "root"), "--run", str(tmp_path / "run")]
     train.main([*TINY_TRAIN, *arguments, "--epochs", "1"])
-    evaluation.main([*TINY, *arguments, "--bootstrap", "5"])
+    evaluation.main([*TINY, *arguments])
     picture(tmp_path / "root" / "S0" / "a_new.png", 99)
-    with pytest.raises(runs.Problem, match="paintings have changed since training"):
-        evaluation.main([*TINY, *arguments, "--bootstrap", "5"])
+    with pytest.raises(UserError, match="paintings have changed since training"):
+        evaluation.main([*TINY, *arguments])
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path):

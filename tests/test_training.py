@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_TRAIN
 
-import runs
 import train
 import wikiart
-import windows
+from common import crops, layers, optim
+from common.errors import UserError
+from common.run import load_checkpoint
 
-SETTINGS = {"model": "CNN", "target": "style", "balance": "none", "label_smoothing": 0.0,
-            "artist_weight": 0.0, "genre_weight": 0.0, "tau": 1.0}  # fmt: skip
+SETTINGS = {"model": "CNN", "target": "style", "balance": "none"}
+SETTINGS |= {"label_smoothing": 0.0, "artist_weight": 0.0, "genre_weight": 0.0}
+CNN = {"width": 8, "depth": 1, "pooling": "mean_std"}
 
 
 class Eight:
@@ -30,20 +32,20 @@ class Eight:
         return 8
 
 
-def names(**settings):
-    return train.Names(Eight(), SimpleNamespace(**SETTINGS | settings))
+def criterion(**settings):
+    return train.ClassifierLoss(Eight(), SimpleNamespace(**SETTINGS | settings))
 
 
 LOGITS, LABELS, ITEMS = torch.tensor([[1.0, 0.0], [0.5, 2.0]]), torch.tensor([0, 1]), torch.tensor([0, 7])
 
 
 def test_the_plain_loss_is_the_cross_entropy():
-    loss, own = names().loss(LOGITS, LABELS, ITEMS)
-    assert loss == own == F.cross_entropy(LOGITS, LABELS)
+    assert criterion()(LOGITS, LABELS, ITEMS) == F.cross_entropy(LOGITS, LABELS)
 
 
-def test_the_logit_adjusted_loss_adds_the_log_frequencies():
-    loss, _ = names(balance="logit").loss(LOGITS, LABELS, ITEMS)
+def test_the_logit_adjusted_loss_adds_the_log_frequencies(monkeypatch):
+    monkeypatch.setattr(train, "TAU", 1.0)
+    loss = criterion(balance="logit")(LOGITS, LABELS, ITEMS)
     # softmax of (1 + log 3/4, 0 + log 1/4) and (0.5 + log 3/4, 2 + log 1/4), worked by hand
     first = torch.tensor(3 * 2.718281828 / (3 * 2.718281828 + 1)).log()
     second = torch.tensor(7.3890561 / (7.3890561 + 3 * 1.6487213)).log()
@@ -51,34 +53,34 @@ def test_the_logit_adjusted_loss_adds_the_log_frequencies():
 
 
 def test_the_weighted_loss_counts_rare_classes_more():
-    loss, _ = names(balance="weights").loss(LOGITS, LABELS, ITEMS)
-    each = F.cross_entropy(LOGITS, LABELS, reduction="none")
-    assert loss.item() == pytest.approx((each[0] * 8 / (2 * 6) + each[1] * 8 / (2 * 2)).item() / 2, abs=1e-6)
+    loss = criterion(balance="weights")(LOGITS, LABELS, ITEMS)
+    losses = F.cross_entropy(LOGITS, LABELS, reduction="none")
+    assert loss.item() == pytest.approx((losses[0] * 8 / (2 * 6) + losses[1] * 8 / (2 * 2)).item() / 2, abs=1e-6)
 
 
 def test_smoothing_spreads_alike_whatever_the_weights():
     """At the loss's minimum a painting's probabilities are its smoothed target, not one that leans to rare classes."""
-    weighted = names(balance="weights", label_smoothing=0.2)
+    weighted = criterion(balance="weights", label_smoothing=0.2)
 
     def loss(*probabilities):
-        return weighted.loss(torch.tensor([probabilities]).log(), LABELS[:1], ITEMS[:1])[0]
+        return weighted(torch.tensor([probabilities]).log(), LABELS[:1], ITEMS[:1])
 
     assert loss(0.9, 0.1) < min(loss(0.8, 0.2), loss(0.95, 0.05))
 
 
 def test_artists_and_genres_are_named_beside_the_class():
-    both = names(artist_weight=0.5, genre_weight=0.25)
-    assert both.extra == 4
+    both = criterion(artist_weight=0.5, genre_weight=0.25)
+    assert both.aux_classes == 4
     outputs = torch.cat([LOGITS, torch.tensor([[1.0, 0, 0, 0], [0, 0, 3.0, 1.0]])], 1)
-    loss, own = both.loss(outputs, LABELS, torch.tensor([2, 7]))  # painting 2 has no genre
+    loss = both(outputs, LABELS, torch.tensor([2, 7]))  # painting 2 has no genre
     artist = F.cross_entropy(outputs[:, 2:4], torch.tensor([0, 1]))
     genre = F.cross_entropy(outputs[1:, 4:6], torch.tensor([1]), reduction="sum") / 2
-    assert own == F.cross_entropy(LOGITS, LABELS)
-    assert loss.item() == pytest.approx((own + 0.5 * artist + 0.25 * genre).item(), abs=1e-6)
+    style = F.cross_entropy(LOGITS, LABELS)
+    assert loss.item() == pytest.approx((style + 0.5 * artist + 0.25 * genre).item(), abs=1e-6)
 
 
 def test_the_extra_outputs_are_for_training_only():
-    model = wikiart.CNN(3, width=8, dropout=0.5, extra=5)
+    model = wikiart.CNN(3, **CNN, dropout=0.5, aux_classes=5)
     images = torch.rand(2, 3, 40, 40)
     assert model.train()(images).shape == (2, 8)
     assert model.eval()(images).shape == (2, 3)
@@ -87,23 +89,22 @@ def test_the_extra_outputs_are_for_training_only():
 def test_muon_makes_updates_orthogonal():
     torch.manual_seed(0)
     for shape in ((16, 40), (40, 16)):
-        singular = torch.linalg.svdvals(runs.orthogonal(torch.randn(shape)))
+        singular = torch.linalg.svdvals(optim.orthogonalize(torch.randn(shape)))
         assert 0.5 < singular.min() < singular.max() < 1.5
 
 
 def test_the_learning_rates_rise_and_fall_to_zero():
-    model = wikiart.CNN(2, width=8)
-    config = SimpleNamespace(optimizer="muon", lr=1.0, muon_lr=2.0, weight_decay=0.0)
+    model = wikiart.CNN(2, **CNN)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizers, seen = runs.Optimizers(model, config, 10), []
+    optimizers, rates = optim.Optimizers(model, 1.0, 0.0, 10), []
     for _ in range(10):
-        seen.append([part.param_groups[0]["lr"] for part in optimizers.parts[:2]])
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers.optimizers])
         optimizers.step()
-    assert seen[1] == [1.0, 2.0]
-    assert seen[0] == [0.5, 1.0]
-    assert seen[-1][0] == pytest.approx(0.125)
-    assert optimizers.parts[0].param_groups[0]["lr"] == 0
+    assert rates[1] == [1.0, 10.0]
+    assert rates[0] == [0.5, 5.0]
+    assert rates[-1][0] == pytest.approx(0.125)
+    assert optimizers.optimizers[0].param_groups[0]["lr"] == 0
 
 
 # Crops and views
@@ -113,19 +114,19 @@ def test_a_crop_of_everything_is_the_picture():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     still = torch.full((7, 2), 0.5)
     still[0] = 0.999999
-    assert torch.allclose(windows.random_crops(images, 32, still), images / 255, atol=1e-3)
+    assert torch.allclose(crops.random_crops(images, 32, still), images / 255, atol=1e-3)
     still[4] = 0.1
-    assert torch.allclose(windows.random_crops(images, 32, still), images.flip(3) / 255, atol=1e-3)
+    assert torch.allclose(crops.random_crops(images, 32, still), images.flip(3) / 255, atol=1e-3)
 
 
 def test_crops_stay_inside_and_differ_between_pictures():
     ramp = torch.arange(64).mul(4).to(torch.uint8).expand(16, 3, 64, 64).contiguous()
     numbers = torch.rand(7, 16)
     numbers[5:] = 0.5
-    crops = windows.random_crops(ramp, 24, numbers, smallest=0.2)
-    assert crops.min() >= 0
-    assert crops.max() <= 1
-    spans = (crops[:, 0, 12, -1] - crops[:, 0, 12, 0]).abs()
+    parts = crops.random_crops(ramp, 24, numbers, min_area=0.2)
+    assert parts.min() >= 0
+    assert parts.max() <= 1
+    spans = (parts[:, 0, 12, -1] - parts[:, 0, 12, 0]).abs()
     assert spans.min() > 0.3  # a fifth of the area is over two fifths of the side
     assert spans.unique().numel() > 8
 
@@ -135,7 +136,7 @@ def test_large_windows_are_averaged_not_skipped():
     checks[..., ::2] = 254  # one-pixel stripes: grid_sample alone would give black, white or moire
     numbers = torch.full((7, 1), 0.5)
     numbers[0] = 0.999
-    assert windows.random_crops(checks, 16, numbers).std() < 0.02
+    assert crops.random_crops(checks, 16, numbers).std() < 0.02
 
 
 def test_a_gpu_sees_the_same_windows():
@@ -147,40 +148,89 @@ def test_a_gpu_sees_the_same_windows():
     width, height = ((64 * area.sqrt() * ratio).round().clamp(max=64) for ratio in (stretch, 1 / stretch))
     left, top = (numbers[2] * (65 - width)).floor(), (numbers[3] * (65 - height)).floor()
     width = torch.where(numbers[4] < 0.5, -width, width)
-    other = windows.windows_at_once(images, 32, left, top, width, height)
-    assert (windows.random_crops(images, 32, numbers) - other).abs().mean() < 0.01
+    other = crops.grid_sample_crops(images, 32, left, top, width, height)
+    assert (crops.random_crops(images, 32, numbers) - other).abs().mean() < 0.01
 
 
 def test_one_window_is_scaled_as_views_are():
     images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     whole = torch.tensor([0.5, 0.5, 0.3, 0.3, 0.9])
     step = 1.2 / 255  # bytes are rounded, across and then down
-    assert torch.allclose(windows.one_window(images, 24, whole, smallest=1), windows.views(images, 24)[0], atol=step)
+    assert torch.allclose(crops.batch_crop(images, 24, whole, min_area=1), crops.views(images, 24)[0], atol=step)
     whole[4] = 0.1
-    assert torch.allclose(windows.one_window(images, 24, whole, smallest=1), windows.views(images, 24)[1], atol=step)
+    assert torch.allclose(crops.batch_crop(images, 24, whole, min_area=1), crops.views(images, 24)[1], atol=step)
     for seed in range(20):
         numbers = torch.rand(5, generator=torch.Generator().manual_seed(seed))
-        assert windows.one_window(images, 16, numbers, smallest=0.1).shape == (3, 3, 16, 16)
+        assert crops.batch_crop(images, 16, numbers, min_area=0.1).shape == (3, 3, 16, 16)
 
 
 def test_views_show_the_whole_and_the_corners():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    whole = windows.views(images, 32)
+    whole = crops.views(images, 32)
     assert len(whole) == 2
     assert torch.allclose(whole[0], images / 255, atol=1e-3)
     assert torch.equal(whole[1], whole[0].flip(3))
-    quarters = windows.views(images, 16, 0.5)
+    quarters = crops.views(images, 16, 0.5)
     assert len(quarters) == 8
     assert torch.allclose(quarters[6], images[:, :, 16:, 16:] / 255, atol=1e-3)
+
+
+# What is published, and what is plotted
+
+
+def test_the_published_classifier_has_outputs_for_its_classes_alone(trained):
+    checkpoint = load_checkpoint(trained / "classifier.pt")
+    assert len(checkpoint["weights"]["out.weight"]) == len(checkpoint["weights"]["out.bias"]) == 8
+    parameters = wikiart.build_model(checkpoint).parameters()
+    facts = json.loads((trained / "facts.json").read_text())["train"]
+    assert facts["parameters"] == sum(parameter.numel() for parameter in parameters)
+
+
+def test_training_and_validation_loss_are_the_same_quantity(demo):
+    """A network that does not change has the same loss in both curves, whatever the objective adds."""
+    flags = [*TINY_TRAIN, "--data", str(demo), "--model", "MLP", "--lr", "1e-12", "--min-crop-area", "1"]
+    config = train.configure("train", "", train.SETTINGS, train.SHARED, [*flags, "--balance", "logit"])
+    data = wikiart.WikiArt(demo, "train", size=32, processes=1)
+    sampler = wikiart.BalancedSampler(data.labels, "none", 0)
+    model = train.new_model(config, train.model_arguments(config, data, 0))
+    optimizers = optim.Optimizers(model, config.lr, 0.0, 100)
+    device, ema = torch.device("cpu"), SimpleNamespace(update_parameters=lambda _: None)
+    loss = train.ClassifierLoss(data, config)
+    record = train.train_epoch(model, ema, data, sampler, loss, optimizers, 1, config, device)
+    val_loss = train.evaluate(model, data, config, device)["val_loss"]
+    assert record["train_loss"] == pytest.approx(val_loss, abs=0.1)
+    assert abs(record["loss"] - val_loss) > 0.2
+
+
+def test_a_bug_in_a_network_of_this_project_is_not_reported_as_a_wrong_setting(demo, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "make_model", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
 
 
 # Several processes
 
 
+def test_batch_norm_of_several_processes_computes_in_float32(monkeypatch):
+    images = (100 + torch.randn(64, 3, 4, 4)).bfloat16()
+    expected = F.batch_norm(images.float(), None, None, training=True)
+    norm = layers.BatchNorm(3).train()
+    monkeypatch.setattr(layers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(layers.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(layers, "all_reduce", lambda values: values)
+    normalised = norm(images)
+    assert normalised.dtype == torch.bfloat16
+    assert (normalised.float() - expected).abs().max() < 0.05
+    assert norm.running_var.sub(0.9 + 0.1 * images.float().var((0, 2, 3))).abs().max() < 0.01
+
+
 def test_two_processes_train_like_one(demo, tmp_path):
     """Same global batch, same draws, same statistics: the weights agree to float tolerance."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    plain = ["--average", "0", "--optimizer", "adamw"]  # nothing that would hide or blow up a difference
+    plain = ["--ema-decay", "0", "--optimizer", "adamw"]  # nothing that would hide or blow up a difference
     command = [*torchrun, ROOT / "train.py", *TINY_TRAIN, *plain, "--data", demo, "--run", tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
@@ -189,7 +239,7 @@ def test_two_processes_train_like_one(demo, tmp_path):
     one, two = ((tmp_path / name / "train.jsonl").read_text().splitlines() for name in ("one", "two"))
     for line, other in zip(one, two, strict=True):
         assert json.loads(line)["loss"] == pytest.approx(json.loads(other)["loss"], rel=1e-3)
-    first, second = (runs.load_checkpoint(tmp_path / name / "classifier.pt") for name in ("one", "two"))
+    first, second = (load_checkpoint(tmp_path / name / "classifier.pt") for name in ("one", "two"))
     assert first["epoch"] == second["epoch"]
     for name, weight in first["weights"].items():
         assert torch.allclose(weight.float(), second["weights"][name].float(), rtol=2e-3, atol=2e-3), name
@@ -200,17 +250,17 @@ def test_two_processes_train_like_one(demo, tmp_path):
 
 def test_a_network_of_torchvision(demo, tmp_path):
     train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "resnet18", "--epochs", "1"])
-    model = wikiart.build_model(runs.load_checkpoint(tmp_path / "classifier.pt"))
+    model = wikiart.build_model(load_checkpoint(tmp_path / "classifier.pt"))
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 8)
-    with pytest.raises(runs.Problem, match="no model resnet19"):
+    with pytest.raises(UserError, match="no model resnet19"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "resnet19"])
 
 
 @pytest.mark.parametrize("target", ["artist", "genre"])
 def test_other_targets(demo, tmp_path, target):
-    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--target", target, "--min-images", "3",
-                "--epochs", "1"])  # fmt: skip
-    checkpoint = runs.load_checkpoint(tmp_path / "classifier.pt")
+    folders = ["--data", str(demo), "--run", str(tmp_path)]
+    train.main([*TINY_TRAIN, *folders, "--target", target, "--min-images", "3", "--epochs", "1"])
+    checkpoint = load_checkpoint(tmp_path / "classifier.pt")
     assert checkpoint["data"]["target"] == target
     if target == "genre":
         assert checkpoint["classes"] == ["landscape", "portrait", "still_life", "town"]
