@@ -58,27 +58,22 @@ def save(figure, path) -> None:
 
 
 def curves(path, history: list[dict], panels: dict, best=None, levels=None, logarithmic=()) -> None:
-    """Measures over epochs: panels = {"loss": {"training": "loss", "validation": "val_loss"}, ...}; see `lines`."""
-    epochs = [record["epoch"] for record in history]
-    panels = {title: {label: [record[key] for record in history] for label, key in keys.items()}
-              for title, keys in panels.items()}  # fmt: skip
-    lines(path, epochs, panels, "epoch", (best, "checkpoint kept"), levels, logarithmic)
+    """One panel per measure, over epochs: panels = {"loss": {"training": "loss", "validation": "val_loss"}, ...}.
 
-
-def lines(path, xs: list, panels: dict, xlabel: str, mark: tuple, levels=None, logarithmic=()) -> None:
-    """One panel a measure, {"loss": {"training": heights, ...}, ...}, with a dotted line at mark = (x, label).
-
-    `levels` to compare with are dashed lines: {"loss": {"guessing": 2.1}}; `logarithmic` names panels.
+    history: a record per epoch; best: the epoch whose checkpoint was kept, a dotted line; levels: dashed lines to
+    compare with, {"loss": {"guessing": 2.1}}; logarithmic: titles of panels.
     """
+    epochs = [record["epoch"] for record in history]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), squeeze=False, layout="constrained")
-    for axis, (title, heights) in zip(axes[0], panels.items(), strict=True):
-        for number, (label, ys) in enumerate(heights.items()):
-            axis.plot(xs, ys, label=label, color=HUES[number], lw=2, marker="o" if len(xs) < 3 else None)
-        for number, (label, height) in enumerate((levels or {}).get(title, {}).items(), len(heights)):
+    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+        for number, (label, key) in enumerate(keys.items()):
+            values, marker = [record[key] for record in history], "o" if len(epochs) < 3 else None
+            axis.plot(epochs, values, label=label, color=HUES[number], lw=2, marker=marker)
+        for number, (label, height) in enumerate((levels or {}).get(title, {}).items(), len(keys)):
             axis.axhline(height, color=HUES[number], lw=1.5, ls="--", label=label)
-        if mark[0] is not None:
-            axis.axvline(mark[0], color="0.6", lw=1, ls=":", label=mark[1])
-        axis.set(title=title, xlabel=xlabel, ylabel=title, yscale="log" if title in logarithmic else "linear")
+        if best is not None:
+            axis.axvline(best, color="0.6", lw=1, ls=":", label="checkpoint kept")
+        axis.set(title=title, xlabel="epoch", ylabel=title, yscale="log" if title in logarithmic else "linear")
         if title in logarithmic:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")  # the usual ones are formulas, which are off
@@ -106,11 +101,11 @@ def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: st
     axis.set_yticks(range(len(rows)), [display_name(name) for name in rows])
     axis.set(xlabel=axes[0], ylabel=axes[1], title=title)
     axis.grid(False)
+    size = 10 if len(columns) < 15 else 8
     for row, column in np.ndindex(table.shape):
         if table[row, column] > 0.5:
-            dark = table[row, column] > 0.6 * image.get_clim()[1]
-            axis.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center",
-                      fontsize=10 if len(columns) < 15 else 8, color="white" if dark else "0.2")  # fmt: skip
+            color = "white" if table[row, column] > 0.6 * image.get_clim()[1] else "0.2"
+            axis.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=size, color=color)
     figure.colorbar(image, ax=axis, label=unit, fraction=0.046, pad=0.03)
     save(figure, path)
 
@@ -120,10 +115,11 @@ def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], t
     figure, axes = plt.subplots(len(panels), figsize=(8.2, 5.6 * len(panels)), squeeze=False, layout="constrained")
     for axis, (name, (places, numbers, names)) in zip(axes.flat, panels.items(), strict=True):
         for number, label in enumerate(names):
-            own = places[numbers == number]
+            members = places[numbers == number]
             style = class_style(number)
-            axis.scatter(*own.T, s=max(4, min(22, 3e4 / len(places))), color=style["color"], marker=style["marker"],
-                         linewidths=0, alpha=0.75, label=display_name(label))  # fmt: skip
+            size = max(4, min(22, 3e4 / len(places)))
+            looks = {"color": style["color"], "marker": style["marker"], "linewidths": 0, "alpha": 0.75}
+            axis.scatter(*members.T, s=size, label=display_name(label), **looks)
         axis.set(title=name, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.grid(False)
@@ -134,30 +130,6 @@ def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], t
     save(figure, path)
 
 
-def thumbnails(path, places: np.ndarray, pictures: list[np.ndarray], title: str, cells: int = 28) -> np.ndarray:
-    """Pictures uint8 (3, S, S) at their places (N, 2), one a cell of a square of cells; what finds none is left out.
-
-    Returns which were drawn, as one reads: by rows from the top, each from the left.
-    """
-    low, high = places.min(0), places.max(0)
-    wanted = ((places - low) / (high - low).clip(1e-9) * (cells - 1)).round().astype(int)
-    side = 40
-    canvas = np.full((cells * side, cells * side, 3), 255, np.uint8)
-    taken = {}
-    for number, ((across, up), picture) in enumerate(zip(wanted, pictures, strict=True)):
-        if (-up, across) not in taken:
-            taken[-up, across] = number
-            top = (cells - 1 - up) * side
-            thumbnail = Image.fromarray(picture.transpose(1, 2, 0)).resize((side, side), Image.Resampling.BOX)
-            canvas[top : top + side, across * side : (across + 1) * side] = thumbnail
-    figure, axis = plt.subplots(figsize=(10, 10.4))
-    axis.imshow(canvas, interpolation="none")
-    axis.axis("off")
-    axis.set_title(f"{title}: {len(taken)} of {len(pictures)} paintings")
-    save(figure, path)
-    return np.array([taken[cell] for cell in sorted(taken)])
-
-
 def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str) -> None:
     """One-against-the-rest ROC curves: {class: (false positive rate, true positive rate, area)}."""
     figure, axis = plt.subplots(figsize=(6, 5))
@@ -166,8 +138,8 @@ def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str
         style = class_style(number) | {"marker": None}
         axis.plot(false, true, lw=1.8, label=f"{display_name(name)} {area:.3f}", **style)
     axis.set(xlabel="false positive rate", ylabel="true positive rate", title=title, aspect="equal")
-    axis.legend(title="area under the curve", loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9,
-                ncols=1 + len(lines) // 20)  # fmt: skip
+    columns = 1 + len(lines) // 20
+    axis.legend(title="area under the curve", loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, ncols=columns)
     save(figure, path)
 
 
@@ -197,8 +169,8 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
     """Pictures uint8 (N, 3, S, S) in rows, a caption of a few lines below each."""
     rows = max(1, -(-len(images) // columns))
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, (2.1 + 0.19 * lines) * rows + 0.4),
-                                squeeze=False, layout="constrained")  # fmt: skip
+    size = 2.1 * columns, (2.1 + 0.19 * lines) * rows + 0.4
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
@@ -228,9 +200,8 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
     axis.imshow(canvas)
     axis.xaxis.tick_top()
     long = max((len(name) for name in columns), default=0) > 12
-    axis.set_xticks(
-        np.arange(width) * step + side / 2, columns, fontsize=10, rotation=30 * long, ha="left" if long else "center"
-    )
+    rotation, alignment = (30, "left") if long else (0, "center")
+    axis.set_xticks(np.arange(width) * step + side / 2, columns, fontsize=10, rotation=rotation, ha=alignment)
     axis.set_yticks(np.arange(height) * step + side / 2, rows or [""] * height, fontsize=10)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -242,15 +213,20 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
 def front(path, panels: dict[str, object]) -> None:
     """Four finished figures on one picture, two above each other on the left, two on the right: {title: PNG file}."""
     pictures = [Image.open(file).convert("RGB") for file in panels.values()]
-    pictures = [each.crop((0, 0, each.width, round(0.69 * each.width))) if each.height > 1.1 * each.width else each
-                for each in pictures]  # of a high one the upper panel  # fmt: skip
-    heights = [each.height / each.width + 0.1 for each in pictures]
+    pictures = [upper_panel(picture) for picture in pictures]
+    heights = [picture.height / picture.width + 0.1 for picture in pictures]
     figure = plt.figure(figsize=(8.8, 7.2), layout="constrained")  # as wide as a page of GitHub
     for number, half in enumerate(figure.subfigures(1, 2)):
-        own = slice(2 * number, 2 * number + 2)
-        axes = half.subplots(2, 1, height_ratios=heights[own])
-        for axis, title, picture in zip(axes, list(panels)[own], pictures[own], strict=True):
+        pair = slice(2 * number, 2 * number + 2)
+        axes = half.subplots(2, 1, height_ratios=heights[pair])
+        for axis, title, picture in zip(axes, list(panels)[pair], pictures[pair], strict=True):
             axis.imshow(picture)
             axis.set_title(title, fontsize=12, pad=6)
             axis.axis("off")
     save(figure, path)
+
+
+def upper_panel(picture: Image.Image) -> Image.Image:
+    """The first panel of a figure with two panels above each other; a wide figure stays as it is."""
+    wide = picture.height <= 1.1 * picture.width
+    return picture if wide else picture.crop((0, 0, picture.width, round(0.69 * picture.width)))

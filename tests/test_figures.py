@@ -5,37 +5,37 @@ import itertools
 import numpy as np
 from PIL import Image
 
-import figures
+from common import figures
 
 # What protanopes, deuteranopes and tritanopes see, as maps of linear RGB (Machado, Oliveira and Fernandes 2009).
-SIGHTS = np.array([
-    np.eye(3),
+SIGHTS = [
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
     [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-])  # fmt: skip
+]
 XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
-def seen(colour: str) -> np.ndarray:
+def in_lab(colour: str) -> np.ndarray:
     """A colour as each of the SIGHTS sees it, in CIELAB (4, 3), where distances are as large as they look."""
     channels = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    x, y, z = np.cbrt(((SIGHTS @ linear).clip(0, 1) @ XYZ.T) / [0.95047, 1, 1.08883]).T
+    x, y, z = np.cbrt(((np.array(SIGHTS) @ linear).clip(0, 1) @ XYZ.T) / [0.95047, 1, 1.08883]).T
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
-def apart(one: str, other: str) -> float:
-    return np.linalg.norm(seen(one) - seen(other), axis=1).min()
+def difference(first: str, second: str) -> float:
+    return np.linalg.norm(in_lab(first) - in_lab(second), axis=1).min()
 
 
 def test_27_classes_can_be_told_apart_by_the_colour_blind_too():
-    looks = [figures.class_style(number) for number in range(27)]
-    assert len({(look["color"], look["marker"]) for look in looks}) == 27
-    assert len({(look["color"], look["linestyle"]) for look in looks}) == 27
-    for one, other in itertools.combinations(looks[:9], 2):
-        distance = apart(one["color"], other["color"])
-        assert distance > (33 if one["marker"] == other["marker"] else 20), (one, other, distance)
+    styles = [figures.class_style(number) for number in range(27)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 27
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 27
+    for first, second in itertools.combinations(styles[:9], 2):
+        distance = difference(first["color"], second["color"])
+        assert distance > (33 if first["marker"] == second["marker"] else 20), (first, second, distance)
 
 
 def test_evidence_is_tinted_and_the_rest_is_grey():
@@ -45,10 +45,3 @@ def test_evidence_is_tinted_and_the_rest_is_grey():
     lit = np.asarray(figures.highlight(picture, evidence)).astype(int)
     assert np.ptp(lit[-4:, -4:], axis=2).max() == 0
     assert (lit[:8, :8, 0] > lit[:8, :8, 2] + 40).all()
-
-
-def test_the_map_says_which_pictures_it_shows_and_in_which_order(tmp_path):
-    places = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.001, 0.001], [0.0, 1.0]])
-    pictures = [np.zeros((3, 8, 8), np.uint8)] * 5
-    drawn = figures.thumbnails(tmp_path / "map.png", places, pictures, "a map")
-    assert drawn.tolist() == [4, 2, 0, 1]  # from the top, each row from the left; 3 lies on 0

@@ -250,9 +250,9 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
 
 
 def test_two_trainings_in_one_run_folder(demo, tmp_path):
-    code = f"import time; from common import run; lock = run.claim({str(tmp_path)!r}, 'classifier'); print('held', flush=True); "
-    code += "time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
+    code = "import sys, time; from common.run import claim; lock = claim(sys.argv[1], 'classifier'); "
+    code += "print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match="another program is writing"):
             train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
