@@ -331,8 +331,8 @@ class Autoencoder(nn.Module):
         unflatten = nn.Unflatten(1, (2 * width, side, side))
         self.expand = nn.Sequential(nn.Linear(code, 2 * width * side**2), unflatten, Upsample())
         self.join = nn.Sequential(Block(2 * width, 2 * width), Upsample(), Block(2 * width, width))
-        to_pixels = nn.Conv2d(width, 3 * 4 * 4, 3, padding=1)
-        self.paint = nn.Sequential(Block(width, width), Block(width, width), to_pixels, nn.PixelShuffle(4))
+        blocks, to_pixels = (Block(width, width), Block(width, width)), nn.Conv2d(width, 3 * 4 * 4, 3, padding=1)
+        self.paint = nn.Sequential(*blocks, to_pixels, nn.PixelShuffle(4))
         self.films = nn.ModuleList()  # conditions each step of the decoder: see StyleAutoencoder
         if projection_dim:  # only for the contrastive loss in training
             layers = [BatchNorm(2 * deep), nn.Conv2d(2 * deep, 256, 1, bias=False), BatchNorm(256), nn.ReLU()]
