@@ -1,4 +1,4 @@
-"""Losses: the class prior of the classifier's, reconstruction and contrastive loss, and the losses of style transfer."""
+"""Class prior, reconstruction and contrastive loss, and the losses of style transfer."""
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,8 @@ def gather(values, dim: int = 0):
     return torch.cat(all_gather(values.contiguous()), dim) if dist.is_initialized() else values
 
 
-# Reconstruction -------------------------------------------------------------------------------------------------------
-
-
 class ReconstructionLoss(nn.Module):
-    """Mean squared error of an Autoencoder, divided by the `variance` of the pixels.
-
-    With a `contrastive_weight`, NT-Xent between projections of two crops of each image is added.
-    """
+    """Trains an Autoencoder: mean squared error over the `variance` of pixels, and NT-Xent of two crops of an image."""
 
     def __init__(self, model, contrastive_weight: float, variance: float):
         super().__init__()
@@ -61,10 +55,7 @@ def nt_xent(projections, temperature: float = 0.2):
 
 
 class GradientReversal(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by -weight (Ganin and Lempitsky 2015).
-
-    It trains a network against the adversary that follows it, in one step.
-    """
+    """The identity, whose gradient is multiplied by -weight: trains against an adversary (Ganin, Lempitsky 2015)."""
 
     @staticmethod
     def forward(context, values, weight):
@@ -77,12 +68,10 @@ class GradientReversal(torch.autograd.Function):
 
 
 class Critic(nn.Module):
-    """A projection discriminator (Miyato and Koyama 2018) on feature maps: is an image a painting of a style?
+    """A projection discriminator (Miyato and Koyama 2018): is an image a real painting of a style?
 
-    Frozen feature maps instead of pixels make it small and quick to train (Sauer et al. 2021, "Projected GANs Converge
-    Faster"). A small network on the pixels covers what these maps do not respond to.
-
-    channels: of each feature map; styles: number of classes; width: of the hidden layers.
+    It sees frozen feature maps with the given channels, which makes it quick to train (Sauer et al. 2021, "Projected
+    GANs Converge Faster"), and those of a small network on the pixels.
     """
 
     def __init__(self, channels: list[int], styles: int, width: int = 64):
@@ -105,18 +94,14 @@ class Critic(nn.Module):
 
 
 class StyleLoss(nn.Module):
-    """The loss of a StyleAutoencoder, which reconstructs images and repaints them in a target style.
+    """Trains a StyleAutoencoder to reconstruct images in their own style and to repaint them in a target style.
 
-    Besides reconstruction and the cross-entropy of the style head, a frozen classifier (`feature_net`, a CNN) compares
-    repainted images with real paintings of the target style. Settings weigh the terms; 0 turns a term off:
+    Terms: mean squared error over `variance`; cross-entropy of the style head; and, by weights of the config, 0: off:
+    cross-entropy (style_ce_weight) and feature statistics (style_stat_weight) of a frozen CNN, `feature_net`, a critic
+    of its maps (critic_weight), the correlation of coarse luminance with the input (layout_weight), and an adversary
+    that predicts the source style from the code (adversary_weight).
 
-    style_ce_weight: cross-entropy of the classifier's prediction for the target style;
-    style_stat_weight: distance between the statistics of feature maps, see `style_stat_loss`;
-    critic_weight: hinge loss against a `Critic` of feature maps and pixels;
-    layout_weight: 1 - correlation of coarse luminance with the input;
-    adversary_weight: of an adversary that predicts the source style from the code, so that codes hold content only.
-
-    The classifier sees random crops at random scales: with a fixed view, the decoder learned patterns that fool this
+    The CNN sees crops of random position and scale: with a fixed view, the decoder learned patterns that fool this
     classifier and no other.
     """
 
@@ -131,8 +116,8 @@ class StyleLoss(nn.Module):
             blocks = [layer for layer in feature_net.body if isinstance(layer, Block)]
             self.critic = Critic([3, *(block.conv2.out_channels for block in blocks)], self.styles)
         if config.adversary_weight:
-            code = len(model.scales)
-            self.adversary = nn.Sequential(nn.Linear(code, 256), nn.ReLU(), nn.Linear(256, self.styles))
+            layers = [nn.Linear(len(model.scales), 256), nn.ReLU(), nn.Linear(256, self.styles)]
+            self.adversary = nn.Sequential(*layers)
 
     def forward(self, images, labels, targets, style_images, random):
         """The loss, and the mean squared error of the reconstructions.
