@@ -1,362 +1,311 @@
-"""Do art styles cluster? Group the codes of paintings without their labels, then compare the groups with the styles.
+"""Do art styles cluster? Cluster the codes of paintings without their labels, then compare the clusters with styles.
 
-    python cluster.py                                   # the codes of autoencoder.pt in the run folder
-    python cluster.py --codes classifier                # or: pixels, colours, features made by embed.py, and manner
-    python train_autoencoder.py --manner-weight 0.15 --run runs/demo/manner    # what manner needs
-    python cluster.py --codes all                       # every source that is there, in one table: the answer
-    python cluster.py --method hdbscan                  # kmeans, agglomerative, gaussian or hdbscan
+    python cluster.py                                  # codes of autoencoder.pt in the run folder
+    python cluster.py --codes classifier pixels        # other sources
+    python train_autoencoder.py --contrastive-weight 0.15 --run runs/demo/contrastive    # for contrastive codes
+    python cluster.py --codes all                      # every source that the run folder has, in one table
 
-Codes are standardised, reduced by PCA and grouped into as many clusters as there are styles. Writes into the run
-folder: codes/<source>.npz (codes, labels, artists and paths of the training and test paintings), clusters.md (the
-table) and facts.json; of each source tsne_<source>.png, pca_<source>.png, clusters_<source>.png (style by cluster),
-centroids_<source>.png (the paintings nearest to each centre), map_<source>.png and k_<source>.png. Beside the sheets of
-paintings stand painters and titles, in centroids_<source>.txt and map_<source>.txt, in the order in which one reads.
+Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images) and
+colours (histograms); each backbone that embed.py has run. Codes are computed once, and again when their checkpoint or
+the paintings have changed. They are standardised, reduced by PCA, and clustered by k-means.
+
+Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; for each
+source tsne_<source>.png, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest
+to each centre) and centroids_<source>.txt, which names these.
 """
 
-import hashlib
-import json
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans
-from sklearn.decomposition import PCA, IncrementalPCA, TruncatedSVD
+from sklearn import metrics
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA, IncrementalPCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.metrics import (
-    adjusted_mutual_info_score,
-    adjusted_rand_score,
-    completeness_score,
-    homogeneity_score,
-    normalized_mutual_info_score,
-    silhouette_score,
-)
-from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-import figures
-import runs
-from wikiart import WikiArt, build_model
-from windows import over_views, views
+from common import figures
+from common.codes import SPLITS, codes_path, read_codes, write_codes
+from common.compat import rename_facts
+from common.config import Setting, configure
+from common.crops import mean_over_views, views
+from common.errors import UserError
+from common.run import add_facts, autocast, file_hash, load_checkpoint, pick_device, read_facts, run_script, write_text
+from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
-METHODS = {"kmeans": "KMeans", "agglomerative": "Ward", "gaussian": "Gaussian mixture", "hdbscan": "HDBSCAN"}
-HELP = {
-    "codes": "sources: autoencoder, manner, classifier, pixels, colours, or a backbone of embed.py; all: what is there",
-    "split": ("paintings to cluster", ("test", "train")),
-    "method": ("how to cluster", tuple(METHODS)),
-    "clusters": "number of clusters; 0: as many as there are styles",
-    "components": "principal components that are clustered and drawn",
-    "tsne_images": "paintings that t-SNE lays out, at most; of more a random choice",
-    "batch_size": "pictures at a time",
-    "renew": "make the codes again, even where they are there",
+SETTINGS = {
+    "codes": Setting(list[str], None, "sources of codes, or all"),
+    "split": Setting(str, ("test", "train"), "paintings to cluster"),
+    "clusters": Setting(int, "[0, inf)", "number of clusters; 0: the number of styles"),
 }
-CHECKPOINTS = {  # in the run folder: the file, what it holds, and the method that makes codes of images
-    "autoencoder": ("autoencoder.pt", "Autoencoder", "encode"),
-    "manner": ("manner/autoencoder.pt", "Autoencoder", "features"),
-    "classifier": ("classifier.pt", "CNN", "features"),
+CHECKPOINTS = {  # of each source: model, files in the run folder (older runs have the second)
+    "autoencoder": ("Autoencoder", ["autoencoder.pt"]),
+    "contrastive": ("Autoencoder", ["contrastive/autoencoder.pt", "manner/autoencoder.pt"]),
+    "classifier": ("CNN", ["classifier.pt"]),
 }
-PIXELS = 64  # side of the pictures that pixels and colours are taken from
+COMPUTED = (*CHECKPOINTS, "pixels", "colours")  # other sources are written by embed.py
+THUMBNAIL = 64  # side of the images behind pixels and colours
+COMPONENTS = 50  # principal components that are clustered
+TSNE_IMAGES = 5000  # paintings in a t-SNE figure, at most
+BATCH_SIZE = 256
+AGREEMENT = {
+    "nmi": metrics.normalized_mutual_info_score,
+    "ami": metrics.adjusted_mutual_info_score,
+    "ari": metrics.adjusted_rand_score,
+    "homogeneity": metrics.homogeneity_score,
+    "completeness": metrics.completeness_score,
+}
 
 
 def main(argv=None):
-    config = runs.configure("cluster", __doc__, SHARED, HELP, argv)
-    device = runs.pick_device(config.device)
-    run = Path(config.run)
-    sources, made = config.codes, []
-    if sources == ["all"]:
-        there = [source for source, (name, model, _) in CHECKPOINTS.items()
-                 if (run / name).exists() and runs.load_checkpoint(run / name)["model"] == model]  # fmt: skip
-        made = sorted(path.stem for path in (run / "codes").glob("*.npz") if path.stem not in CHECKPOINTS)
-        sources = list(dict.fromkeys([*there, "pixels", "colours", *made]))
-    if not sources:
-        raise runs.Problem("--codes needs a source, or all")
-    for source in sources:
+    config = configure("cluster", __doc__, SETTINGS, SHARED, argv)
+    device, run = pick_device(config.device), Path(config.run)
+    results = {}
+    for source in find_sources(run) if config.codes == ["all"] else config.codes:
         try:
             table, data = codes_of(source, config, device)
-        except runs.Problem as problem:
-            if source not in made:  # these only embed.py can make again
+        except UserError as error:
+            if source in COMPUTED or config.codes != ["all"]:
                 raise
-            print(f"left out: {problem}")
+            print(f"left out: {error}")
             continue
-        print(f"{source}: {table['train'].shape[1]} numbers a painting", flush=True)
-        facts = study(source, table, data, config)
-        runs.add_facts(run, "cluster", {re.sub(r"\W", "_", source): facts}, merge=True)
-    setting, known = facts["setting"], json.loads((run / "facts.json").read_text())["cluster"]
-    alike = {source: found for source, found in known.items() if found.get("setting") == setting}
-    write_table(run / "clusters.md", alike)
+        print(f"{source}: {table['train'].shape[1]} numbers per painting", flush=True)
+        results[re.sub(r"\W", "_", source)] = evaluate(source, table, data, config)
+        add_facts(run, "cluster", results, merge=True)
+    if not results:
+        raise UserError("--codes needs a source, or all")
+    settings = {facts["setting"] for facts in results.values()}
+    known = rename_facts(read_facts(run)["cluster"])
+    write_table(run / "clusters.md", {name: facts for name, facts in known.items() if facts.get("setting") in settings})
 
 
 # Codes ----------------------------------------------------------------------------------------------------------------
 
 
-def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
-    """The codes of one source, made where they are not there yet, and the paintings that are clustered.
+def find_sources(run: Path) -> list[str]:
+    """All sources that a run folder has, and the two that need no checkpoint."""
+    weights = {source: find_weights(run, source) for source in CHECKPOINTS}
+    existing = [source for source, path in weights.items() if path.exists()]
+    trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
+    files = sorted((run / "codes").glob("*.npz"))
+    embedded = [path.stem for path in files if path.stem not in (*COMPUTED, "manner")]  # an old name of contrastive
+    return [*trained, "pixels", "colours", *embedded]
 
-    {"train": (N, D), "test": (M, D), "train_labels": (N,), "test_labels": (M,), ...artists, ...paths, "classes",
-    "made_from": what the codes depend on}.
+
+def find_weights(run: Path, source: str) -> Path:
+    paths = [run / name for name in CHECKPOINTS[source][1]]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
+    """The codes of one source, see common/codes.py, and the paintings to cluster.
+
+    Computes codes that are missing, or were made from another checkpoint or other paintings. Raises UserError.
     """
-    path = Path(config.run) / "codes" / f"{source}.npz"
+    run, path = Path(config.run), codes_path(config.run, source)
     settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     checkpoint, identity = None, f"{settings}"
     if source in CHECKPOINTS:
-        weights = Path(config.run) / CHECKPOINTS[source][0]
-        checkpoint = runs.load_checkpoint(weights, CHECKPOINTS[source][1])
-        identity = hashlib.sha256(weights.read_bytes()).hexdigest()
+        weights = find_weights(run, source)
+        checkpoint, identity = load_checkpoint(weights, CHECKPOINTS[source][0]), file_hash(weights)
         settings = {key: checkpoint["data"][key] for key in settings}
         if checkpoint["data"].get("holdout", "none") != "none":
-            raise runs.Problem(
-                f"{weights} was trained with --holdout, on a part of the test folder too: train it without"
-            )
-    elif source not in ("pixels", "colours") and not path.exists():
-        raise runs.Problem(f"no codes {path}: give {', '.join(CHECKPOINTS)}, pixels, colours, or run embed.py first")
-    sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in ("train", "test")}
+            raise UserError(f"{weights} was trained with --holdout, on some test paintings: train it without")
+    elif source not in COMPUTED and not path.exists():
+        raise UserError(f"no codes {path}: give {', '.join(COMPUTED)}, or run embed.py first")
+
+    sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in SPLITS}
     made_from = " ".join([identity, *(data.fingerprint for data in sets.values())])
-    if path.exists() and not (config.renew and source in (*CHECKPOINTS, "pixels", "colours")):
-        try:
-            with np.load(path) as file:
-                table = dict(file)
-            table["made_from"], table["train_labels"], table["test_labels"]  # noqa: B018
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            raise runs.Problem(f"{path} is not a file of codes: remove it, and make it again") from None
-        if source in (*CHECKPOINTS, "pixels", "colours") and table["made_from"] != made_from:
-            raise runs.Problem(
-                f"{path} was made from another checkpoint or other paintings: make it again with --renew"
-            )
-    else:
-        table = {"classes": np.array(sets["train"].classes), "made_from": made_from}
-        encode = encoder(source, checkpoint, sets["train"], config, device)
-        for split, data in sets.items():
-            table[split] = in_batches(encode, data, config, device)
-            table |= {f"{split}_labels": data.labels.numpy(), f"{split}_artists": data.artists,
-                      f"{split}_paths": data.paths}  # fmt: skip
-        with runs.replacing(path) as temporary:
-            np.savez(temporary, **table)
+    table = read_codes(path) if path.exists() else {}
+    if source in COMPUTED and table.get("made_from") != made_from:
+        encode = make_encoder(source, checkpoint, sets["train"], device)
+        write_codes(path, {split: encode_dataset(encode, sets[split], device) for split in SPLITS}, sets, made_from)
+        table = read_codes(path)
     data = sets[config.split]
     if list(table[f"{config.split}_paths"]) != list(data.paths):
-        raise runs.Problem(f"{path} was made from other paintings: remove it, and make it again")
-    for split in sets:
-        if not np.isfinite(table[split]).all():
-            raise runs.Problem(f"{path} holds numbers that are not finite: train again with lower learning rates")
+        raise UserError(f"{path} was made from other paintings: run embed.py again")
+    if not all(np.isfinite(table[split]).all() for split in SPLITS):
+        raise UserError(f"{path} holds numbers that are not finite: train again with lower learning rates")
     return table, data
 
 
-def encoder(source, checkpoint, training, config, device):
-    """A function from pixels uint8 (B, 3, S, S) to codes (B, D)."""
+def make_encoder(source: str, checkpoint, training: WikiArt, device):
+    """A function from images uint8 (B, 3, S, S) to codes (B, D)."""
     if source == "pixels":
         pca = IncrementalPCA(min(256, len(training)))
         for items in torch.arange(len(training)).chunk(max(1, len(training) // 256)):
-            pca.partial_fit(small(training.batch(items, torch.device("cpu"))[0]).flatten(1).numpy())
-        return lambda pixels: torch.from_numpy(pca.transform(small(pixels).flatten(1).numpy()))
+            pca.partial_fit(thumbnails(training.batch(items, torch.device("cpu"))[0]).flatten(1).numpy())
+        return lambda images: torch.from_numpy(pca.transform(thumbnails(images).flatten(1).numpy()))
     if source == "colours":
-        return lambda pixels: colours(small(pixels))
+        return lambda images: colour_histogram(thumbnails(images))
+    if source == "classifier":
+        return Classifier(checkpoint, device).features
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    code, crop = getattr(model, CHECKPOINTS[source][2]), checkpoint["crop"]
-    if source == "autoencoder":  # a code is of one picture: the mean of two decodes to neither
-        return lambda pixels: code(views(pixels.to(device), crop)[0])
-    return lambda pixels: over_views(code, pixels.to(device), crop, [1.0, 0.7])
+    crop = checkpoint["crop"]
+    if source == "contrastive":
+        return lambda images: mean_over_views(model.features, images.to(device), crop, [1.0, 0.7])
+    return lambda images: model.encode(views(images.to(device), crop)[0])  # of one view: a mean decodes to neither
 
 
 @torch.no_grad()
-def in_batches(encode, data, config, device) -> np.ndarray:
-    """Codes of all paintings, float32 (N, D); only they grow with the number of paintings."""
-    codes = None
-    for items in tqdm(torch.arange(len(data)).split(config.batch_size), f"coding {data.split}", leave=False):
-        with runs.autocast(device):
-            part = encode(data.batch(items, torch.device("cpu"))[0]).float().cpu().numpy()
-        codes = np.empty((len(data), part.shape[1]), np.float32) if codes is None else codes
-        codes[items.numpy()] = part
-    return codes
+def encode_dataset(encode, data: WikiArt, device) -> np.ndarray:
+    """Codes of all paintings, float32 (N, D)."""
+    batches = []
+    for items in tqdm(torch.arange(len(data)).split(BATCH_SIZE), f"encoding {data.split}", leave=False):
+        with autocast(device):
+            batches.append(encode(data.batch(items, torch.device("cpu"))[0]).float().cpu().numpy())
+    return np.concatenate(batches)
 
 
-def small(pixels):
-    """Whole pictures as float (B, 3, 64, 64)."""
-    return views(pixels, PIXELS)[0]
+def thumbnails(images):
+    """Images uint8 (B, 3, S, S) as float (B, 3, 64, 64) in [0, 1]."""
+    return views(images, THUMBNAIL)[0]
 
 
-def colours(images):
-    """Colour histogram: the square roots of the shares of 4 x 4 x 4 bins of red, green and blue, (B, 64)."""
-    bins = (images * 4).long().clamp(0, 3)
-    number = (bins[:, 0] * 16 + bins[:, 1] * 4 + bins[:, 2]).flatten(1)
-    return torch.stack([torch.bincount(each, minlength=64) for each in number]).div(number.shape[1]).sqrt()
+def colour_histogram(images):
+    """Square roots of the shares of 4 x 4 x 4 bins of red, green and blue: (B, 3, H, W) in [0, 1] to (B, 64)."""
+    levels = (images * 4).long().clamp(0, 3)
+    bins = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten(1)
+    return torch.stack([torch.bincount(row, minlength=64) for row in bins]).div(bins.shape[1]).sqrt()
 
 
 # Clusters and scores --------------------------------------------------------------------------------------------------
 
 
-def study(source, table, data, config) -> dict:
-    """Cluster, score and draw one source of codes; returns its facts."""
+def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
+    """Cluster the codes of one source, write its figures and return its scores."""
     classes, labels = table["classes"].tolist(), table[f"{config.split}_labels"]
     count = config.clusters or len(classes)
     if len(classes) < 2:
-        raise runs.Problem("one style only: there is nothing to compare clusters with")
-    if min(count, config.components, config.tsne_images, table["train"].shape[1]) < 2:
-        raise runs.Problem("--clusters, --components, --tsne-images and the numbers of a code must be 2 or more")
+        raise UserError("one style only: there is nothing to compare clusters with")
+    if count < 2 or table["train"].shape[1] < 2:
+        raise UserError("--clusters, and the numbers of a code, must be 2 or more")
     if len(labels) < count:
-        raise runs.Problem(f"{len(labels)} paintings are fewer than {count} clusters: lower --clusters")
-    most = min(config.components, *table["train"].shape, len(table["train"]) - 1)
-    reduce = make_pipeline(StandardScaler(), PCA(max(most, 1), random_state=config.seed)).fit(table["train"])
+        raise UserError(f"{len(labels)} paintings are fewer than {count} clusters: lower --clusters")
+    components = min(COMPONENTS, table["train"].shape[1], len(table["train"]) - 1)
+    reduce = make_pipeline(StandardScaler(), PCA(components, random_state=config.seed)).fit(table["train"])
     codes = reduce.transform(table[config.split])
-    clusters = group(codes, config.method, count, config.seed)
-    setting = (f"{METHODS[config.method]}, {count} clusters asked for, {len(labels)} {config.split} paintings, "
-               f"{config.components} components, seed {config.seed}")  # fmt: skip
-    found = len(np.unique(clusters[clusters >= 0]))
-    facts = {"setting": setting, "clusters": found, "numbers": table["train"].shape[1]}
-    facts |= scores(labels, clusters, codes, config.seed)
+    clusters = kmeans(codes, count, config.seed)
+    facts = {
+        "setting": f"KMeans, {count} clusters asked for, {len(labels)} {config.split} paintings, "
+        f"{COMPONENTS} components, seed {config.seed}",
+        "clusters": len(np.unique(clusters)),
+        "numbers": table["train"].shape[1],
+        **scores(labels, clusters, codes, config.seed),
+    }
     if config.split == "test":
-        facts |= probes(table, reduce, config)
-    draw(source, codes, table[config.split], labels, clusters, classes, data, config)
-    return {key: round(float(value), 5) if isinstance(value, float) else value for key, value in facts.items()}
+        facts |= probes(table, reduce)
+    plot(source, codes, labels, clusters, classes, data, config)
+    return facts
 
 
-def group(codes, method: str, count: int, seed: int) -> np.ndarray:
-    """A cluster number for each of the codes (N, D); -1 for what HDBSCAN takes for noise."""
-    if method == "agglomerative":
-        return AgglomerativeClustering(count).fit_predict(codes)
-    if method == "gaussian":
-        return GaussianMixture(count, covariance_type="diag", random_state=seed).fit_predict(codes)
-    if method == "hdbscan":  # finds the number of clusters itself
-        return HDBSCAN(min_cluster_size=max(5, len(codes) // 100), copy=True).fit_predict(codes)
-    return KMeans(count, init="k-means++", n_init=10, random_state=seed).fit_predict(codes)
+def kmeans(codes, count: int, seed: int) -> np.ndarray:
+    """A cluster number for each of the codes (N, D)."""
+    return KMeans(count, n_init=10, random_state=seed).fit_predict(codes)
 
 
 def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
-    """How well clusters agree with labels, the same for shuffled labels, and how well clusters stand apart.
-
-    NMI, AMI, homogeneity, completeness and purity lie between 0 and 1, ARI and silhouette between -1 and 1.
-    """
-    facts = agreement(labels, clusters)
-    random = np.random.default_rng(seed)
+    """Agreement of clusters with labels, the same for shuffled labels, and the silhouette of at most 5,000 codes."""
+    facts, random = agreement(labels, clusters), np.random.default_rng(seed)
     shuffled = [agreement(random.permutation(labels), clusters) for _ in range(10)]
-    facts |= {f"shuffled_{key}": float(np.mean([each[key] for each in shuffled])) for key in facts}
-    return facts | {"silhouette": apart(codes, clusters, seed)}
-
-
-def apart(codes, clusters, seed: int) -> float:
-    """Silhouette: how well clusters stand apart, on 5,000 of the codes at most; 0 where it is not defined."""
+    facts |= {f"shuffled_{key}": np.mean([chance[key] for chance in shuffled]) for key in facts}
     try:
-        return float(silhouette_score(codes, clusters, sample_size=min(5000, len(codes)), random_state=seed))
-    except ValueError:  # one cluster, or as many as codes
-        return 0.0
+        sample = min(5000, len(codes))
+        silhouette = metrics.silhouette_score(codes, clusters, sample_size=sample, random_state=seed)
+    except ValueError:  # one cluster, or as many as codes: not defined
+        silhouette = 0.0
+    return facts | {"silhouette": silhouette}
 
 
 def agreement(labels, clusters) -> dict[str, float]:
-    table = contingency(labels, clusters)
-    return {
-        "nmi": float(normalized_mutual_info_score(labels, clusters)),
-        "ami": float(adjusted_mutual_info_score(labels, clusters)),
-        "ari": float(adjusted_rand_score(labels, clusters)),
-        "homogeneity": float(homogeneity_score(labels, clusters)),
-        "completeness": float(completeness_score(labels, clusters)),
-        "purity": float(table.max(0).sum() / table.sum()),
-    }
+    """NMI, AMI, homogeneity, completeness and purity are 1 at best; 0 is chance for ARI and AMI."""
+    counts = contingency(labels, clusters)
+    facts = {name: score(labels, clusters) for name, score in AGREEMENT.items()}
+    return facts | {"purity": counts.max(0).sum() / counts.sum()}
 
 
 def contingency(labels, clusters) -> np.ndarray:
     """Paintings of each style in each cluster, int64 (styles, clusters)."""
     numbers = np.unique(clusters, return_inverse=True)[1]
-    table = np.zeros((labels.max() + 1, numbers.max() + 1), int)
-    np.add.at(table, (labels, numbers), 1)
-    return table
+    counts = np.zeros((labels.max() + 1, numbers.max() + 1), int)
+    np.add.at(counts, (labels, numbers), 1)
+    return counts
 
 
-def probes(table, reduce, config) -> dict[str, float]:
-    """What the codes know of style when labels may be used: accuracy of a linear classifier and of five neighbours."""
-    if len(np.unique(table["train_labels"])) < 2:
-        return {}
+def probes(table: dict, reduce) -> dict[str, float]:
+    """Test accuracy of classifiers fitted to the training codes: a linear one (probe), and five nearest neighbours."""
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
     linear.fit(table["train"], table["train_labels"])
-    near = KNeighborsClassifier(min(5, len(table["train"])))
-    near.fit(reduce.transform(table["train"]), table["train_labels"])
+    neighbours = KNeighborsClassifier(min(5, len(table["train"])))
+    neighbours.fit(reduce.transform(table["train"]), table["train_labels"])
     return {
-        "probe": float(linear.score(table["test"], table["test_labels"])),
-        "neighbours": float(near.score(reduce.transform(table["test"]), table["test_labels"])),
+        "probe": linear.score(table["test"], table["test_labels"]),
+        "neighbours": neighbours.score(reduce.transform(table["test"]), table["test_labels"]),
     }
 
 
 # Figures and the table ------------------------------------------------------------------------------------------------
 
 
-def draw(source, codes, raw, labels, clusters, classes, data, config) -> None:
-    """All figures of one source: its standardised, reduced codes (N, D), the raw ones (N, E), and their clusters."""
-    run, random = Path(config.run), np.random.default_rng(config.seed)
-    counts = contingency(labels, clusters)
-    styles, columns = linear_sum_assignment(-counts)  # each cluster beside the style that it holds most of
-    rest = np.setdiff1d(np.arange(counts.shape[1]), columns)
-    order = np.concatenate([columns[np.argsort(styles)], rest])
-    noise = np.unique(clusters)[order] < 0
+def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt, config) -> None:
+    """Write the figures of one source: its reduced codes (N, D), their labels and clusters."""
+    run, counts = Path(config.run), contingency(labels, clusters)
+    order = diagonal_order(counts)
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
-    names = ["noise" if noise[number] else f"cluster {number + 1}" for number in range(len(order))]
-    method = METHODS[config.method]
-    title = f"{method} on {source} codes"
+    names = [f"cluster {number + 1}" for number in range(len(order))]
 
-    chosen = np.arange(len(codes))
-    if len(chosen) > config.tsne_images:
-        chosen = np.sort(random.choice(chosen, config.tsne_images, replace=False))
-    some = f"{len(chosen)} of {len(codes)} {config.split} paintings"
-    places = TSNE(perplexity=min(30, (len(chosen) - 1) / 3), random_state=config.seed).fit_transform(codes[chosen])
-    painted = {"by style": (places, labels[chosen], classes), f"by {method}": (places, clusters[chosen], names)}
-    figures.scatter(run / f"tsne_{source}.png", painted, f"t-SNE of {source} codes, {some}")
-    svd = TruncatedSVD(2, random_state=config.seed).fit_transform(raw)
-    flat = {"PCA, by style": PCA(2).fit_transform(codes), "SVD of the codes as they are, by style": svd}
-    painted = {name: (points[chosen], labels[chosen], classes) for name, points in flat.items()}
-    figures.scatter(run / f"pca_{source}.png", painted, f"Principal components of {source} codes, {some}")
+    rows = np.arange(len(codes))
+    if len(rows) > TSNE_IMAGES:
+        rows = np.sort(np.random.default_rng(config.seed).choice(rows, TSNE_IMAGES, replace=False))
+    points = TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=config.seed).fit_transform(codes[rows])
+    panels = {"by style": (points, labels[rows], classes), "by KMeans": (points, clusters[rows], names)}
+    title = f"t-SNE of {source} codes, {len(rows)} of {len(codes)} {config.split} paintings"
+    figures.scatter(run / f"tsne_{source}.png", panels, title)
 
-    shares = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1)
-    figures.heat(
-        run / f"clusters_{source}.png", shares, classes, names, f"{title}: where each style goes", "% of style"
-    )
+    percent, path = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1), run / f"clusters_{source}.png"
+    figures.heat(path, percent, classes, names, f"KMeans on {source} codes: clusters of each style", "% of style")
 
-    fit = data.fit_to_show(config.hide)
-    centres = np.stack([codes[clusters == number].mean(0) for number in range(len(order))])
-    nearest, captions = [], []
-    for number, centre in enumerate(centres):
-        own = np.flatnonzero((clusters == number) & fit)
-        own = own[np.argsort(((codes[own] - centre) ** 2).sum(1))][:8]
-        pictures = np.full((8, *data.pixels.shape[1:]), 255, np.uint8)
-        pictures[: len(own)] = data.pixels[data.rows[own]]
-        nearest.append(pictures)
-        captions.append(f"{names[number]}: {data.named(own)}")
+    showable, images, captions = data.showable(config.hide), [], []
+    for number, name in enumerate(names):
+        centre = codes[clusters == number].mean(0)
+        members = np.flatnonzero((clusters == number) & showable)
+        nearest = members[np.argsort(((codes[members] - centre) ** 2).sum(1))][:8]
+        blank = np.full((8 - len(nearest), *data.pixels.shape[1:]), 255, np.uint8)
+        images.append(np.concatenate([data.pixels[data.rows[nearest]], blank]))
+        captions.append(f"{name}: {data.captions(nearest)}")
     sheet = run / f"centroids_{source}.png"
-    figures.grid(sheet, np.stack(nearest), [""] * 8, names, f"{title}: nearest to each centre")
-    runs.write_text(sheet.with_suffix(".txt"), "\n\n".join(captions) + "\n")
-    shown = np.flatnonzero(fit[chosen])
-    if not len(shown):
-        raise runs.Problem("--hide leaves no painting to show")
-    pictures = [data.pixels[row] for row in data.rows[chosen[shown]]]
-    sheet = run / f"map_{source}.png"
-    drawn = figures.thumbnails(sheet, places[shown], pictures, f"{source} codes laid out by t-SNE")
-    captions = [data.named([item]) for item in chosen[shown[drawn]]]
-    runs.write_text(sheet.with_suffix(".txt"), "\n".join(captions) + "\n")
-
-    ks = list(range(2, min(2 * len(classes) + 1, len(codes) - 1)))
-    tried = [KMeans(k, n_init=3, random_state=config.seed).fit(codes) for k in ks]
-    panels = {"inertia": {"KMeans": [each.inertia_ for each in tried]},
-              "silhouette": {"KMeans": [apart(codes, each.labels_, config.seed) for each in tried]}}  # fmt: skip
-    if ks:
-        figures.lines(run / f"k_{source}.png", ks, panels, "number of clusters", (len(classes), "number of styles"))
+    figures.grid(sheet, np.stack(images), [""] * 8, names, f"KMeans on {source} codes: nearest to each centre")
+    write_text(sheet.with_suffix(".txt"), "\n\n".join(captions) + "\n")
 
 
-def write_table(path: Path, facts: dict) -> None:
-    setting = next(iter(facts.values()))["setting"]
-    lines = [f"{setting}; in brackets the same with shuffled labels.", "",
-             "| codes | NMI | AMI | ARI | homogeneity | completeness | purity | silhouette | probe | neighbours |",
-             "|---" * 10 + "|"]  # fmt: skip
-    for source, found in sorted(facts.items(), key=lambda each: -each[1]["nmi"]):
-        measures = ("nmi", "ami", "ari", "homogeneity", "completeness", "purity")
-        cells = [f"{found[key]:.3f} ({found[f'shuffled_{key}']:.3f})" for key in measures]
-        probes = [f"{found[key]:.1%}" if key in found else "" for key in ("probe", "neighbours")]
-        cells = [source, *cells, f"{found['silhouette']:.3f}", *probes]
+def diagonal_order(counts: np.ndarray) -> np.ndarray:
+    """The order of clusters (columns) in which as many paintings as possible are on the diagonal."""
+    styles, clusters = linear_sum_assignment(-counts)
+    return np.concatenate([clusters[np.argsort(styles)], np.setdiff1d(np.arange(counts.shape[1]), clusters)])
+
+
+def write_table(path: Path, results: dict) -> None:
+    """Write the scores {source: facts} as a table in Markdown, best NMI first, and print it."""
+    measures = (*AGREEMENT, "purity")
+    header = ["codes", "NMI", "AMI", "ARI", *measures[3:], "silhouette", "probe", "neighbours"]
+    setting = next(iter(results.values()))["setting"]
+    lines = [f"{setting}; in brackets the same with shuffled labels.", ""]
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for source, facts in sorted(results.items(), key=lambda result: -result[1]["nmi"]):
+        cells = [f"{facts[key]:.3f} ({facts[f'shuffled_{key}']:.3f})" for key in measures]
+        cells = [source, *cells, f"{facts['silhouette']:.3f}"]
+        cells += [f"{facts[key]:.1%}" if key in facts else "" for key in ("probe", "neighbours")]
         lines.append(f"| {' | '.join(cells)} |")
-    runs.write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Clusters: scores on planted ones, codes that are stale or broken, figures that are there."""
+"""Clusters: scores on planted ones, codes that are stale or broken, figures that exist."""
 
 import json
 
@@ -7,27 +7,27 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from test_autoencoder import TINY_CODES
 
 import cluster
-import runs
 import train_autoencoder
 import wikiart
-import windows
+from common.crops import views
+from common.errors import UserError
+from common.run import load_checkpoint, save_checkpoint
+
+TINY_CODES = [*TINY, *"--size 32 --crop 32 --width 8 --code 48 --epochs 3 --batch-size 16".split()]
 
 
 def planted(classes=5, each=30, seed=0):
-    """Codes around well separated centres, and which centre each is of."""
+    """Codes around well separated centres, and the centre of each."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), each)
     return 10 * random.normal(size=(classes, 8))[labels] + random.normal(size=(classes * each, 8)), labels
 
 
-@pytest.mark.parametrize("method", list(cluster.METHODS))
-def test_planted_clusters_are_found(method):
+def test_planted_clusters_are_found():
     codes, labels = planted()
-    found = cluster.group(codes, method, 5, seed=0)
-    facts = cluster.scores(labels, found, codes, seed=0)
+    facts = cluster.scores(labels, cluster.kmeans(codes, 5, seed=0), codes, seed=0)
     for key in ("nmi", "ami", "ari", "homogeneity", "completeness", "purity"):
         assert facts[key] == pytest.approx(1, abs=0.02), key
     assert facts["silhouette"] > 0.5
@@ -51,68 +51,69 @@ def test_the_table_counts_paintings_of_each_style_in_each_cluster():
 def test_a_colour_histogram_counts_shares():
     images = torch.zeros(1, 3, 2, 2)
     images[0, 0, 0, 0] = 1.0  # one red pixel of four, the rest black
-    codes = cluster.colours(images)
+    codes = cluster.colour_histogram(images)
     assert codes.shape == (1, 64)
     assert codes[0, 3 * 16] == 0.5
     assert codes[0, 0] == pytest.approx(0.75**0.5)
 
 
 @pytest.fixture(scope="module")
-def studied(demo, trained, tmp_path_factory):
-    """A run folder with an autoencoder and a classifier, all sources clustered."""
-    run = tmp_path_factory.mktemp("studied")
-    for folder, weight in ((run, "0"), (run / "manner", "0.15")):
-        train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(folder), "--manner-weight", weight])
+def clustered(demo, trained, tmp_path_factory):
+    """A run folder with two autoencoders and a classifier, all sources clustered."""
+    run = tmp_path_factory.mktemp("clustered")
+    for folder, weight in ((run, "0"), (run / "contrastive", "0.15")):
+        flags = ["--data", str(demo), "--run", str(folder), "--contrastive-weight", weight]
+        train_autoencoder.main([*TINY_CODES, *flags])
     (run / "classifier.pt").write_bytes((trained / "classifier.pt").read_bytes())
     cluster.main([*TINY, "--size", "32", "--data", str(demo), "--run", str(run), "--codes", "all"])
     return run
 
 
-def test_every_source_that_is_there_gets_scores_figures_and_codes(studied):
-    facts = json.loads((studied / "facts.json").read_text())
-    assert {"autoencoder", "manner", "classifier", "pixels", "colours"} <= set(facts["cluster"])
-    for source, found in facts["cluster"].items():
-        assert -1 <= found["ari"] <= 1
-        assert 0 <= found["probe"] <= 1
-        for kind in ("tsne", "pca", "clusters", "centroids", "map", "k"):
-            assert np.asarray(Image.open(studied / f"{kind}_{source}.png").convert("L")).std() > 5, (kind, source)
-        with np.load(studied / "codes" / f"{source}.npz") as table:
+def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered):
+    facts = json.loads((clustered / "facts.json").read_text())
+    assert {"autoencoder", "contrastive", "classifier", "pixels", "colours"} <= set(facts["cluster"])
+    for source, scores in facts["cluster"].items():
+        assert -1 <= scores["ari"] <= 1
+        assert 0 <= scores["probe"] <= 1
+        for kind in ("tsne", "clusters", "centroids"):
+            assert np.asarray(Image.open(clustered / f"{kind}_{source}.png").convert("L")).std() > 5, (kind, source)
+        with np.load(clustered / "codes" / f"{source}.npz") as table:
             assert len(table["test"]) == len(table["test_labels"]) == len(table["test_paths"]) == 32
             assert len(table["train"]) == len(table["train_artists"])
-    named = (studied / "centroids_manner.txt").read_text().strip().split("\n\n")
-    assert len(named) == facts["cluster"]["manner"]["clusters"]
-    assert named[0].startswith("cluster 1: ")
-    assert named[0].count(": ") == 1 + min(8, 1 + named[0].count("; "))  # painter: title, of eight at most
-    assert 1 < len((studied / "map_manner.txt").read_text().splitlines()) <= 32
-    assert "| autoencoder |" in (studied / "clusters.md").read_text()
+    captions = (clustered / "centroids_contrastive.txt").read_text().strip().split("\n\n")
+    assert len(captions) == facts["cluster"]["contrastive"]["clusters"]
+    assert captions[0].startswith("cluster 1: ")
+    assert captions[0].count(": ") == 1 + min(8, 1 + captions[0].count("; "))  # artist: title, of eight at most
+    assert "| autoencoder |" in (clustered / "clusters.md").read_text()
     assert "train_autoencoder" in facts  # nothing else was lost
 
 
-def test_codes_do_not_depend_on_the_batch_size(studied, demo, tmp_path):
-    (tmp_path / "autoencoder.pt").write_bytes((studied / "autoencoder.pt").read_bytes())
-    arguments = [*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path), "--batch-size", "7"]
+def test_codes_do_not_depend_on_the_batch_size(clustered, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "BATCH_SIZE", 7)
+    (tmp_path / "autoencoder.pt").write_bytes((clustered / "autoencoder.pt").read_bytes())
+    arguments = [*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path)]
     cluster.main([*arguments, "--codes", "autoencoder", "pixels"])
     for source in ("autoencoder", "pixels"):
-        one, other = (np.load(run / f"codes/{source}.npz") for run in (studied, tmp_path))
+        one, other = (np.load(run / f"codes/{source}.npz") for run in (clustered, tmp_path))
         assert np.allclose(one["test"], other["test"], atol=1e-3)
         assert (one["test_paths"] == other["test_paths"]).all()
 
 
-def test_codes_are_those_of_the_autoencoder(studied, demo):
-    model = wikiart.build_model(runs.load_checkpoint(studied / "autoencoder.pt"))
+def test_codes_are_those_of_the_autoencoder(clustered, demo):
+    model = wikiart.build_model(load_checkpoint(clustered / "autoencoder.pt"))
     data = wikiart.WikiArt(demo, "test", size=32, processes=1)
-    images = windows.views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
-    with torch.no_grad(), np.load(studied / "codes/autoencoder.npz") as table:
+    images = views(torch.from_numpy(data.pixels[data.rows]), 32)[0]
+    with torch.no_grad(), np.load(clustered / "codes/autoencoder.npz") as table:
         assert torch.allclose(model.encode(images), torch.from_numpy(table["test"]), atol=1e-4)
 
 
-def test_rows_of_one_table_were_made_alike(studied, demo, tmp_path):
+def test_rows_of_one_table_were_made_alike(clustered, demo, tmp_path):
     for name in ("autoencoder.pt", "facts.json"):
-        (tmp_path / name).write_bytes((studied / name).read_bytes())
+        (tmp_path / name).write_bytes((clustered / name).read_bytes())
     arguments = [*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path)]
-    cluster.main([*arguments, "--method", "hdbscan"])
+    cluster.main([*arguments, "--clusters", "3"])
     table = (tmp_path / "clusters.md").read_text()
-    assert "HDBSCAN" in table
+    assert "KMeans, 3 clusters" in table
     assert "| autoencoder |" in table
     assert "| colours |" not in table
 
@@ -120,42 +121,80 @@ def test_rows_of_one_table_were_made_alike(studied, demo, tmp_path):
 def test_a_file_that_holds_no_codes_gets_one_clear_line(demo, tmp_path):
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes/colours.npz").write_text("no codes")
-    with pytest.raises(runs.Problem, match="not a file of codes"):
+    with pytest.raises(UserError, match="not a file of codes"):
         cluster.main([*TINY, "--data", str(demo), "--run", str(tmp_path), "--codes", "colours"])
 
 
-def test_stale_codes_are_refused_until_they_are_renewed(studied, demo, tmp_path):
+def test_codes_of_another_checkpoint_are_made_again(clustered, demo, tmp_path):
     (tmp_path / "codes").mkdir()
+    codes = tmp_path / "codes/autoencoder.npz"
+    codes.write_bytes((clustered / "codes/autoencoder.npz").read_bytes())
+    checkpoint = load_checkpoint(clustered / "autoencoder.pt")
+    checkpoint["weights"]["add.bias"] += 1
+    save_checkpoint(tmp_path / "autoencoder.pt", checkpoint)
     arguments = [*TINY, "--data", str(demo), "--run", str(tmp_path)]
-    (tmp_path / "codes/autoencoder.npz").write_bytes((studied / "codes/autoencoder.npz").read_bytes())
-    checkpoint = runs.load_checkpoint(studied / "autoencoder.pt")
-    runs.save_checkpoint(tmp_path / "autoencoder.pt", checkpoint | {"epoch": 77})
-    with pytest.raises(runs.Problem, match=r"another checkpoint .* --renew"):
-        cluster.main(arguments)
-    cluster.main([*arguments, "--renew"])
     cluster.main(arguments)
+    with np.load(codes) as table, np.load(clustered / "codes/autoencoder.npz") as stale:
+        assert np.allclose(table["test"], stale["test"] + 1, atol=1e-4)
+        assert table["made_from"] != stale["made_from"]
+    written = codes.stat().st_mtime_ns
+    cluster.main(arguments)
+    assert codes.stat().st_mtime_ns == written  # the same checkpoint: computed once
 
 
-def test_codes_that_are_not_finite_get_one_clear_line(studied, demo, tmp_path):
-    (tmp_path / "autoencoder.pt").write_bytes((studied / "autoencoder.pt").read_bytes())
+def test_all_codes_are_clustered_where_none_has_a_checkpoint_and_all_are_stale(clustered, demo, tmp_path):
     (tmp_path / "codes").mkdir()
-    table = dict(np.load(studied / "codes/autoencoder.npz"))
+    for source in ("pixels", "colours"):
+        with np.load(clustered / f"codes/{source}.npz") as table:
+            np.savez(tmp_path / f"codes/{source}.npz", **dict(table) | {"made_from": "other paintings"})
+    cluster.main([*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path), "--codes", "all"])
+    facts = [json.loads((run / "facts.json").read_text())["cluster"] for run in (tmp_path, clustered)]
+    assert facts[0] == {source: facts[1][source] for source in ("pixels", "colours")}
+
+
+def test_codes_of_other_paintings_that_embed_wrote_are_left_out_of_all(clustered, demo, tmp_path, capsys):
+    (tmp_path / "codes").mkdir()
+    with np.load(clustered / "codes/pixels.npz") as table:
+        np.savez(tmp_path / "codes/convnext.npz", **dict(table) | {"test_paths": table["test_paths"][::-1]})
+    arguments = [*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path), "--codes"]
+    cluster.main([*arguments, "all"])
+    assert "left out: " in capsys.readouterr().out
+    assert "convnext" not in (tmp_path / "clusters.md").read_text()
+    with pytest.raises(UserError, match="other paintings: run embed.py again"):
+        cluster.main([*arguments, "convnext"])
+
+
+def test_the_contrastive_autoencoder_of_an_older_run_is_read(clustered, demo, tmp_path):
+    (tmp_path / "manner").mkdir()
+    (tmp_path / "manner/autoencoder.pt").write_bytes((clustered / "contrastive/autoencoder.pt").read_bytes())
+    scores = json.loads((clustered / "facts.json").read_text())["cluster"]["contrastive"]
+    (tmp_path / "facts.json").write_text(json.dumps({"cluster": {"manner": scores | {"nmi": 9.0}, "old": scores}}))
+    cluster.main([*TINY, "--data", str(demo), "--run", str(tmp_path), "--codes", "contrastive"])
+    table = (tmp_path / "clusters.md").read_text()
+    assert "| contrastive |" in table and "| old |" in table
+    assert "manner" not in table and "9.000" not in table
+
+
+def test_codes_that_are_not_finite_get_one_clear_line(clustered, demo, tmp_path):
+    (tmp_path / "autoencoder.pt").write_bytes((clustered / "autoencoder.pt").read_bytes())
+    (tmp_path / "codes").mkdir()
+    table = dict(np.load(clustered / "codes/autoencoder.npz"))
     table["train"][3, 4] = np.nan
     np.savez(tmp_path / "codes/autoencoder.npz", **table)
-    with pytest.raises(runs.Problem, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         cluster.main([*TINY, "--data", str(demo), "--run", str(tmp_path)])
 
 
-def test_too_few_paintings_or_styles_get_one_clear_line(studied, demo, folder, tmp_path):
+def test_too_few_paintings_or_styles_get_one_clear_line(clustered, demo, folder, tmp_path):
     arguments = [*TINY, "--size", "32", "--codes", "colours", "--run", str(tmp_path)]
-    with pytest.raises(runs.Problem, match="fewer than 33 clusters"):
+    with pytest.raises(UserError, match="fewer than 33 clusters"):
         cluster.main([*arguments, "--data", str(demo), "--clusters", "33"])
     for style in ("Cubism", "Fauvism"):
         for split in ("train", "test"):
             for path in (folder / split / style).iterdir():
                 path.unlink()
             (folder / split / style).rmdir()
-    with pytest.raises(runs.Problem, match="one style only"):
-        cluster.main([*arguments, "--data", str(folder), "--renew"])
-    with pytest.raises(runs.Problem, match="no codes .*embed.py"):
+    with pytest.raises(UserError, match="one style only"):
+        cluster.main([*arguments, "--data", str(folder)])
+    with pytest.raises(UserError, match="no codes .*embed.py"):
         cluster.main([*TINY, "--codes", "convnext", "--data", str(demo), "--run", str(tmp_path)])

@@ -1,0 +1,43 @@
+"""Codes of paintings: the files codes/<source>.npz of a run folder, which cluster.py and embed.py write.
+
+Arrays of a file, for each <split> of train and test: <split> (N, D) the codes, <split>_labels (N,) the styles' numbers,
+<split>_artists and <split>_paths (N,); `classes`, the styles' names; `made_from`, a text that names the weights,
+settings and paintings behind the codes.
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.run import atomic_write
+
+SPLITS = ("train", "test")
+
+
+def codes_path(run, source: str) -> Path:
+    return Path(run) / "codes" / f"{source}.npz"
+
+
+def write_codes(path: Path, codes: dict, sets: dict, made_from: str) -> None:
+    """Write codes {split: (N, D)} of data sets {split: WikiArt}."""
+    table = {"classes": np.array(sets["train"].classes), "made_from": made_from}
+    for split in SPLITS:
+        data = sets[split]
+        table |= {split: codes[split], f"{split}_labels": data.labels.numpy()}
+        table |= {f"{split}_artists": data.artists, f"{split}_paths": data.paths}
+    with atomic_write(path) as temporary:
+        np.savez(temporary, **table)
+
+
+def read_codes(path: Path) -> dict:
+    """All arrays of a file of codes. Raises UserError if it is something else."""
+    try:
+        with np.load(path) as file:
+            table = dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        table = {}
+    if not {"made_from", "train_labels", "test_labels"} <= table.keys():
+        raise UserError(f"{path} is not a file of codes: remove it, and run the command again")
+    return table
