@@ -1,22 +1,20 @@
-"""Repaint paintings in other styles, and measure whether it happened.
+"""Repaint paintings in other styles, and measure how well that works.
 
     python style_transfer.py                                          # test paintings x styles, and the scores
     python style_transfer.py --image my.jpg --style Ukiyo_e --strength 0.7
     python style_transfer.py --image my.jpg                           # in every style
     python style_transfer.py --image my.jpg --style Rococo Cubism --steps 7    # from one style to the other
     python style_transfer.py --image holiday/ --style Pointillism     # a folder
-    python style_transfer.py --method adain                           # without training: see below
+    python style_transfer.py --method adain                           # a method to compare with
 
-`--method model` needs style.pt, from `train_autoencoder.py --model StyleAutoencoder`; adain and wct need autoencoder.pt
-and the paintings, and give its feature maps the mean statistics of a style. magenta, to compare with, is a pre-trained
-net of others (pip install -r requirements-magenta.txt) and imitates a painting of the style. Without --image the scores
-need a judge, from `train.py -c judge.json --run <run>/judge`; this writes style_grid.png, style_hits.png,
-style_strength.png, style_transfer.md (a table) and facts.json into the run folder; the figures of other methods are
-style_grid_adain.png and so on. With --image the model needs its checkpoint alone; <name>_<style>.png go to --out.
+Needs style.pt of train_style.py; adain and wct need autoencoder.pt, whose feature maps they give the mean statistics of
+a style, and magenta (pip install -r requirements/magenta.txt) imitates a painting of the style. Writes style_grid.png,
+style_hits.png and style_strength.png into the run folder (style_grid_adain.png, ... for another method), and the scores
+into facts.json. With --image, <name>_<style>.png go to --out, and neither paintings nor a judge are needed.
 """
 
-import json
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -25,333 +23,331 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import figures
-import runs
-from baselines import Magenta, transplant
-from folder import open_rgb, read_picture, title_of
-from losses import layout
-from scores import similarity
-from wikiart import WikiArt, build_model
-from windows import predict, views
+from common import figures
+from common.baselines import Magenta, add_transplants
+from common.config import Setting, configure
+from common.crops import resize, views
+from common.errors import UserError
+from common.images import open_rgb, read_image
+from common.metrics import layout, ssim
+from common.names import display_name, title_of
+from common.run import add_facts, atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
+from wikiart import Classifier, WikiArt, build_model
 
-SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
-HELP = {
-    "checkpoint": "the model; none: style.pt in the run folder, for adain and wct autoencoder.pt",
-    "method": ("the trained model; statistics of a style's feature maps given to those of a painting by the plain "
-               "autoencoder: means and deviations (adain), or covariances (wct); or magenta's",
-               ("model", "adain", "wct", "magenta")),
-    "image": "a picture, or a folder of them, to repaint; none: the test paintings, with scores",
-    "style": "styles to paint in, in the grid those of the columns; none: all",
-    "strength": "0: the painting's own style, 1: the style asked for; between them a mixture",
-    "steps": "pictures on the way from the first of two styles to the second; 0: none",
-    "detail": "add only what changes to the picture itself, which stays sharp",
-    "out": "folder for what is made of --image",
-    "judges": "classifiers without part in training: folders in the run folder or .pt files; the first gives hit_rate",
-    "paintings": "test paintings that are repainted and scored, at most",
-    "rows": "paintings in the grid",
-    "columns": "styles in the grid",
-    "name": "what to call these scores in facts and figures; none: the method",
-    "batch_size": "pictures at a time",
-}  # fmt: skip
-LONGEST = 1024  # pixels of a picture's longer side in --out, at most
+SHARED = ("data", "run", "device", "seed", "processes", "hide")
+SETTINGS = {
+    "checkpoint": Setting(
+        str, None, "the model; none: style.pt of the run folder, or autoencoder.pt for adain and wct"
+    ),
+    "method": Setting(str, ("model", "adain", "wct", "magenta"), "the trained model, or one to compare it with"),
+    "image": Setting(str, None, "an image, or a folder of them, to repaint; none: the test paintings, with scores"),
+    "style": Setting(list[str], None, "target styles, or the columns of the grid; none: all"),
+    "strength": Setting(float, "[0, 1]", "0: the image's own style, 1: the target style; between: a mixture"),
+    "steps": Setting(int, "[0, inf)", "images on the way from the first of two styles to the second; 0: none"),
+    "detail": Setting(bool, None, "add only the change of style to the image, which stays sharp"),
+    "out": Setting(str, None, "folder for the results of --image"),
+    "judges": Setting(list[str], None, "one or two classifiers that had no part in training, for the scores"),
+    "paintings": Setting(int, "[1, inf)", "test paintings to repaint and score, at most"),
+    "name": Setting(str, None, "name of these scores in facts and figures; none: the method"),
+}
+LONGEST = 1024  # pixels of the longer side of images in --out, at most
+BATCH_SIZE = 64
+ROWS, COLUMNS = 8, 8  # of style_grid.png, at most
+GALLERY = 500  # test paintings among which `source_found` looks for the source
 
 
 def main(argv=None):
-    config = runs.configure("style_transfer", __doc__, SHARED, HELP, argv)
-    device = runs.pick_device(config.device)
-    if config.strength > 1:
-        raise runs.Problem(f"--strength {config.strength} is more than 1: the style itself")
-    plain = config.method != "model"
-    name = config.checkpoint or ("autoencoder.pt" if plain else "style.pt")
-    path = runs.find_checkpoint(config.run, name)
-    checkpoint = runs.load_checkpoint(path, "Autoencoder" if plain else "StyleAutoencoder")
-    unknown = [style for style in config.style if style not in checkpoint["classes"]]
-    if unknown:
-        raise runs.Problem(f"no style {unknown[0]} in {path}: it knows {', '.join(checkpoint['classes'])}")
-    if config.steps and len(config.style) != 2:
-        raise runs.Problem("--steps needs two styles: --style Rococo Cubism")
+    config = configure("style_transfer", __doc__, SETTINGS, SHARED, argv)
     if not config.image and (config.steps or config.detail or config.strength < 1):
-        raise runs.Problem("--strength, --steps and --detail need --image")
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    if plain:
-        data = WikiArt(config.data, "train", processes=config.processes, classes=checkpoint["classes"],
-                       **checkpoint["data"])  # fmt: skip
-        if config.method == "magenta":
-            model = Magenta(data, config.seed)  # at the full size, but scored at ours
-            checkpoint |= {"crop": checkpoint["data"]["size"], "scored": checkpoint["crop"]}
-        else:
-            transplant(model, data, checkpoint["crop"], config.method, config.batch_size, device)
+        raise UserError("--strength, --steps and --detail need --image")
+    if config.steps and len(config.style) != 2:
+        raise UserError("--steps needs two styles: --style Rococo Cubism")
+    repainter = Repainter(config, pick_device(config.device))
     if config.image:
-        repaint_files(model, checkpoint, config, device)
+        repaint_files(repainter, config)
     else:
-        study(model, checkpoint, config, device)
+        evaluate(repainter, config)
 
 
-# Painting -------------------------------------------------------------------------------------------------------------
+class Repainter:
+    """The model of --method with what it needs: styles `classes`, input size, settings of its images.
 
-
-@torch.no_grad()
-def repaint(model, pixels, own, wanted, strength: float, crop: int):
-    """Pictures uint8 (B, 3, S, S) as float (B, 3, crop, crop) in [0, 1], in the styles wanted (B, styles).
-
-    `own` (B, styles) are the styles that they are in; None: what the model reads from them.
+    side: of the images that are scored; Magenta repaints images of full size. Raises UserError.
     """
-    images = views(pixels, crop)[0].contiguous(memory_format=torch.channels_last)
-    told = hasattr(model, "own_style")
-    if own is None:
-        own = model.own_style(images) if told else torch.zeros_like(wanted)
-    styles = ((1 - strength) * own + strength * wanted, *[own] * told)
-    return model.decode(model.encode(images), *styles).float().clamp(0, 1)
+
+    def __init__(self, config, device):
+        self.device, self.conditioned = device, config.method == "model"
+        path = checkpoint_path(config.run, config.checkpoint or ("style.pt" if self.conditioned else "autoencoder.pt"))
+        checkpoint = load_checkpoint(path, "StyleAutoencoder" if self.conditioned else "Autoencoder")
+        self.classes, self.data_settings = checkpoint["classes"], checkpoint["data"]
+        self.crop = self.side = checkpoint["crop"]
+        for style in config.style:
+            if style not in self.classes:
+                raise UserError(f"no style {style} in {path}: it has {', '.join(self.classes)}")
+        self.model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+        if config.method == "magenta":
+            self.model, self.crop = Magenta(self.paintings("train", config), config.seed), self.data_settings["size"]
+        elif not self.conditioned:
+            paintings = self.paintings("train", config)
+            add_transplants(self.model, paintings, self.crop, config.method, BATCH_SIZE, device)
+
+    def paintings(self, split: str, config) -> WikiArt:
+        return WikiArt(config.data, split, classes=self.classes, processes=config.processes, **self.data_settings)
+
+    @torch.no_grad()
+    def repaint(self, pixels, source, target, strength: float = 1.0):
+        """Images uint8 (B, 3, S, S) in the target styles, float (B, 3, crop, crop) in [0, 1].
+
+        source, target: weights (B, styles); source None: the styles that the model predicts for the images.
+        """
+        images = views(pixels, self.crop)[0].contiguous(memory_format=torch.channels_last)
+        if not self.conditioned:
+            return self.model.decode(self.model.encode(images), strength * target).float().clamp(0, 1)
+        source = self.model.style_probabilities(images) if source is None else source
+        mixture = (1 - strength) * source + strength * target
+        return self.model.decode(self.model.encode(images), mixture, source).float().clamp(0, 1)
+
+    def repaint_dataset(self, data: WikiArt, source, target, strength: float = 1.0):
+        """All paintings in the target styles (N, styles), float (N, 3, side, side) in [0, 1], on the CPU."""
+        results = []
+        for items in torch.arange(len(data)).split(BATCH_SIZE):
+            weights = [None if styles is None else styles[items].to(self.device) for styles in (source, target)]
+            images = self.repaint(data.batch(items, self.device)[0], *weights, strength).cpu()
+            results.append(images if self.crop == self.side else resize(images, self.side))
+        return torch.cat(results)
+
+    def repaint_in_each_style(self, data: WikiArt, source) -> list[torch.Tensor]:
+        targets = torch.eye(len(self.classes))[:, None].expand(-1, len(data), -1)
+        return [self.repaint_dataset(data, source, target) for target in tqdm(targets, "styles", leave=False)]
 
 
-# New pictures ---------------------------------------------------------------------------------------------------------
+# Image files ----------------------------------------------------------------------------------------------------------
 
 
-def repaint_files(model, checkpoint, config, device) -> None:
-    """Every picture of --image in every style of --style, in its own proportions."""
-    source, out, classes = Path(config.image), Path(config.out), checkpoint["classes"]
-    if not source.exists():
-        raise runs.Problem(f"no file and no folder {source}")
-    files = [source]
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not files:
-        raise runs.Problem(f"{source} holds no picture")
-    styles, broken = config.style or classes, []
+def repaint_files(repainter: Repainter, config) -> None:
+    """Write each image of --image in each style of --style, in its own proportions."""
+    source, broken = Path(config.image), []
+    files = list_images(source)
+    names, target = target_styles(config, repainter)
     for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
         try:
-            picture, pixels = open_picture(path, checkpoint["data"])
-        except Exception as error:  # whatever is wrong with one of many files, the others go on
+            image, pixels = open_image(path, **repainter.data_settings)
+        except Exception as error:  # whatever is wrong with one of many files, the others are repainted
             broken.append(f"{path}: {error}")
             continue
-        target = out / path.relative_to(source).parent if source.is_dir() else out
-        target.mkdir(parents=True, exist_ok=True)
-        wanted = torch.eye(len(classes), device=device)[[classes.index(style) for style in styles]]
-        names = styles
-        if config.steps:
-            share = torch.linspace(0, 1, config.steps, device=device)[:, None]
-            wanted = (1 - share) * wanted[:1] + share * wanted[1:]
-            names = [f"{styles[0]}_to_{styles[1]}_{step + 1}" for step in range(config.steps)]
-        pixels = torch.from_numpy(pixels).to(device).expand(len(wanted), -1, -1, -1)
-        painted = repaint(model, pixels, None, wanted, config.strength, checkpoint["crop"])
-        plain = repaint(model, pixels[:1], None, wanted[:1], 0.0, checkpoint["crop"]) if config.detail else None
-        # In a folder a.jpg and a.png may lie side by side.
-        stem = path.name if source.is_dir() else path.stem
-        for name, each in zip(names, painted, strict=True):
-            result = finish(picture, each, plain)
-            with runs.replacing(target / f"{stem}_{name}.png") as temporary:
-                result.save(temporary)
-    made = len(files) - len(broken)
+        pixels = pixels.to(repainter.device).expand(len(target), -1, -1, -1)
+        results = repainter.repaint(pixels, None, target, config.strength)
+        if config.detail:
+            results = results - repainter.repaint(pixels[:1], None, target[:1], 0.0)
+        results = F.interpolate(results, image.size[::-1], mode="bicubic", align_corners=False).cpu()
+        if config.detail:
+            results = results + torch.from_numpy(np.asarray(image) / np.float32(255)).permute(2, 0, 1)
+        # In a folder, a.jpg and a.png may lie side by side.
+        stem = path.relative_to(source) if source.is_dir() else path.stem
+        for name, result in zip(names, to_bytes(results.clamp(0, 1)), strict=True):
+            with atomic_write(Path(config.out) / f"{stem}_{name}.png") as temporary:
+                Image.fromarray(result.transpose(1, 2, 0)).save(temporary)
+    done = len(files) - len(broken)
     if broken:
-        raise runs.Problem(f"{made} of {len(files)} files repainted; not {'; '.join(broken[:3])}")
-    print(f"{made * len(names)} pictures in {out}")
+        raise UserError(f"{done} of {len(files)} files repainted; not {'; '.join(broken[:3])}")
+    print(f"{done * len(names)} pictures in {config.out}")
 
 
-def open_picture(path, shape: dict) -> tuple[Image.Image, np.ndarray]:
-    """A file as the model is to see it, uint8 (3, S, S), and as a picture of at most LONGEST pixels a side."""
-    pixels = read_picture(path, shape["size"], shape["resize"]).copy()  # torch wants memory that it may write to
-    picture = open_rgb(path, LONGEST)
-    if shape["resize"] == "crop":
-        picture = ImageOps.fit(picture, (min(picture.size),) * 2)
-    picture.thumbnail((LONGEST, LONGEST))
-    return picture, pixels
+def list_images(source: Path) -> list[Path]:
+    if not source.exists():
+        raise UserError(f"no file and no folder {source}")
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("[!.]*") if path.is_file())
+    if not files:
+        raise UserError(f"{source} holds no image")
+    return files
 
 
-def finish(picture: Image.Image, painted, plain) -> Image.Image:
-    """A painting (3, crop, crop) in the proportions of the picture; where `plain` (1, 3, crop, crop) is given, only the
-    change from there, added to the picture."""
-    across, down = picture.size
-    change = painted[None] if plain is None else painted - plain
-    change = F.interpolate(change, (down, across), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).cpu()
-    if plain is not None:
-        change = change + torch.from_numpy(np.asarray(picture) / np.float32(255))
-    return Image.fromarray((255 * change.clamp(0, 1)).round().byte().numpy())
+def target_styles(config, repainter: Repainter):
+    """Names and weights (N, styles) of what each image is repainted in: styles, or --steps between two."""
+    names = config.style or repainter.classes
+    weights = torch.eye(len(repainter.classes))[[repainter.classes.index(style) for style in names]]
+    if config.steps:
+        shares = torch.linspace(0, 1, config.steps)[:, None]
+        weights = (1 - shares) * weights[:1] + shares * weights[1:]
+        names = [f"{names[0]}_to_{names[1]}_{step + 1}" for step in range(config.steps)]
+    return names, weights.to(repainter.device)
+
+
+def open_image(path, size: int, resize: str, **_):
+    """A file as an image of at most LONGEST pixels a side, and as the model sees it, uint8 (3, size, size)."""
+    pixels = read_image(path, size, resize).copy()  # torch needs writable memory
+    image = open_rgb(path, LONGEST)
+    if resize == "crop":
+        image = ImageOps.fit(image, (min(image.size),) * 2)
+    image.thumbnail((LONGEST, LONGEST))
+    return image, torch.from_numpy(pixels)
+
+
+def to_bytes(images) -> np.ndarray:
+    return (255 * images).round().byte().numpy()
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def study(model, checkpoint, config, device) -> None:
-    """Repaint test paintings in every style; score and show the result."""
-    run, classes, crop = Path(config.run), checkpoint["classes"], checkpoint["crop"]
-    side = checkpoint.get("scored", crop)
-    data = WikiArt(config.data, "test", classes=classes, processes=config.processes, **checkpoint["data"])
-    items = torch.from_numpy(np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int))
-    labels, styles = data.labels[items], len(classes)
+def evaluate(repainter: Repainter, config) -> None:
+    """Repaint test paintings in every style; score and plot the results."""
+    run, classes, data = Path(config.run), repainter.classes, repainter.paintings("test", config)
+    judges = load_judges(config, classes, repainter.device)
+    chosen = np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int)
+    others = data.subset(np.setdiff1d(np.arange(len(data)), chosen)[: max(0, GALLERY - len(chosen))])
+    data = data.subset(chosen)
+    labels, source, rows = data.labels, F.one_hot(data.labels, len(classes)).float(), rows_to_show(data, config.hide)
+    originals = whole_images(data, repainter.side)
+    own_style = repainter.repaint_dataset(data, source, source, 0.0)
+    repainted = repainter.repaint_in_each_style(data, source)
+
+    facts = {"paintings": len(data), "shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
+    facts |= {"strength": 1.0, "own_mse": mean_squared_error(own_style, originals)}
+    hits = [predict_hits(judge, repainted) for judge in judges]
+    facts |= judge_facts(judges[0], hits[0], "", "", labels, originals, own_style)
+    facts["hits"] = {name: float(hits[0][labels != style, style].float().mean()) for style, name in enumerate(classes)}
+    for judge, judge_hits in zip(judges[1:], hits[1:], strict=True):
+        facts |= judge_facts(judge, judge_hits, "second_", "second_judge_", labels, originals, own_style)
+    if repainter.conditioned:
+        blind_hits = predict_hits(judges[0], repainter.repaint_in_each_style(data, None))
+        facts["own_unknown_hit_rate"] = mean_over_pairs(blind_hits, labels)
+        facts |= reconstruction_ratio(run / "autoencoder.pt", repainter, originals, facts["own_mse"])
+    gallery = layout(torch.cat([originals, whole_images(others, repainter.side)]))
+    found = [(layout(images) @ gallery.T).argmax(1) == torch.arange(len(data)) for images in repainted]
+    facts["source_found"] = mean_over_pairs(torch.stack(found, 1), labels)
+    facts["ssim"] = mean_over_pairs(torch.stack([ssim(originals, images) for images in repainted], 1), labels)
+    facts |= true_image_facts([title_of(path) for path in data.paths], labels, originals, repainted)
+
+    name = config.name or ("" if repainter.conditioned else config.method)
+    suffix = f"_{name}.png" if name else ".png"
+    plot_hits(run / f"style_hits{suffix}", hits[0], labels, classes)
+    plot_grid(run / f"style_grid{suffix}", data, rows, originals, own_style, repainted, config.style)
+    plot_strengths(run / f"style_strength{suffix}", repainter, data.subset(rows[:5]))
+    add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
+    print(
+        f"the judge, right on {facts['judge_accuracy']:.1%} of the originals, predicts the target style for "
+        f"{facts['hit_rate']:.1%} (for the originals {facts['originals_rate']:.1%}); "
+        f"source found first for {facts['source_found']:.1%}, SSIM {facts['ssim']:.3f}"
+    )
+
+
+def load_judges(config, classes: list[str], device) -> list[Classifier]:
     if len(config.judges) not in (1, 2):
-        raise runs.Problem("--judges needs one or two classifiers: the first gives hit_rate")
-    paths = [name if name.endswith(".pt") else f"{run}/{name}/classifier.pt" for name in config.judges]
-    judges = [runs.load_checkpoint(runs.find_checkpoint(run, path)) for path in paths]
+        raise UserError("--judges needs one or two classifiers: the first gives hit_rate")
+    judges = [Classifier.load(checkpoint_path(config.run, name), device) for name in config.judges]
     for judge, name in zip(judges, config.judges, strict=True):
-        if judge["classes"] != classes:
-            raise runs.Problem(f"{name} knows other styles than the model: train it on the same paintings")
-    eye = torch.eye(styles)
-    rows = choose(data.fit_to_show(config.hide)[items], labels, config.rows)
-    if not rows:
-        raise runs.Problem("--hide leaves no painting to show")
+        if judge.classes != classes:
+            raise UserError(f"{name} has other styles than the model: train it on the same paintings")
+    return judges
 
-    def paint(wanted, strength=1.0, chosen=slice(None), known=config.method == "model"):
-        """The chosen paintings in the wanted styles (N, styles), as float (N, 3, side, side); are their own known?"""
-        parts = (each.split(config.batch_size) for each in (items[chosen], labels[chosen], wanted))
-        made = []
-        for batch, mine, asked in zip(*parts, strict=True):
-            own = eye[mine].to(device) if known else None
-            pictures = repaint(model, data.batch(batch, device)[0], own, asked.to(device), strength, crop)
-            made.append(scaled(pictures.cpu(), side))
-        return torch.cat(made)
 
-    def untouched(items):
-        return torch.cat([views(data.batch(batch, torch.device("cpu"))[0], side)[0]
-                          for batch in items.split(config.batch_size)])  # fmt: skip
+def whole_images(data: WikiArt, side: int):
+    """All paintings of a data set, float (N, 3, side, side) in [0, 1]."""
+    batches = (data.batch(items, torch.device("cpu"))[0] for items in torch.arange(len(data)).split(BATCH_SIZE))
+    return torch.cat([torch.zeros(0, 3, side, side), *(views(pixels, side)[0] for pixels in batches)])
 
-    originals = untouched(items)
-    rebuilt = paint(eye[labels], 0.0)
-    painted = [paint(eye[[style]].expand(len(items), -1)) for style in tqdm(range(styles), "styles", leave=False)]
 
-    facts = {
-        "paintings": len(items),
-        "shown": data.named(items[rows]),
-        "strength_shown": data.named(items[rows[:5]]),
-        "strength": 1.0,
-        "own_mse": float((rebuilt - originals).square().mean()),
+def predict_styles(judge: Classifier, images):
+    """The styles (N,) that a judge predicts for float images (N, 3, any, any) in [0, 1]."""
+    pixels = [(255 * resize(batch, judge.size).clamp(0, 1)).round().byte() for batch in images.split(BATCH_SIZE)]
+    return judge.predict(torch.cat(pixels), calibrated=False).argmax(1)
+
+
+def predict_hits(judge: Classifier, repainted):
+    """Does the judge predict the target style? (N, styles), for images (N, 3, side, side) of each target style."""
+    return torch.stack([predict_styles(judge, images) == style for style, images in enumerate(repainted)], 1)
+
+
+def judge_facts(judge: Classifier, hits, prefix: str, hit_prefix: str, labels, originals, own_style) -> dict:
+    predictions = predict_styles(judge, originals)
+    return {
+        f"{prefix}judge_accuracy": float((predictions == labels).float().mean()),
+        f"{hit_prefix}hit_rate": mean_over_pairs(hits, labels),
+        f"{prefix}originals_rate": mean_over_pairs(predictions[:, None] == torch.arange(hits.shape[1]), labels),
+        f"{prefix}own_kept": float((predict_styles(judge, own_style) == labels).float().mean()),
     }
-    asked = labels[:, None] != torch.arange(styles)  # (N, styles): the mismatched pairs
-    for judge, prefix in zip(judges, ("", "second_"), strict=False):
-        says = [verdicts(judge, pictures, config, device) for pictures in (originals, rebuilt, *painted)]
-        hits = torch.stack([said == style for style, said in enumerate(says[2:])], 1)
-        guesses = says[0][:, None] == torch.arange(styles)
-        facts |= {
-            f"{prefix}judge_accuracy": float((says[0] == labels).float().mean()),
-            f"{prefix}judge_hit_rate" if prefix else "hit_rate": float(hits[asked].float().mean()),
-            f"{prefix}originals_rate": float(guesses[asked].float().mean()),
-            f"{prefix}own_kept": float((says[1] == labels).float().mean()),
-        }
-        if not prefix:
-            rates = np.array([[float(hits[labels == mine, style].float().mean()) for style in range(styles)]
-                              for mine in range(styles)])  # fmt: skip
-            facts["hits"] = {name: float(hits[asked[:, style], style].float().mean())
-                             for style, name in enumerate(classes)}  # fmt: skip
-    if config.method == "model":  # as for a painting of unknown style
-        blind = [paint(eye[[style]].expand(len(items), -1), known=False) for style in range(styles)]
-        says = torch.stack([verdicts(judges[0], pictures, config, device) for pictures in blind], 1)
-        facts["own_unknown_hit_rate"] = float((says == torch.arange(styles))[asked].float().mean())
-    rest = torch.from_numpy(np.setdiff1d(np.arange(len(data)), items))[: max(0, 500 - len(items))]
-    where = layout(torch.cat([originals, untouched(rest)]) if len(rest) else originals)
-    found = [(layout(pictures) @ where.T).argmax(1) == torch.arange(len(items)) for pictures in painted]
-    facts["source_found"] = float(torch.stack(found, 1)[asked].float().mean())
-    alike = [similarity(originals, pictures) for pictures in painted]
-    facts["ssim"] = float(torch.stack(alike, 1)[asked].mean())
-    facts |= against_plain(originals, facts["own_mse"], checkpoint["arguments"]["code"], config, device)
-    facts |= truth(data, items, originals, painted)
-
-    name = config.name or ("" if config.method == "model" else config.method)
-    ending = f"_{name}" if name else ""
-    title = "How often the judge sees the style asked for"
-    axes = ("style asked for", "style of the painting")
-    figures.heat(run / f"style_hits{ending}.png", 100 * rates, classes, classes, title, "% of the paintings", axes)
-    write_grid(run / f"style_grid{ending}.png", classes, labels, originals, rebuilt, painted, rows, config)
-    write_strengths(run / f"style_strength{ending}.png", classes, labels, paint, rows[:5])
-    known = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
-    runs.add_facts(run, "style_transfer", {name: known} if name else known, merge=True)
-    write_table(run / "style_transfer.md", json.loads((run / "facts.json").read_text())["style_transfer"])
-    print(f"the judge, right on {facts['judge_accuracy']:.1%} of the originals, sees the style asked for in "
-          f"{facts['hit_rate']:.1%} (in the originals {facts['originals_rate']:.1%}); "
-          f"source found first for {facts['source_found']:.1%}")  # fmt: skip
 
 
-def verdicts(judge, pictures, config, device):
-    """The styles (N,) that a classifier sees in pictures (N, 3, crop, crop), at the size that it was fitted at."""
-    network, side = build_model(judge).to(device, memory_format=torch.channels_last), judge["data"]["size"]
-    said = []
-    for batch in pictures.split(config.batch_size):
-        pixels = (255 * scaled(batch, side).clamp(0, 1)).round().byte().to(device)
-        said.append(predict(network, pixels, judge["crop"], judge["windows"]).argmax(1).cpu())
-    return torch.cat(said)
+def mean_over_pairs(values, labels) -> float:
+    """The mean of values (N, styles) over the pairs where the target style is not the painting's own."""
+    return float(values[labels[:, None] != torch.arange(values.shape[1])].float().mean())
 
 
-def scaled(pictures, side: int):
-    if pictures.shape[-1] == side:
-        return pictures
-    return F.interpolate(pictures, (side, side), mode="bilinear", antialias=True, align_corners=False)
+def mean_squared_error(images, others) -> float:
+    return float((images - others).square().mean())
 
 
-def against_plain(originals, error: float, code: int, config, device) -> dict:
-    """How much more is lost than by the plain autoencoder in the same run folder, if its code is as long."""
-    path = Path(config.run) / "autoencoder.pt"
-    if config.method != "model" or not path.exists():
+@torch.no_grad()
+def reconstruction_ratio(path: Path, repainter: Repainter, originals, own_mse: float) -> dict:
+    """The error in the own style relative to that of the plain autoencoder, if there is one with the same code size."""
+    plain = load_checkpoint(path, "Autoencoder") if path.exists() else None
+    if not plain or plain["crop"] != repainter.side or plain["arguments"]["code"] != len(repainter.model.scales):
         return {}
-    checkpoint = runs.load_checkpoint(path, "Autoencoder")
-    if checkpoint["crop"] != originals.shape[-1] or checkpoint["arguments"]["code"] != code:
-        return {}
-    model, total = build_model(checkpoint).to(device), 0.0
-    with torch.no_grad():
-        for batch in originals.split(config.batch_size):
-            total += float((model(batch.to(device)).clamp(0, 1).cpu() - batch).square().sum())
-    return {"reconstruction_ratio": error / (total / originals.numel())}
+    model = build_model(plain).to(repainter.device)
+    images = [model(batch.to(repainter.device)).clamp(0, 1).cpu() for batch in originals.split(BATCH_SIZE)]
+    return {"reconstruction_ratio": own_mse / mean_squared_error(torch.cat(images), originals)}
 
 
-def truth(data, items, originals, painted) -> dict:
-    """Where the test set holds the same scenes in every style, as the demo does: how much nearer to the true picture
-    the repainting is than its source."""
-    place = {(title_of(data.paths[item]), int(data.labels[item])): row for row, item in enumerate(items)}
-    once = Counter(title for title, _ in place) if len(place) == len(items) else {}  # one title for two is no scene
-    scenes = {title for title, styles in once.items() if title and styles == len(painted)}
-    pairs = [(row, style, place[title, style]) for (title, mine), row in place.items() if title in scenes
-             for style in range(len(painted)) if style != mine]  # fmt: skip
+def true_image_facts(titles: list[str], labels, originals, repainted) -> dict:
+    """How much nearer to the true image in the target style repaintings are than their sources.
+
+    For test sets with the same scenes in every style, such as the demo: a scene is a title that occurs once in each
+    style. Empty if there is none, or if a title occurs twice in one style.
+    """
+    row_of = {(title, int(label)): row for row, (title, label) in enumerate(zip(titles, labels, strict=True))}
+    styles, unique = len(repainted), len(row_of) == len(titles)
+    scenes = [title for title, count in Counter(titles).items() if title and unique and count == styles]
+    pairs = [(row_of[title, a], row_of[title, b], b) for title in scenes for a, b in permutations(range(styles), 2)]
     if not pairs:
         return {}
-    copied = np.array([float((originals[row] - originals[true]).square().mean()) for row, _, true in pairs])
-    made = np.array([float((painted[style][row] - originals[true]).square().mean()) for row, style, true in pairs])
+    before = np.array([mean_squared_error(originals[row], originals[true]) for row, true, _ in pairs])
+    after = np.array([mean_squared_error(repainted[style][row], originals[true]) for row, true, style in pairs])
     return {
         "truth_pairs": len(pairs),
-        "truth_gain_db": float(10 * np.log10(copied.mean() / made.mean())),
-        "truth_gain_median_db": float(np.median(10 * np.log10(copied / made))),  # pairs that differ most weigh no more
-        "truth_nearer": float((made < copied).mean()),
+        "truth_gain_db": float(10 * np.log10(before.mean() / after.mean())),
+        "truth_gain_median_db": float(np.median(10 * np.log10(before / after))),
+        "truth_nearer": float((after < before).mean()),
     }
 
 
-def choose(fit, labels, most: int) -> list[int]:
-    """Paintings to show, as many different styles as there is room for, in the order of the styles."""
-    rows = np.flatnonzero(fit)
-    turn = {row: int((labels[rows[:place]] == labels[row]).sum()) for place, row in enumerate(rows)}
-    return sorted(sorted(rows, key=lambda row: (turn[row], labels[row]))[:most], key=lambda row: labels[row])
+# Figures --------------------------------------------------------------------------------------------------------------
 
 
-def write_grid(path, classes, labels, originals, rebuilt, painted, rows, config) -> None:
-    names = [figures.plain(name) for name in classes]
-    columns = [classes.index(style) for style in config.style] or range(min(len(painted), config.columns))
-    shown = [originals, rebuilt, *(painted[column] for column in columns)]
-    pictures = torch.stack([torch.stack([each[row] for each in shown]) for row in rows])
-    titles = ["original", "own style", *(names[column] for column in columns)]
-    figures.grid(path, as_bytes(pictures), titles, [names[labels[row]] for row in rows], "Test paintings, repainted")
+def rows_to_show(data: WikiArt, hide: list[str]) -> list[int]:
+    """ROWS paintings that figures may show, of as many different styles as possible, sorted by style."""
+    rows, labels = np.flatnonzero(data.showable(hide)), data.labels
+    if not len(rows):
+        raise UserError("--hide leaves no painting to show")
+    occurrence = {row: int((labels[rows[:place]] == labels[row]).sum()) for place, row in enumerate(rows)}
+    chosen = sorted(rows, key=lambda row: (occurrence[row], labels[row]))[:ROWS]
+    return sorted(chosen, key=lambda row: labels[row])
 
 
-def write_strengths(path, classes, labels, paint, rows) -> None:
-    """Some paintings on their way from their own style to another."""
-    strengths, styles = (0.0, 0.25, 0.5, 0.75, 1.0), len(classes)
-    others = (labels[rows] + 1 + torch.arange(len(rows)) % (styles - 1)) % styles
-    pictures = torch.stack([paint(torch.eye(styles)[others], strength, rows) for strength in strengths], 1)
-    titles = [f"{figures.plain(classes[mine])} to {figures.plain(classes[other])}"
-              for mine, other in zip(labels[rows], others, strict=True)]  # fmt: skip
+def plot_hits(path, hits, labels, classes: list[str]) -> None:
+    rates = np.stack([hits[labels == source].float().mean(0).numpy() for source in range(len(classes))])
+    title, axes = "How often the judge predicts the target style", ("target style", "style of the painting")
+    figures.heat(path, 100 * rates, classes, classes, title, "% of the paintings", axes)
+
+
+def plot_grid(path, data: WikiArt, rows, originals, own_style, repainted, styles: list[str]) -> None:
+    labels = [data.classes.index(style) for style in styles] or range(min(len(data.classes), COLUMNS))
+    images = torch.stack([originals[rows], own_style[rows], *(repainted[label][rows] for label in labels)], 1)
+    columns = ["original", "own style", *(display_name(data.classes[label]) for label in labels)]
+    row_titles = [display_name(data.classes[label]) for label in data.labels[rows]]
+    figures.grid(path, to_bytes(images), columns, row_titles, "Test paintings, repainted")
+
+
+def plot_strengths(path, repainter: Repainter, data: WikiArt) -> None:
+    """Paintings on the way from their own style to another."""
+    names, strengths = [display_name(name) for name in data.classes], (0.0, 0.25, 0.5, 0.75, 1.0)
+    labels = (data.labels + 1 + torch.arange(len(data)) % (len(names) - 1)) % len(names)
+    source, target = (F.one_hot(values, len(names)).float() for values in (data.labels, labels))
+    images = [repainter.repaint_dataset(data, source, target, strength) for strength in strengths]
+    rows = [f"{names[start]} to {names[end]}" for start, end in zip(data.labels, labels, strict=True)]
     columns = [f"{strength:.0%}" for strength in strengths]
-    figures.grid(path, as_bytes(pictures), columns, titles, "Strength of the style")
-
-
-def as_bytes(pictures) -> np.ndarray:
-    return (255 * pictures).round().byte().numpy()
-
-
-def write_table(path: Path, facts: dict) -> None:
-    """The scores of all methods that were measured."""
-    lines = ["| method | style hit rate | of the originals | source found | SSIM | second judge |", "|---" * 6 + "|"]
-    found = {"model": facts} | {name: each for name, each in facts.items() if isinstance(each, dict) and name != "hits"}
-    for name, scores in found.items():
-        if "hit_rate" in scores:
-            second = f"{scores['second_judge_hit_rate']:.1%}" if "second_judge_hit_rate" in scores else ""
-            lines.append(f"| {name} | {scores['hit_rate']:.1%} | {scores['originals_rate']:.1%} | "
-                         f"{scores['source_found']:.1%} | {scores['ssim']:.3f} | {second} |")  # fmt: skip
-    runs.write_text(path, "\n".join(lines) + "\n")
+    figures.grid(path, to_bytes(torch.stack(images, 1)), columns, rows, "Strength of the style")
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    run_script(main)

