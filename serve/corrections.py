@@ -1,4 +1,4 @@
-"""What users said of their pictures on label.py's page: kept in one file, and written out to train with."""
+"""Labels that users confirm or correct on the page: kept in an SQLite file, and exported as a folder to train with."""
 
 import contextlib
 import hashlib
@@ -12,70 +12,79 @@ from pathlib import Path
 
 from PIL import Image
 
-import runs
-from folder import FORMATS, name_of
+from common.errors import UserError
+from common.images import FORMATS
+from common.names import stem_of
+from common.run import atomic_write
 
 
 class Corrections:
-    """The labels that users confirmed or corrected, with their pictures, in one SQLite file.
+    """Confirmed labels and their images, in one SQLite file.
 
-    Picture and label are one transaction, on the disk before `add` returns: a kill leaves both or neither.
+    An image and its label are one transaction, which is on the disk before `add` returns: a kill leaves both or none.
     """
 
     def __init__(self, path: Path):
-        self.path, self.turn = Path(path), threading.Lock()
+        self.path, self.lock = Path(path), threading.Lock()
 
     @contextlib.contextmanager
-    def open(self):
-        """A transaction; a connection for each, for threads may not share one.
+    def transaction(self):
+        """A transaction on a connection of its own, because threads may not share one.
 
-        One after the other: SQLite turns others away while a first or a last connection sets up or clears away its WAL.
+        One at a time: SQLite refuses others while a first or last connection creates or removes its write-ahead log.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.turn, contextlib.closing(sqlite3.connect(self.path, timeout=30)) as base:
-            base.execute("PRAGMA journal_mode = WAL")
-            base.execute("PRAGMA synchronous = FULL")
-            base.execute("CREATE TABLE IF NOT EXISTS pictures (hash TEXT PRIMARY KEY, name TEXT, picture BLOB)")
-            base.execute("CREATE TABLE IF NOT EXISTS corrections (number INTEGER PRIMARY KEY, hash TEXT, model TEXT, "
-                         "guess TEXT, probability REAL, choice TEXT, time TEXT)")  # fmt: skip
-            with base:
-                yield base
+        with self.lock, contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute("CREATE TABLE IF NOT EXISTS pictures (hash TEXT PRIMARY KEY, name TEXT, picture BLOB)")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS corrections (number INTEGER PRIMARY KEY, hash TEXT, model TEXT, "
+                "guess TEXT, probability REAL, choice TEXT, time TEXT)"
+            )
+            with database:
+                yield database
 
-    def add(self, name: str, picture: bytes, model: str, guess: str, probability: float, choice: str) -> None:
-        key, now = hashlib.sha256(picture).hexdigest(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with self.open() as base:
-            base.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?, ?)", (key, name, picture))
-            base.execute("INSERT INTO corrections VALUES (NULL, ?, ?, ?, ?, ?, ?)",
-                         (key, model, guess, probability, choice, now))  # fmt: skip
+    def add(self, name: str, image: bytes, model: str, guess: str, probability: float, choice: str) -> None:
+        key, now = hashlib.sha256(image).hexdigest(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = (key, model, guess, probability, choice, now)
+        with self.transaction() as database:
+            database.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?, ?)", (key, name, image))
+            database.execute("INSERT INTO corrections VALUES (NULL, ?, ?, ?, ?, ?, ?)", row)
 
     def latest(self):
-        """(hash, name, picture, choice) of every picture, as it was labelled last."""
-        with self.open() as base:
-            yield from base.execute("SELECT hash, name, picture, choice FROM corrections JOIN pictures USING (hash) "
-                                    "WHERE number IN (SELECT MAX(number) FROM corrections GROUP BY hash)")  # fmt: skip
+        """(hash, name, image, choice) of every image, with the label that was given last."""
+        with self.transaction() as database:
+            yield from database.execute(
+                "SELECT hash, name, picture, choice FROM corrections JOIN pictures USING (hash) "
+                "WHERE number IN (SELECT MAX(number) FROM corrections GROUP BY hash)"
+            )
 
 
 def export(corrections: Corrections, target: Path) -> None:
-    """Write every confirmed picture to <target>/<Style>/<name>-<hash>; one that was relabelled since moves."""
+    """Write every image with a label to <target>/<class>/<name>-<hash>; one whose label has changed since moves.
+
+    If `target` is a root's folder train/, images of its test paintings are left out.
+    """
     if not corrections.path.exists():
-        raise runs.Problem(f"no {corrections.path}: nothing was confirmed on the page yet")
-    count, tested = 0, {}
+        raise UserError(f"no {corrections.path}: no label was confirmed on the page yet")
+    count, test_files = 0, {}  # files of test/ by their size
     for path in (target.parent / "test").rglob("*") if target.name == "train" else ():
         if path.is_file():
-            tested.setdefault(path.stat().st_size, []).append(path)
-    for key, name, picture, choice in corrections.latest():
-        if any(path.read_bytes() == picture for path in tested.get(len(picture), ())):
+            test_files.setdefault(path.stat().st_size, []).append(path)
+    for key, name, data, choice in corrections.latest():
+        if any(path.read_bytes() == data for path in test_files.get(len(data), ())):
             print(f"left out: {name} is a test painting", file=sys.stderr)
             continue
-        with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             ending = ".jpg" if image.format in ("JPEG", "MPO") else f".{image.format.lower()}"  # MPO: of some phones
-        # The artist, before the first "_", stays readable for folder.artist_of.
-        stem = re.sub(r"[^\w-]+", "-", name_of(name)).strip("-")[:80] or "picture"
+        # The artist, before the first "_", stays readable for artist_of().
+        stem = re.sub(r"[^\w-]+", "-", stem_of(name)).strip("-")[:80] or "picture"
         path = target / choice / f"{stem}-{key[:12]}{ending}"
-        for old in target.glob(f"*/*-{key[:12]}{ending}"):
-            if old != path:
-                old.unlink()
-        with runs.replacing(path) as temporary:
-            temporary.write_bytes(picture)
+        for outdated in target.glob(f"*/*-{key[:12]}{ending}"):
+            if outdated != path:
+                outdated.unlink()
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
         count += 1
-    print(f"{count} pictures in {target}")
+    print(f"{count} images in {target}")

@@ -1,18 +1,16 @@
-"""What `label.py --serve` serves: a page for one painting and the collection, and an HTTP API for scripts (Gradio).
+"""The page of `label.py --serve`, for one painting and for the collection, and its HTTP API (Gradio).
 
-Uploads stay in memory (uploads.py); only Corrections writes, when a label is confirmed. Pictures reach the page
-inside its HTML, each with its alternative text, so that no file is served at all.
+Uploads stay in memory (serve/uploads.py); only Corrections writes to the disk, when a label is confirmed.
 """
 
 import contextlib
 import html
-import io
 import os
 import threading
 import time
 from pathlib import Path
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nobody is told what is done here
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would send a message
 
 import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
@@ -20,14 +18,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
-import figures  # noqa: E402
-import runs  # noqa: E402
-from figures import plain  # noqa: E402
-from folder import FORMATS  # noqa: E402
-from panels import Nearest, Painter, bars, collection, figure, place_of, small  # noqa: E402
-from uploads import FORGET, Guard, Uploads, read_upload, upload_routes  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.figures import highlight  # noqa: E402
+from common.names import display_name  # noqa: E402
+from serve import panels, uploads  # noqa: E402
 
-AT_ONCE = 2  # pictures under way: one is decoded while the network looks at the other
+MAX_BATCH = 64  # files in a request to label_batch
+CONCURRENT = 2  # requests at work: while one uses the network, another decodes its image
 CSS = """
 .bars {list-style: none; padding: 0; margin: 0 0 1em} .bars li {margin: .3em 0}
 .bars meter {width: 100%; height: 1.2em; display: block}
@@ -40,168 +37,187 @@ CSS = """
 """
 
 
-# Requests -------------------------------------------------------------------------------------------------------------
+class Page:
+    """The functions behind the page and the API. `file` is what Gradio's clients send for an uploaded file.
 
+    state: of a browser tab, {"token", "guess", "probability"} of the image that was classified last, or None.
+    """
 
-def token_of(file) -> str:
-    """The token in what Gradio's clients send for a file."""
-    return Path(str(file.get("path", "") if isinstance(file, dict) else "")).name
+    def __init__(self, classifier, artist_classifier, corrections, held: uploads.Uploads, config):
+        self.classifier, self.artist_classifier = classifier, artist_classifier
+        self.corrections, self.uploads = corrections, held
+        self.nearest = panels.NearestPaintings(classifier, config)
+        self.repainter = panels.Repainter(config.run, classifier.device)
+        self.slots = threading.BoundedSemaphore(CONCURRENT)  # bounds the memory for decoded images
+        self.collection = panels.collection_html(config)
+
+    def decode(self, data: bytes) -> torch.Tensor:
+        return torch.from_numpy(uploads.read_upload(data, self.classifier.size, self.classifier.resize))
+
+    # The API
+
+    def label(self, file) -> dict:
+        with request_errors(), self.slots:
+            answer = self.predict_uploads([file])[0]
+            if "error" in answer:
+                raise UserError(answer["error"])
+            return answer
+
+    def label_batch(self, files) -> list[dict]:
+        with request_errors(), self.slots:
+            if not isinstance(files, list) or not 0 < len(files) <= MAX_BATCH:
+                raise UserError(f"send a list of 1 to {MAX_BATCH} files")
+            return self.predict_uploads(files)
+
+    def predict_uploads(self, files: list) -> list[dict]:
+        """An answer for each upload, which is then dropped; an invalid one does not affect the others."""
+        answers, images = [], []
+        for token in map(token_of, files):
+            try:
+                images.append(self.decode(self.uploads.get(token)[1]))
+                answers.append({"model": self.classifier.hash[:12]})
+            except UserError as error:
+                answers.append({"error": str(error)})
+            self.uploads.drop(token)
+        valid = [answer for answer in answers if "error" not in answer]
+        for key, classifier in (("styles", self.classifier), ("artists", self.artist_classifier)):
+            if classifier and valid:
+                for answer, probabilities in zip(valid, classifier.predict(torch.stack(images)), strict=True):
+                    top = classifier.top(probabilities)
+                    answer[key] = [{"name": name, "probability": round(probability, 4)} for name, probability in top]
+        return answers
+
+    # The page
+
+    def classify(self, file):
+        """The result as HTML, the state, and updates of the controls: the column, the style, and two messages."""
+        token = token_of(file)
+        with request_errors(), self.slots:
+            try:
+                name, data = self.uploads.get(token)
+                image = self.decode(data)[None]
+            except UserError:
+                self.uploads.drop(token)
+                raise
+            probabilities = self.classifier.predict(image)[0]
+            guess, probability = self.classifier.top(probabilities, 1)[0]
+            result = self.prediction_html(image, probabilities) + self.evidence_html(image, data, name, guess)
+            result += "<h3>The most similar training paintings</h3>" + self.nearest.html(image)
+        state = {"token": token, "guess": guess, "probability": probability}
+        return result, state, gr.update(visible=True), gr.update(value=guess), "", ""
+
+    def prediction_html(self, image, probabilities) -> str:
+        top = [(display_name(name), share, f"{share:.0%}") for name, share in self.classifier.top(probabilities)]
+        result = f'<div role="status"><h2>{html.escape(top[0][0])}, {top[0][2]}</h2></div>{panels.bars_html(top, 1)}'
+        if not self.classifier.calibrated:
+            result += "<p>These probabilities are not calibrated.</p>"
+        if self.artist_classifier:
+            artist, share = self.artist_classifier.top(self.artist_classifier.predict(image)[0], 1)[0]
+            result += f"<p>Artist: {html.escape(artist.replace('-', ' ').title())}, {share:.0%}</p>"
+        return result
+
+    def evidence_html(self, image, data: bytes, name: str, guess: str) -> str:
+        picture = panels.thumbnail(data, panels.SIDE, self.classifier.resize)
+        figures = panels.figure_html(picture, "The uploaded painting", Path(name).name)
+        if self.classifier.model_name == "CNN":
+            evidence = self.classifier.evidence(image, self.classifier.classes.index(guess))
+            words = f"Evidence for {display_name(guess)}: strongest {panels.position_of_maximum(evidence)}"
+            figures += panels.figure_html(highlight(picture, evidence), words, f"{words}. Grey: none.")
+        else:
+            figures += f"<p>Regions: only with a CNN of train.py; this is a {self.classifier.model_name}.</p>"
+        return f'<h3>Why</h3><div class="pictures">{figures}</div>'
+
+    def save(self, state, choice) -> str:
+        with request_errors():
+            if choice not in self.classifier.classes:
+                raise UserError("choose one of the styles first")
+            name, data = self.uploads.get((state or {}).get("token"))
+            model = self.classifier.hash[:12]
+            self.corrections.add(name, data, model, state["guess"], state["probability"], choice)
+            return f'<p role="status">Saved: {html.escape(display_name(choice))}.</p>'
+
+    def repaint(self, state, style) -> str:
+        with request_errors(), self.slots:
+            if style not in self.repainter.styles:
+                raise UserError("choose one of the styles first")
+            words = f"The painting in the style {display_name(style)}"
+            return panels.figure_html(
+                self.repainter.repaint(self.uploads.get((state or {}).get("token"))[1], style), words, words
+            )
+
+    def clear(self, state):
+        self.uploads.drop((state or {}).get("token"))
+        return "", None, gr.update(visible=False)
+
+    def blocks(self) -> gr.Blocks:
+        with gr.Blocks(title="Which style is this painting?", analytics_enabled=False) as blocks:
+            gr.Markdown("# Which style is this painting?")
+            with gr.Tab("A painting"):
+                self.painting_tab()
+            with gr.Tab("The collection"):
+                gr.HTML(self.collection)
+            self.api()
+        for block in blocks.blocks.values():
+            if isinstance(block, gr.File):  # Gradio would fetch a URL, or copy the file, before our code sees it
+                block.async_move_resource_to_block_cache = identity
+        return blocks.queue(default_concurrency_limit=None)  # `slots` is the limit
+
+    def painting_tab(self) -> None:
+        private = {"api_visibility": "private"}
+        state = gr.State(time_to_live=uploads.LIFETIME)
+        file, result = gr.File(label="Picture of a painting", file_types=["image"]), gr.HTML()
+        with gr.Column(visible=False) as controls:
+            choices = [(display_name(name), name) for name in self.classifier.classes]
+            choice = gr.Dropdown(choices, value=None, label="Its style is")
+            button, saved = gr.Button("Save this label", variant="primary"), gr.HTML()
+            button.click(self.save, [state, choice], saved, **private)
+            painted = gr.HTML(render=False)
+            if self.repainter.styles:
+                styles = [(display_name(name), name) for name in self.repainter.styles]
+                style = gr.Dropdown(styles, label="Repaint it as")
+                gr.Button("Repaint").click(self.repaint, [state, style], painted, **private)
+            painted.render()
+        file.upload(self.classify, file, [result, state, controls, choice, saved, painted], preprocess=False, **private)
+        file.clear(self.clear, state, [result, state, controls], **private)
+
+    def api(self) -> None:
+        file, files = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
+        answer, button = gr.JSON(visible=False), gr.Button(visible=False)
+        # Without Gradio's queue, through which clients would have to ask for each answer again.
+        button.click(self.label, file, answer, api_name="label", preprocess=False, queue=False)
+        button.click(self.label_batch, files, answer, api_name="label_batch", preprocess=False, queue=False)
 
 
 @contextlib.contextmanager
-def said_to_the_user():
-    """A Problem is an answer to this request, no more."""
+def request_errors():
+    """A UserError is the answer to this request, and is not logged."""
     try:
         yield
-    except runs.Problem as problem:
-        raise gr.Error(str(problem), print_exception=False, duration=None) from None
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False, duration=None) from None
 
 
-# The page and the API -------------------------------------------------------------------------------------------------
+def token_of(file) -> str:
+    return Path(str(file.get("path", "") if isinstance(file, dict) else "")).name
 
 
-def build(labeller, artist, corrections, uploads: Uploads, config) -> gr.Blocks:
-    nearest, painter = Nearest(labeller, config), Painter(config, labeller.device)
-    turns = threading.BoundedSemaphore(AT_ONCE)  # whatever is asked at once, memory holds two batches of pictures
-
-    def pixels_of(data):
-        return torch.from_numpy(read_upload(data, labeller.shape, config.megapixels))
-
-    def named(model, pixels):
-        likeliest = map(model.likeliest, model(pixels))
-        return [[{"name": name, "probability": round(share, 4)} for name, share in each] for each in likeliest]
-
-    def answers(files: list) -> list[dict]:
-        """What the API says of uploads, which are forgotten; what is wrong with one does not touch the others."""
-        found, good = [], []
-        for token in map(token_of, files):
-            try:
-                good.append(pixels_of(uploads.get(token)[1]))
-                found.append({"model": labeller.hash[:12]})
-            except runs.Problem as problem:
-                found.append({"error": str(problem)})
-            uploads.drop(token)
-        models = ({"styles": labeller} | ({"artists": artist} if artist else {})) if good else {}
-        for key, model in models.items():
-            said = iter(named(model, torch.stack(good)))
-            found = [each if "error" in each else each | {key: next(said)} for each in found]
-        return found
-
-    def label(file):
-        with said_to_the_user(), turns:
-            answer = answers([file])[0]
-            if "error" in answer:
-                raise runs.Problem(answer["error"])
-            return answer
-
-    def label_batch(files):
-        with said_to_the_user(), turns:
-            if not isinstance(files, list) or not 0 < len(files) <= config.batch_size:
-                raise runs.Problem(f"give a list of 1 to {config.batch_size} files")
-            return answers(files)
-
-    def look(file):
-        """The result, what later clicks need, and which controls are there now."""
-        with said_to_the_user(), turns:
-            token = token_of(file)
-            try:
-                name, data = uploads.get(token)
-                pixels = pixels_of(data)[None]
-            except runs.Problem:
-                uploads.drop(token)
-                raise
-            probabilities = labeller(pixels)[0]
-            (guess, probability), *_ = likeliest = labeller.likeliest(probabilities)
-            image = small(io.BytesIO(data), 512, FORMATS, labeller.shape["resize"])
-            shown = [f'<div role="status"><h2>{html.escape(plain(guess))}, {probability:.0%}</h2></div>',
-                     bars([(plain(style), share, f"{share:.0%}") for style, share in likeliest], 1),
-                     "" if labeller.calibrated else "<p>These percentages are not calibrated.</p>"]  # fmt: skip
-            if artist:
-                (painter_name, share), *_ = artist.likeliest(artist(pixels)[0])
-                words = f"Painter: {painter_name.replace('-', ' ').title()}, {share:.0%}"
-                shown.append(f"<p>{html.escape(words)}</p>")
-            pictures = [figure(image, "The painting as it was uploaded", Path(name).name)]
-            if labeller.kind == "CNN":
-                evidence = labeller.evidence(pixels, int(probabilities.argmax()))
-                where = f"What spoke for {plain(guess)}: most of all the {place_of(evidence)}"
-                pictures.append(figure(figures.highlight(image, evidence), where, f"{where}. Grey: nothing."))
-            else:
-                pictures.append("<p>Regions that spoke for it are shown for a CNN of train.py alone: the answer of "
-                                f"this classifier ({labeller.kind}) is no sum over regions.</p>")  # fmt: skip
-            shown.append(f'<h3>Why</h3><div class="pictures">{"".join(pictures)}</div>')
-            shown.append("<h3>The nearest training paintings</h3>" + nearest.show(pixels))
-            seen = {"token": token, "guess": guess, "probability": probability}
-            return "".join(shown), seen, gr.update(visible=True), gr.update(value=guess), "", ""
-
-    def save(seen, choice):
-        with said_to_the_user():
-            if choice not in labeller.classes:
-                raise runs.Problem("choose one of the styles first")
-            name, data = uploads.get((seen or {}).get("token"))
-            corrections.add(name, data, labeller.hash[:12], seen["guess"], seen["probability"], choice)
-            return f'<p role="status">Saved: {html.escape(plain(choice))}.</p>'
-
-    def repaint(seen, style):
-        with said_to_the_user(), turns:
-            if style not in painter.classes:
-                raise runs.Problem("choose one of the styles first")
-            _, data = uploads.get((seen or {}).get("token"))
-            words = f"The painting in the style {plain(style)}"
-            return figure(painter.paint(data, style), words, words)
-
-    def forget(seen):
-        uploads.drop((seen or {}).get("token"))
-        return "", None, gr.update(visible=False)
-
-    with gr.Blocks(title="Which style is this painting?", analytics_enabled=False) as page:
-        gr.Markdown("# Which style is this painting?")
-        seen = gr.State(time_to_live=FORGET)
-        with gr.Tab("A painting"):
-            file = gr.File(label="Picture of a painting", file_types=["image"])
-            result = gr.HTML()
-            with gr.Column(visible=False) as more:
-                choices = [(plain(name), name) for name in labeller.classes]
-                choice = gr.Dropdown(choices, value=None, label="Its style is")
-                button, saved = gr.Button("Save this label", variant="primary"), gr.HTML()
-                button.click(save, [seen, choice], saved, api_visibility="private")
-                painted = gr.HTML(render=False)
-                if painter.model:
-                    style = gr.Dropdown([(plain(name), name) for name in painter.classes], label="Repaint it as")
-                    gr.Button("Repaint").click(repaint, [seen, style], painted, api_visibility="private")
-                painted.render()
-            file.upload(look, file, [result, seen, more, choice, saved, painted], preprocess=False,
-                        api_visibility="private")  # fmt: skip
-            file.clear(forget, seen, [result, seen, more], api_visibility="private")
-        with gr.Tab("The collection"):
-            gr.HTML(collection(config))
-        one, many = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
-        answer, hidden = gr.JSON(visible=False), gr.Button(visible=False)
-        # Answered directly: Gradio's queue would make every answer wait for its turn to be asked for.
-        hidden.click(label, one, answer, api_name="label", preprocess=False, queue=False)
-        hidden.click(label_batch, many, answer, api_name="label_batch", preprocess=False, queue=False)
-    for each in (file, one, many):  # Gradio would fetch a URL, or copy the file, before our code sees it
-        each.async_move_resource_to_block_cache = as_it_is
-    return page.queue(default_concurrency_limit=None)  # `turns` is the limit
+async def identity(resource):
+    return resource
 
 
-async def as_it_is(path):
-    return path
-
-
-def launch(labeller, artist, corrections, config) -> tuple[gr.Blocks, str]:
-    """Start to serve; returns the page and its address."""
-    uploads = Uploads()
-    page = build(labeller, artist, corrections, uploads, config)
+@contextlib.contextmanager
+def running(classifier, artist_classifier, corrections, config):
+    """Serve the page and the API during this block; yields the address. Raises UserError where it cannot listen."""
+    held = uploads.Uploads()
+    blocks = Page(classifier, artist_classifier, corrections, held, config).blocks()
+    routes = uploads.upload_routes(held, gr.utils.get_upload_folder())
     os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1", "localhost"]))
     try:
-        _, address, _ = page.launch(
+        _, address, _ = blocks.launch(
             server_name=config.host,
             server_port=config.port or None,
-            app_kwargs={
-                "routes": upload_routes(uploads, gr.utils.get_upload_folder()),
-                "middleware": [Middleware(Guard, megabytes=config.megabytes)],
-            },
-            theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from elsewhere
+            app_kwargs={"routes": routes, "middleware": [Middleware(uploads.Guard)]},
+            theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from other machines
             css=CSS,
             show_error=True,
             ssr_mode=False,
@@ -213,42 +229,38 @@ def launch(labeller, artist, corrections, config) -> tuple[gr.Blocks, str]:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise runs.Problem(f"cannot listen at {config.host}:{config.port}: {error}") from None
-    return page, address
-
-
-def serve(labeller, artist, corrections, config) -> None:
-    page, address = launch(labeller, artist, corrections, config)
-    print(f"serving at {address}; Ctrl-C stops it", flush=True)
+        raise UserError(f"cannot listen at {config.host}:{config.port}: {error}") from None
     try:
+        yield address
+    finally:
+        blocks.close(verbose=False)
+
+
+def serve(classifier, artist_classifier, corrections, config) -> None:
+    with running(classifier, artist_classifier, corrections, config) as address:
+        print(f"serving at {address}; Ctrl-C stops it", flush=True)
         threading.Event().wait()
-    finally:
-        page.close(verbose=False)
 
 
-def ask(client: httpx.Client, address: str, picture: bytes) -> dict:
-    """What curl does: upload a picture, and ask for its label."""
-    token = client.post(f"{address}gradio_api/upload", files={"files": picture}).raise_for_status().json()[0]
-    file = {"path": token, "meta": {"_type": "gradio.FileData"}}
-    return client.post(f"{address}gradio_api/run/label", json={"data": [file]}).raise_for_status().json()["data"][0]
+def request_label(client: httpx.Client, address: str, image: bytes) -> dict:
+    """Upload an image file and ask for its label, as the README does with curl."""
+    token = client.post(f"{address}gradio_api/upload", files={"files": image}).raise_for_status().json()[0]
+    body = {"data": [{"path": token, "meta": {"_type": "gradio.FileData"}}]}
+    return client.post(f"{address}gradio_api/run/label", json=body).raise_for_status().json()["data"][0]
 
 
-def latencies(labeller, files: list[Path], config, requests: int = 40) -> dict:
-    """Milliseconds of one request at a time through the API, and of decoding and network alone; in turns, warm."""
-    page, address = launch(labeller, None, None, config)
-    spent = {"api": [], "alone": []}
-    try:
-        with httpx.Client(timeout=60) as client:
-            for picture in [path.read_bytes() for path in files[: requests + 1]]:
-                started = time.perf_counter()
-                ask(client, address, picture)
-                between = time.perf_counter()
-                labeller(torch.from_numpy(read_upload(picture, labeller.shape, config.megapixels))[None])
-                spent["api"].append(between - started)
-                spent["alone"].append(time.perf_counter() - between)
-    except httpx.HTTPStatusError as error:
-        raise runs.Problem(f"the API turns a picture away: {error.response.text}") from None
-    finally:
-        page.close(verbose=False)
-    api, alone = (1000 * float(np.median(times[1:])) for times in spent.values())  # the first warms up
-    return {"api_ms": api, "alone_ms": alone, "api_ratio": api / alone, "requests": len(spent["api"]) - 1}
+def request_times(classifier, files: list[Path], config, requests: int = 40) -> dict:
+    """Median milliseconds of an API request, and of decoding and network alone; one at a time, alternating."""
+    seconds = []
+    with running(classifier, None, None, config) as address, httpx.Client(timeout=60) as client:
+        for path in files[: requests + 1]:
+            data, start = path.read_bytes(), time.perf_counter()
+            try:
+                request_label(client, address, data)
+            except httpx.HTTPStatusError as error:
+                raise UserError(f"the API refuses {path}: {error.response.text}") from None
+            middle = time.perf_counter()
+            classifier.predict([path])
+            seconds.append((middle - start, time.perf_counter() - middle))
+    api, alone = 1000 * np.median(seconds[1:], 0)  # the first is a warm-up
+    return {"api_ms": api, "alone_ms": alone, "api_ratio": api / alone, "requests": len(seconds) - 1}

@@ -1,9 +1,8 @@
-"""The panels of label.py's page, as HTML for screen readers, too: pictures come inside, with alternative texts."""
+"""What the page shows, as HTML. Images are inlined, each with alternative text, so that no file is served."""
 
 import base64
 import html
 import io
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,160 +11,165 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import runs
-from figures import plain
-from folder import FORMATS, open_rgb, painter_and_title, read_metadata, read_picture
+from common.codes import codes_path, read_codes
+from common.crops import views
+from common.images import FORMATS, open_rgb, read_image
+from common.names import artist_and_title, display_name, read_metadata, showable
+from common.run import load_checkpoint, read_facts
 from wikiart import build_model
-from windows import views
 
 NEIGHBOURS = 6
+SIDE = 512  # pixels of the longer side of an upload on the page
 
 
-def figure(image: Image.Image, alternative: str, caption: str) -> str:
+def figure_html(image: Image.Image, alternative: str, caption: str) -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return (f'<figure><img src="{source}" alt="{html.escape(alternative)}"><figcaption>{html.escape(caption)}'
-            "</figcaption></figure>")  # fmt: skip
+    picture = f'<img src="{source}" alt="{html.escape(alternative)}">'
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def bars(rows: list[tuple[str, float, str]], most: float) -> str:
-    """Names, heights of at most `most` and what they are in words, as bars that a screen reader can read."""
-    items = (f'<li>{html.escape(name)}: <b>{words}</b><meter aria-label="{html.escape(name)}" '
-             f'aria-valuetext="{words}" max="{most:g}" value="{height:.4f}"></meter></li>'
-             for name, height, words in rows)  # fmt: skip
+def bars_html(rows: list[tuple[str, float, str]], maximum: float) -> str:
+    """Bars of (name, value, value in words), which screen readers read out."""
+    items = [
+        f'<li>{html.escape(name)}: <b>{words}</b><meter aria-label="{html.escape(name)}" aria-valuetext="{words}" '
+        f'max="{maximum:g}" value="{value:.4f}"></meter></li>'
+        for name, value, words in rows
+    ]
     return f'<ol class="bars">{"".join(items)}</ol>'
 
 
-def small(source, side: int, formats=None, resize: str = "squash") -> Image.Image:
-    """A picture file, in its own proportions, of at most `side` pixels a side; only its centre where that counts."""
-    image = open_rgb(source, 2 * side, formats)
+def thumbnail(source, side: int, resize: str = "squash") -> Image.Image:
+    """An image in its own proportions, at most `side` pixels wide and high; with resize="crop" its centre.
+
+    source: a file's path, or the content of an upload, for which only the decoders of FORMATS are used.
+    """
+    upload = isinstance(source, bytes)
+    image = open_rgb(io.BytesIO(source) if upload else source, 2 * side, FORMATS if upload else None)
     if resize == "crop":
         image = ImageOps.fit(image, (min(image.size),) * 2)
     image.thumbnail((side, side))
     return image
 
 
-def place_of(evidence: np.ndarray) -> str:
-    """Where the evidence (h, w) is strongest, in words."""
-    row, column = np.unravel_index(evidence.argmax(), evidence.shape)
-    down, across = (int(3 * (at + 0.5) / size) for at, size in zip((row, column), evidence.shape, strict=True))
-    words = f"{('top', 'middle', 'bottom')[down]} {('left', 'centre', 'right')[across]}"
+def position_of_maximum(evidence: np.ndarray) -> str:
+    """Where the evidence (h, w) is strongest, in words: "top left", ..., "centre", ..."""
+    position = np.unravel_index(evidence.argmax(), evidence.shape)
+    row, column = (int(3 * (index + 0.5) / size) for index, size in zip(position, evidence.shape, strict=True))
+    words = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
     return words.replace("middle centre", "centre")
 
 
-class Nearest:
-    """The training paintings whose codes are most like a picture's, from what `cluster.py --codes classifier` made."""
+class NearestPaintings:
+    """The training paintings whose classifier features are most similar to an image's, by cosine similarity.
 
-    def __init__(self, labeller, config):
-        self.labeller, self.root, self.codes, self.why_not = labeller, Path(config.data), None, ""
-        path = Path(config.run) / "codes" / "classifier.npz"
-        command = f"python cluster.py --codes classifier --renew --data {config.data} --run {config.run}"
-        if labeller.kind != "CNN":
-            self.why_not = f"They are found for a CNN of train.py alone; this classifier is another ({labeller.kind})."
-            return
-        if not path.exists():
-            self.why_not = f"To see them: {command}"
-            return
-        with np.load(path) as table:
-            if not str(table["made_from"]).startswith(labeller.hash):
-                self.why_not = f"{path} was made from another checkpoint. To make it again: {command}"
-                return
-            codes, self.paths, self.artists = table["train"], table["train_paths"], table["train_artists"]
-            self.styles = table["classes"][table["train_labels"]]
-        genres = {path: row.get("genre", "") for path, row in read_metadata(self.root / "metadata.csv").items()}
-        fit = [not any(word in path or word == genres.get(path) for word in config.hide) for path in self.paths]
-        self.shown = np.flatnonzero(fit)
-        self.mean, self.deviation = codes.mean(0), codes.std(0) + 1e-6
-        self.codes = self.unit(codes[self.shown])
+    Their features are those of `cluster.py --codes classifier`; `unavailable` says why there are none.
+    """
 
-    def unit(self, codes):
-        codes = (codes - self.mean) / self.deviation
-        return codes / np.linalg.norm(codes, axis=1, keepdims=True)
+    def __init__(self, classifier, config):
+        self.classifier, self.root, self.unavailable = classifier, Path(config.data), ""
+        path = codes_path(config.run, "classifier")
+        table = read_codes(path) if path.exists() else {"made_from": ""}
+        if classifier.model_name != "CNN":
+            self.unavailable = f"Only with a CNN of train.py; this is a {classifier.model_name}."
+        elif str(table["made_from"]).startswith(classifier.hash):
+            self.load(table, config.hide)
+        else:
+            command = f"python cluster.py --codes classifier --data {config.data} --run {config.run}"
+            self.unavailable = f"This needs {path}, computed with this classifier: {command}"
 
-    def show(self, pixels) -> str:
-        if self.codes is None:
-            return f"<p>{html.escape(self.why_not)}</p>"
-        alike = self.codes @ self.unit(self.labeller.code(pixels))[0]
-        found = []
-        for row in self.shown[np.argsort(-alike, kind="stable")[:NEIGHBOURS]]:
-            artist, title = painter_and_title(self.artists[row], self.paths[row])
-            words = f"{title or 'Painting'} by {artist or 'unknown'}, {plain(self.styles[row])}"
+    def load(self, table, hide: list[str]) -> None:
+        metadata = read_metadata(self.root / "metadata.csv")
+        genres = [metadata.get(path, {}).get("genre", "") for path in table["train_paths"]]
+        shown = showable(genres, table["train_paths"], hide)
+        self.paths, self.artists = table["train_paths"][shown], table["train_artists"][shown]
+        self.styles = table["classes"][table["train_labels"]][shown]
+        self.mean, self.std = table["train"].mean(0), table["train"].std(0) + 1e-6
+        self.codes = self.normalise(table["train"][shown])
+
+    def normalise(self, features):
+        features = (features - self.mean) / self.std
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    def html(self, image) -> str:
+        """The NEIGHBOURS most similar paintings to an image, uint8 (1, 3, size, size)."""
+        if self.unavailable:
+            return f"<p>{html.escape(self.unavailable)}</p>"
+        similarity = self.codes @ self.normalise(self.classifier.features(image).numpy())[0]
+        figures = []
+        for row in np.argsort(-similarity, kind="stable")[:NEIGHBOURS]:
+            artist, title = artist_and_title(self.artists[row], self.paths[row])
+            caption = f"{title or 'Painting'} by {artist or 'unknown'}, {display_name(self.styles[row])}"
             try:
-                found.append(figure(small(self.root / self.paths[row], 288), words, words))
-            except Exception:  # the codes are here, the paintings need not be
-                found.append(f"<p>{html.escape(words)}</p>")
-        return f'<div class="pictures small">{"".join(found)}</div>'
+                figures.append(figure_html(thumbnail(self.root / self.paths[row], 288), caption, caption))
+            except Exception:  # the features are here, but the file may be absent or damaged
+                figures.append(f"<p>{html.escape(caption)}</p>")
+        return f'<div class="pictures small">{"".join(figures)}</div>'
 
 
-class Painter:
-    """Repaints a picture in a style, where the run folder has a style.pt: see style_transfer.py."""
+class Repainter:
+    """Repaints images with the StyleAutoencoder in the run folder's style.pt; without one, `styles` is empty."""
 
-    def __init__(self, config, device):
-        path = Path(config.run) / "style.pt"
-        self.model, self.classes, self.device = None, [], device
+    def __init__(self, run, device):
+        path = Path(run) / "style.pt"
+        self.styles, self.device = [], device
         if path.exists():
-            checkpoint = runs.load_checkpoint(path, "StyleAutoencoder")
+            checkpoint = load_checkpoint(path, "StyleAutoencoder")
             self.model = build_model(checkpoint).to(device)
-            self.classes, self.crop = checkpoint["classes"], checkpoint["crop"]
-            self.shape = {key: checkpoint["data"][key] for key in ("size", "resize")}
+            self.styles, self.crop = checkpoint["classes"], checkpoint["crop"]
+            self.size, self.resize = checkpoint["data"]["size"], checkpoint["data"]["resize"]
 
     @torch.no_grad()
-    def paint(self, data: bytes, style: str) -> Image.Image:
-        """The picture in the style, in its own proportions."""
-        pixels = read_picture(io.BytesIO(data), **self.shape, formats=FORMATS)
-        pixels = torch.from_numpy(pixels.copy())[None].to(self.device)
-        wanted = torch.eye(len(self.classes), device=self.device)[[self.classes.index(style)]]
-        images = views(pixels, self.crop)[0]
-        painted = self.model.decode(self.model.encode(images), wanted, self.model.own_style(images))[0]
-        painted = Image.fromarray((255 * painted.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy())
-        size = small(io.BytesIO(data), 512, FORMATS, self.shape["resize"]).size
-        return painted.resize(size, Image.Resampling.BICUBIC)
+    def repaint(self, data: bytes, style: str) -> Image.Image:
+        """An uploaded file in a style, in its own proportions."""
+        pixels = read_image(io.BytesIO(data), self.size, self.resize, FORMATS).copy()
+        images = views(torch.from_numpy(pixels)[None].to(self.device), self.crop)[0]
+        target = torch.eye(len(self.styles), device=self.device)[[self.styles.index(style)]]
+        source = self.model.style_probabilities(images)
+        painted = self.model.decode(self.model.encode(images), target, source)[0].clamp(0, 1)
+        painted = Image.fromarray((255 * painted).round().byte().permute(1, 2, 0).cpu().numpy())
+        shape = thumbnail(data, SIDE, self.resize).size
+        return painted.resize(shape, Image.Resampling.BICUBIC)
 
 
-def collection(config) -> str:
-    """Paintings per style, styles over the years, and the t-SNE map, as far as the run and the data have them."""
-    facts_path, shown = Path(config.run) / "facts.json", []
-    facts = json.loads(facts_path.read_text()) if facts_path.exists() else {}
-    sizes = facts.get("train", {}).get("class_sizes", {})
-    rows = [(plain(name), size, str(size)) for name, size in sorted(sizes.items(), key=lambda each: -each[1])]
-    shown.append("<h2>Training paintings per style</h2>")
-    shown.append(
-        bars(rows, max(sizes.values())) if rows else f"<p>{html.escape(config.run)} has no facts of train.py.</p>"
-    )
-    shown.append("<h2>Styles over the years</h2>" + years(read_metadata(Path(config.data) / "metadata.csv")))
+def collection_html(config) -> str:
+    """Paintings per style, styles over the years, and the t-SNE map, where the run and the data have them."""
+    sizes = read_facts(config.run).get("train", {}).get("class_sizes", {})
+    rows = [(display_name(name), size, str(size)) for name, size in sorted(sizes.items(), key=lambda item: -item[1])]
+    missing = f"<p>{html.escape(config.run)}/facts.json has no facts of train.py.</p>"
+    parts = ["<h2>Training paintings per style</h2>", bars_html(rows, max(sizes.values())) if rows else missing]
+    parts += ["<h2>Styles over the years</h2>", years_html(read_metadata(Path(config.data) / "metadata.csv"))]
+    parts.append("<h2>Map</h2>")
     maps = sorted(Path(config.run).glob("tsne_*.png"), key=lambda path: path.stem != "tsne_classifier")
-    shown.append("<h2>Map</h2>")
     if maps:
-        words = "Map by t-SNE: paintings that the network finds alike lie together; coloured by style, and by cluster"
-        shown.append(figure(small(maps[0], 1600), words, words))
+        caption = "Map by t-SNE: paintings with similar features are close together; coloured by style, and by cluster"
+        parts.append(figure_html(thumbnail(maps[0], 1600), caption, caption))
     else:
-        shown.append("<p>cluster.py draws it.</p>")
-    return "".join(shown)
+        parts.append("<p>cluster.py draws it.</p>")
+    return "".join(parts)
 
 
-def years(metadata: dict[str, dict]) -> str:
-    """A table of paintings, style by period."""
-    dated = []
+def years_html(metadata: dict[str, dict]) -> str:
+    """A table of the number of paintings by style and period."""
+    dated = []  # (style, year)
     for path, row in metadata.items():
         year = re.search(r"\d{4}", row.get("year") or "")
-        parts = path.split("/")
-        if year and len(parts) > 1:
-            dated.append((parts[1] if len(parts) > 2 and parts[0] in ("train", "test") else parts[0], int(year[0])))
+        folders = path.split("/")[:-1]
+        if year and folders:
+            dated.append((folders[folders[0] in ("train", "test") and len(folders) > 1], int(year[0])))
     if not dated:
-        return "<p>metadata.csv of the data knows no years.</p>"
-    spread = max(year for _, year in dated) - min(year for _, year in dated)
-    step = next((step for step in (5, 10, 25, 50) if spread / step < 12), 100)
-    counts = Counter((style, year // step * step) for style, year in dated)
-    periods, most = sorted({period for _, period in counts}), max(counts.values())
-
-    def cell(number):
-        share = 0.6 * number / most
-        return f'<td style="background: rgb(68 119 170 / {share:.2f})">{number or ""}</td>'
-
-    head = "".join(f'<th scope="col">{period} to {period + step - 1}</th>' for period in periods)
-    lines = (f'<tr><th scope="row">{html.escape(plain(style))}</th>'
-             + "".join(cell(counts[style, period]) for period in periods) + "</tr>"
-             for style in sorted({style for style, _ in counts}))  # fmt: skip
-    table = f'<table><tr><th scope="col">Style</th>{head}</tr>{"".join(lines)}</table>'
-    return f'<div class="wide" tabindex="0">{table}</div>'
+        return "<p>metadata.csv of the data has no years.</p>"
+    first, last = (function(year for _, year in dated) for function in (min, max))
+    period = next((period for period in (5, 10, 25, 50) if (last - first) / period < 12), 100)
+    counts = Counter((style, year // period * period) for style, year in dated)
+    starts, maximum = sorted({start for _, start in counts}), max(counts.values())
+    header = "".join(f'<th scope="col">{start} to {start + period - 1}</th>' for start in starts)
+    table = f'<tr><th scope="col">Style</th>{header}</tr>'
+    for style in sorted({style for style, _ in counts}):
+        cells = [
+            f'<td style="background: rgb(68 119 170 / {0.6 * count / maximum:.2f})">{count or ""}</td>'
+            for count in (counts[style, start] for start in starts)
+        ]
+        table += f'<tr><th scope="row">{html.escape(display_name(style))}</th>{"".join(cells)}</tr>'
+    return f'<div class="wide" tabindex="0"><table>{table}</table></div>'

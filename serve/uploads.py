@@ -1,4 +1,4 @@
-"""What strangers send to page.py: held in memory and within limits, and opened by few decoders."""
+"""Uploads from untrusted clients: held in memory, limited in size, and decoded by few decoders."""
 
 import asyncio
 import io
@@ -16,53 +16,56 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-import runs
-from folder import FORMATS, read_picture
+from common.errors import UserError
+from common.images import FORMATS, read_image
 
-HELD, FILES = 2**30, 1000  # bytes and number of the uploads that are held, at most
-FORGET = 3600  # seconds after which an upload is forgotten
-PATIENCE = 30  # seconds in which more of a request has to come
-MultiPartParser.spool_max_size = 0  # no limit: what is larger would be written to the disk
-# Of Gradio's own addresses those that the page and the API need. The rest reads files, or fetches from elsewhere.
-OPEN = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run",
-        "startup-events", "theme.css", "upload", "upload_progress"}  # fmt: skip
+MAX_REQUEST = 50_000_000  # bytes of a request
+MAX_PIXELS = 100_000_000  # pixels of an upload
+MAX_HELD, MAX_FILES = 2**30, 1000  # bytes and number of all uploads that are held
+LIFETIME = 3600  # seconds for which an upload is held
+RECEIVE_TIMEOUT = 30  # seconds to wait for more of a request
+MultiPartParser.spool_max_size = 0  # no limit: larger files would be written to the disk
+# The Gradio endpoints that the page and the API need. The others read files, or fetch from other machines.
+ENDPOINTS = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run"}
+ENDPOINTS |= {"startup-events", "theme.css", "upload", "upload_progress"}
 
 
 class Uploads:
-    """Uploaded files, in memory, by tokens that nobody can guess: there is no path that could lead elsewhere."""
+    """Uploaded files in memory, by random tokens: a token is no path, so it cannot lead to another file."""
 
     def __init__(self):
-        self.held, self.lock = {}, threading.Lock()  # the oldest come first
+        self.files, self.lock = {}, threading.Lock()  # {token: (name, data, time of arrival)}, oldest first
 
     def put(self, name: str, data: bytes) -> str:
         with self.lock:
             token = secrets.token_urlsafe(24)
-            self.held[token] = (name[-255:], data, time.monotonic())
-            self.forget()
+            self.files[token] = (name[-255:], data, time.monotonic())
+            self.expire()
             return token
 
     def get(self, token) -> tuple[str, bytes]:
+        """Name and content of an upload. Raises UserError."""
         with self.lock:
-            self.forget()
-            if token not in self.held:
-                raise runs.Problem("this upload is not here, or no longer: upload the picture first")
-            return self.held[token][:2]
+            self.expire()
+            if token not in self.files:
+                raise UserError("unknown or expired upload: upload the picture first")
+            return self.files[token][:2]
 
-    def forget(self) -> None:
-        """Let go of what is old, and of the oldest where there is too much."""
-        size = sum(len(data) for _, data, _ in self.held.values())
-        for token, (_, data, since) in list(self.held.items()):
-            if size > HELD or len(self.held) > FILES or time.monotonic() - since > FORGET:
-                del self.held[token]
+    def expire(self) -> None:
+        """Remove what is older than LIFETIME, and the oldest while there is more than MAX_HELD or MAX_FILES."""
+        size = sum(len(data) for _, data, _ in self.files.values())
+        for token, (_, data, arrival) in list(self.files.items()):
+            if size > MAX_HELD or len(self.files) > MAX_FILES or time.monotonic() - arrival > LIFETIME:
+                del self.files[token]
                 size -= len(data)
 
     def drop(self, token) -> None:
         with self.lock:
-            self.held.pop(token, None)
+            self.files.pop(token, None)
 
 
 def upload_routes(uploads: Uploads, folder: str) -> list[Route]:
-    """They take the place of Gradio's upload, which writes to the disk: to `folder`, where tokens seem to lie."""
+    """Routes that replace Gradio's upload, which would write to `folder`; answers name tokens as if they lay there."""
 
     async def upload(request):
         try:
@@ -70,76 +73,78 @@ def upload_routes(uploads: Uploads, folder: str) -> list[Route]:
                 parts = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
                 tokens = [uploads.put(part.filename or "", await part.read()) for part in parts]
         except ClientDisconnect:
-            return PlainTextResponse("this was not all", status_code=400)  # which nobody hears
+            return PlainTextResponse("incomplete request", status_code=400)
         return JSONResponse([f"{folder}/{token}" for token in tokens])
 
-    async def progress(request):  # whose bar the page shows: none is needed
+    async def progress(request):  # the page asks for it during an upload
         return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     return [Route("/gradio_api/upload", upload, methods=["POST"]), Route("/gradio_api/upload_progress", progress)]
 
 
 class Guard:
-    """Turns away what is larger than it may be, before it is read, and addresses that nobody here needs.
+    """ASGI middleware that refuses large requests before they are read, and endpoints that are not needed.
 
-    All requests that are arriving together may have HELD bytes: each is small, but there can be many. Who stops sending
-    in the middle keeps them from others for PATIENCE at most.
+    All requests that are arriving at the same time may have MAX_HELD bytes together, and each must send more within
+    RECEIVE_TIMEOUT.
     """
 
-    def __init__(self, app, megabytes: float):
-        self.app, self.limit, self.arriving = app, megabytes * 1e6, 0
+    def __init__(self, app):
+        self.app, self.arriving = app, 0  # bytes of the requests under way
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http" and (refusal := self.refuse(scope)):
-            return await PlainTextResponse(refusal[1], status_code=refusal[0])(scope, receive, send)
-        own, whole = 0, False
+            status, reason = refusal
+            return await PlainTextResponse(reason, status_code=status)(scope, receive, send)
+        received, complete = 0, False
 
-        async def counted():
-            nonlocal own, whole
-            try:  # once the request is whole, what is waited for is the client's leaving
-                message = await (receive() if whole else asyncio.wait_for(receive(), PATIENCE))
+        async def counting_receive():
+            nonlocal received, complete
+            try:  # of a complete request, the next message is the client's disconnect, which may take long
+                message = await (receive() if complete else asyncio.wait_for(receive(), RECEIVE_TIMEOUT))
             except TimeoutError:
-                raise HTTPException(408, "the rest of the request did not come") from None
-            whole = not message.get("more_body")
+                raise HTTPException(408, "the rest of the request did not arrive") from None
+            complete = not message.get("more_body")
             size = len(message.get("body", b""))
-            own, self.arriving = own + size, self.arriving + size
-            if self.arriving > HELD:
-                raise HTTPException(503, "too much is arriving at once: try again")
+            received, self.arriving = received + size, self.arriving + size
+            if self.arriving > MAX_HELD:
+                raise HTTPException(503, "too many uploads at the same time: try again")
             return message
 
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, counting_receive, send)
         finally:
-            self.arriving -= own
+            self.arriving -= received
 
-    def refuse(self, scope):
-        parts = scope["path"].strip("/").split("/")
-        if parts[0] in ("gradio_api", "custom_component", "monitoring") and not (
-            parts[0] == "gradio_api" and len(parts) > 1 and parts[1] in OPEN
-        ):
-            return 404, "no such address"
+    def refuse(self, scope) -> tuple[int, str] | None:
+        """HTTP status and reason for a request that is refused."""
+        first, second = (scope["path"].strip("/").split("/") + [""])[:2]
+        if first in ("custom_component", "monitoring") or (first == "gradio_api" and second not in ENDPOINTS):
+            return 404, "no such endpoint"
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if scope["method"] == "POST" and (b"content-length" not in headers or b"transfer-encoding" in headers):
-            return 411, "say how long it is"
-        if not length.isdigit() or int(length) > self.limit:
-            return 413, f"a request may have {self.limit / 1e6:g} MB at most"
+            return 411, "Content-Length is required"
+        if not length.isdigit() or int(length) > MAX_REQUEST:
+            return 413, f"a request may have at most {MAX_REQUEST / 1e6:g} MB"
+        return None
 
 
-def read_upload(data: bytes, shape: dict, megapixels: float) -> np.ndarray:
-    """An uploaded file's bytes as pixels uint8 (3, size, size). Raises Problem for what is no picture, or too large."""
+def read_upload(data: bytes, size: int, resize: str) -> np.ndarray:
+    """An uploaded file as pixels uint8 (3, size, size). Raises UserError for one that is too large or not an image."""
     if not data:
-        raise runs.Problem("the file is empty")
+        raise UserError("the file is empty")
+    limit = f"at most {MAX_PIXELS / 1e6:g} million pixels are allowed"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
-        if width * height <= megapixels * 1e6:  # before anything is decoded: a small file can hold a vast picture
-            return read_picture(io.BytesIO(data), **shape, formats=FORMATS).copy()
+        if width * height <= MAX_PIXELS:  # checked before decoding: a small file can hold a huge image
+            return read_image(io.BytesIO(data), size, resize, FORMATS).copy()
     except Image.DecompressionBombError:
-        raise runs.Problem(f"the picture has more than {megapixels:g} million pixels") from None
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        raise runs.Problem(f"this is not a picture that can be read here ({type(error).__name__}): "
-                           "JPEG, PNG, WebP, TIFF, BMP and GIF can") from None  # fmt: skip
-    raise runs.Problem(f"the picture has {width} x {height} pixels: {megapixels:g} million are the most")
+        raise UserError(f"the picture is too large: {limit}") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = f"not a picture that can be read ({type(error).__name__})"
+        raise UserError(f"{reason}: send JPEG, PNG, WebP, TIFF, BMP or GIF") from None
+    raise UserError(f"the picture has {width} x {height} pixels: {limit}")

@@ -7,17 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from conftest import ROOT, TINY_TRAIN, picture
 
-import corrections
 import label
-import runs
 import train
 import wikiart
+from common.run import load_checkpoint
+from serve import corrections
 
 
 def test_a_correction_is_there_after_kill_9(tmp_path):
     """A process that says a correction is saved, and is killed at once: again and again, none is lost."""
     code = (
-        "import corrections, sys\n"
+        "import sys\n"
+        "from serve import corrections\n"
         "store, number = corrections.Corrections(sys.argv[1]), 0\n"
         "while True:\n"
         "    store.add('a_b.png', b'%d' % number, 'model', 'Cubism', 0.5, 'Rococo')\n"
@@ -25,20 +26,20 @@ def test_a_correction_is_there_after_kill_9(tmp_path):
         "    number += 1\n"
     )
     for turn in range(3):
-        path, said = tmp_path / f"{turn}.sqlite", -1
+        path, saved = tmp_path / f"{turn}.sqlite", -1
         with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
             for line in process.stdout:
-                said = int(line)
-                if said == 3 + turn:
+                saved = int(line)
+                if saved == 3 + turn:
                     process.kill()
                     break
             rest = process.stdout.read().split()
-        said = int(rest[-1]) if rest else said
+        saved = int(rest[-1]) if rest else saved
         with sqlite3.connect(path) as base:
             assert base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             kept = base.execute("SELECT picture FROM corrections JOIN pictures USING (hash) ORDER BY number").fetchall()
-        assert len(kept) >= said + 1
-        assert [int(each) for (each,) in kept] == list(range(len(kept)))
+        assert len(kept) >= saved + 1
+        assert [int(content) for (content,) in kept] == list(range(len(kept)))
 
 
 def test_two_threads_correct_at_once(tmp_path):
@@ -69,7 +70,7 @@ def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
     data = wikiart.WikiArt(target, "train", size=32, processes=1)
     assert set(data.artists) <= {path.name.partition("_")[0] for path in files}
     train.main([*TINY_TRAIN, "--data", str(target), "--run", str(run), "--epochs", "1"])
-    assert runs.load_checkpoint(run / "classifier.pt")["classes"] == sorted({path.parent.name for path in files})
+    assert load_checkpoint(run / "classifier.pt")["classes"] == sorted({path.parent.name for path in files})
 
 
 def test_test_paintings_are_not_exported_into_training(demo, tmp_path, capsys):

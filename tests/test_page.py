@@ -13,14 +13,13 @@ from PIL import Image
 
 import cluster
 import label
-import runs
 import train
 import wikiart
-from uploads import read_upload
+from common.run import load_checkpoint, save_checkpoint
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium, as .ci/run does")
-PATIENCE = 60_000  # milliseconds: on a busy machine everything takes long
+TIMEOUT = 60_000  # milliseconds: on a busy machine everything takes long
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +28,22 @@ def run(trained, demo, tmp_path_factory):
     run = tmp_path_factory.mktemp("page")
     for name in ("classifier.pt", "facts.json"):
         shutil.copy(trained / name, run)
-    config = SimpleNamespace(run=run, data=demo, size=32, resize="squash", split_seed=0, processes=1, split="test",
-                             renew=False, batch_size=16)  # fmt: skip
+    config = SimpleNamespace(run=run, data=demo, size=32, resize="squash", split_seed=0, processes=1, split="test")
     cluster.codes_of("classifier", config, torch.device("cpu"))
-    classes = runs.load_checkpoint(run / "classifier.pt")["classes"]
+    classes = load_checkpoint(run / "classifier.pt")["classes"]
     arguments = {"styles": len(classes), "embedding": 8, "crop": 32, "code": 8, "width": 8}
     model = wikiart.make_model("StyleAutoencoder", arguments)
-    runs.save_checkpoint(run / "style.pt", {
-        "model": "StyleAutoencoder", "arguments": arguments, "classes": classes, "crop": 32,
-        "data": {"size": 32, "resize": "squash"}, "weights": model.state_dict()})  # fmt: skip
+    save_checkpoint(
+        run / "style.pt",
+        {
+            "model": "StyleAutoencoder",
+            "arguments": arguments,
+            "classes": classes,
+            "crop": 32,
+            "data": {"size": 32, "resize": "squash"},
+            "weights": model.state_dict(),
+        },
+    )
     Image.new("RGB", (800, 400)).save(run / "tsne_classifier.png")
     return run
 
@@ -58,7 +64,7 @@ def phone(browser):
     """A page of a phone's width; what its scripts complain about fails the test."""
     context = browser.new_context(viewport={"width": 375, "height": 700})
     page, errors = context.new_page(), []
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(TIMEOUT)
     page.on("pageerror", lambda error: errors.append(str(error)))
     yield page
     context.close()
@@ -87,20 +93,20 @@ def corrections(run):
     if not (run / "corrections.sqlite").exists():
         return []
     with sqlite3.connect(run / "corrections.sqlite") as base:
-        return base.execute("SELECT guess, choice, picture, name FROM corrections JOIN pictures USING (hash) "
-                            "ORDER BY number").fetchall()  # fmt: skip
+        return base.execute(
+            "SELECT guess, choice, picture, name FROM corrections JOIN pictures USING (hash) ORDER BY number"
+        ).fetchall()
 
 
 def test_from_upload_to_training_on_the_correction(run, demo, phone, tmp_path):
     """Two corrections, the server killed after each click; then export, and training on what was there and is new."""
     paths = sorted((demo / "test").rglob("*.jpg"))
-    labeller = label.Labeller(run / "classifier.pt", torch.device("cpu"))
+    classifier = wikiart.Classifier.load(run / "classifier.pt", "cpu")
     expected = []
     for path, style in zip(paths[:2], ("Dots", "Hatching"), strict=True):
         with served(run, "--data", demo) as server:
             open_and_upload(phone, server.address, path)
-            pixels = read_upload(path.read_bytes(), labeller.shape, 100)
-            guess, share = labeller.likeliest(labeller(torch.from_numpy(pixels)[None])[0])[0]
+            guess, share = classifier.top(classifier.predict([path])[0])[0]
             assert phone.get_by_role("heading", name=f"{guess.replace('_', ' ')}, {share:.0%}").count() == 1
             assert len(corrections(run)) == len(expected)  # nothing yet
             choose(phone, "Its style is", style)
@@ -115,8 +121,8 @@ def test_from_upload_to_training_on_the_correction(run, demo, phone, tmp_path):
         (target / path.relative_to(demo)).unlink()
     label.main(["--run", str(run), "--export", str(target / "train")])
     for _, style, picture, name in expected:
-        found = list((target / "train" / style).glob(f"{name.rpartition('.')[0]}-*"))
-        assert [path.read_bytes() for path in found] == [picture]
+        exported = list((target / "train" / style).glob(f"{name.rpartition('.')[0]}-*"))
+        assert [path.read_bytes() for path in exported] == [picture]
     train.main([*TINY_TRAIN, "--data", str(target), "--run", str(tmp_path / "run"), "--epochs", "1"])
     before, after = (len(wikiart.WikiArt(root, "train", size=32, processes=1)) for root in (demo, target))
     assert after == before + 2
@@ -132,13 +138,13 @@ def test_the_result_says_why(server, run, demo, phone):
     path = min((demo / "test").rglob("*.jpg"))
     open_and_upload(phone, server.address, path)
     assert phone.locator(".bars meter").count() >= 3
-    alternatives = phone.locator("figure img").evaluate_all("all => all.map(each => each.alt)")
-    assert alternatives[0] == "The painting as it was uploaded"
-    assert re.match("What spoke for .*: most of all the ", alternatives[1])
+    alternatives = phone.locator("figure img").evaluate_all("images => images.map(image => image.alt)")
+    assert alternatives[0] == "The uploaded painting"
+    assert re.match("Evidence for .*: strongest (top|middle|bottom|centre)", alternatives[1])
     assert len(alternatives) == 2 + 6
     styles = [name.name.replace("_", " ") for name in (demo / "train").iterdir()]
-    assert all(each.rpartition(", ")[2] in styles and " by " in each for each in alternatives[2:])
-    sizes = phone.locator("figure img").evaluate_all("all => all.map(each => each.naturalWidth)")
+    assert all(text.rpartition(", ")[2] in styles and " by " in text for text in alternatives[2:])
+    sizes = phone.locator("figure img").evaluate_all("images => images.map(image => image.naturalWidth)")
     assert min(sizes) > 0
 
     choose(phone, "Repaint it as", "Facets")
@@ -162,9 +168,9 @@ def tab_to(page, name):
     for _ in range(40):
         page.keyboard.press("Tab")
         focused = page.evaluate("""() => {
-            const at = document.activeElement
-            const labels = [...at.labels || []].map(each => each.textContent)
-            return at === document.body ? "" : [at.ariaLabel, at.textContent, ...labels].join(" ")
+            const element = document.activeElement
+            const labels = [...element.labels || []].map(label => label.textContent)
+            return element === document.body ? "" : [element.ariaLabel, element.textContent, ...labels].join(" ")
         }""")
         if name in focused:
             return
@@ -235,10 +241,10 @@ def test_what_is_no_picture_gets_a_message_and_the_page_goes_on(server, demo, ph
 
 def test_nothing_is_asked_of_other_machines(server, demo, browser):
     context = browser.new_context()
-    asked = []
-    context.on("request", lambda request: asked.append(request.url))
+    urls = []
+    context.on("request", lambda request: urls.append(request.url))
     page = context.new_page()
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(TIMEOUT)
     open_and_upload(page, server.address, min((demo / "test").rglob("*.jpg")))
     context.close()
-    assert [url for url in asked if not url.startswith((server.address, "data:", "blob:"))] == []
+    assert [url for url in urls if not url.startswith((server.address, "data:", "blob:"))] == []
