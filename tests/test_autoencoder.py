@@ -4,43 +4,45 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, clear_line, script, stop_in_epoch_2
 from PIL import Image
 
-import layers
-import losses
-import runs
 import train_autoencoder
 import wikiart
-import windows
+from common import crops, layers, losses
+from common.errors import UserError
+from common.optim import Optimizers
+from common.run import load_checkpoint
 
-TINY_CODES = [
-    *TINY,
-    "--size",
-    "32",
-    "--crop",
-    "32",
-    "--width",
-    "8",
-    "--code",
-    "48",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "16",
-]
+TINY_FLAGS = "--size 32 --crop 32 --width 8 --code 48 --epochs 3 --batch-size 16"
+TINY_CODES = [*TINY, *TINY_FLAGS.split()]
+GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+ADAMW_SCRIPT = f"""
+import sys
+from functools import partial
+sys.path.insert(0, {str(ROOT)!r})
+import train_autoencoder
+train_autoencoder.Optimizers = partial(train_autoencoder.Optimizers, muon=False)
+train_autoencoder.main()
+"""
+
+
+def facts_of(run):
+    return json.loads((run / "facts.json").read_text())["train_autoencoder"]
 
 
 def weights_of(path):
-    return runs.load_checkpoint(path)["weights"]
+    return load_checkpoint(path)["weights"]
 
 
-def same_weights(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same_weights(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +54,7 @@ def coded(demo, tmp_path_factory):
 
 
 def test_it_learns_more_than_the_mean_colour_and_says_what_it_is_held_against(coded):
-    facts = json.loads((coded / "facts.json").read_text())["train_autoencoder"]
+    facts = facts_of(coded)
     assert facts["psnr"] > facts["pca_psnr"] + 0.1  # where it started
     assert facts["psnr"] > facts["mean_colour_psnr"] > facts["mean_image_psnr"]
     assert facts["pca_psnr"] > facts["mean_colour_psnr"]
@@ -63,97 +65,112 @@ def test_it_learns_more_than_the_mean_colour_and_says_what_it_is_held_against(co
 
 
 def test_the_checkpoint_alone_gives_the_network_back(coded, demo):
-    model = wikiart.build_model(runs.load_checkpoint(coded / "autoencoder.pt"))
-    images = windows.views(torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:6].copy()), 32)[
-        0
-    ]
+    model = wikiart.build_model(load_checkpoint(coded / "autoencoder.pt"))
+    pixels = torch.from_numpy(wikiart.WikiArt(demo, "test", size=32, processes=1).pixels[:6].copy())
+    images = crops.views(pixels, 32)[0]
     with torch.no_grad():
         codes = model.encode(images)
-        painted = model.decode(codes)
+        reconstructions = model.decode(codes)
         one_by_one = torch.cat([model.encode(image[None]) for image in images])
     assert codes.shape == (6, 48)
     assert torch.allclose(codes, one_by_one, atol=1e-4)  # whatever the batch
-    assert painted.shape == images.shape
-    assert torch.equal(painted, model(images).detach())
-    assert (painted - images).square().mean() < (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
+    assert reconstructions.shape == images.shape
+    assert torch.equal(reconstructions, model(images).detach())
+    error, mean_colour_error = reconstructions - images, images.mean((0, 2, 3), keepdim=True) - images
+    assert error.square().mean() < mean_colour_error.square().mean()
 
 
-def test_restoring_undoes_the_normalisation():
+def test_the_inverse_undoes_the_normalisation():
     normalise = layers.Normalise((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     images = torch.rand(2, 3, 4, 4)
-    assert torch.allclose(normalise.restore(normalise(images)), images, atol=1e-6)
+    assert torch.allclose(normalise.inverse(normalise(images)), images, atol=1e-6)
 
 
 def test_every_weight_gets_a_gradient():
-    model = wikiart.Autoencoder(crop=32, code=8, width=8, points=16)
+    model = wikiart.Autoencoder(crop=32, code=8, width=8, projection_dim=16, **GREY)
     images = torch.rand(40, 3, 32, 32)
     model.start_as_pca([images])
-    for last in (model.add, model.paint[-2]):  # zero to begin with, which stops gradients
-        torch.nn.init.normal_(last.weight)
-    painted, points = model(images[:4], images[4:8])
-    assert points.shape == (8, 16)
-    (painted.square().mean() + points.square().mean()).backward()
+    for layer in (model.add, model.paint[-2]):  # zero to begin with, which stops gradients
+        torch.nn.init.normal_(layer.weight)
+    reconstructions, projections = model(images[:4], images[4:8])
+    assert projections.shape == (8, 16)
+    (reconstructions.square().mean() + projections.square().mean()).backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
 
 
 def test_it_starts_where_pca_ends():
     torch.manual_seed(0)
-    images = torch.rand(60, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # 48 numbers say all
-    for code, most in ((48, 1e-6), (24, 0.05)):
-        model = wikiart.Autoencoder(crop=32, code=code, width=8).eval()
+    images = torch.rand(60, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # 48 numbers determine an image
+    for code, largest_error in ((48, 1e-6), (24, 0.05)):
+        model = wikiart.Autoencoder(crop=32, code=code, width=8, **GREY).eval()
         model.start_as_pca([images])
         with torch.no_grad():
-            painted, codes = model(images), model.encode(images)
-        smooth = torch.nn.functional.interpolate(
-            torch.nn.functional.avg_pool2d(images, 2), scale_factor=2, mode="bilinear"
-        )
-        assert (painted - smooth).square().mean() < most
+            reconstructions, codes = model(images), model.encode(images)
+        smooth = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+        assert (reconstructions - smooth).square().mean() < largest_error
         assert codes.square().mean() == pytest.approx(1, rel=0.05)
 
 
-def test_windows_of_one_painting_are_told_from_others():
+def test_crops_of_one_painting_are_told_from_others():
     near = torch.eye(4).expand(2, 4, 4)
-    assert losses.contrast(near) < losses.contrast(torch.stack([near[0], near[0].roll(1, 0)]))
-    points = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [0, 1]]])
-    expected = -np.log(np.exp(5) / (np.exp(5) + 2))  # cosine 1 with its twin, 0 with two others, over 0.2
-    assert losses.contrast(points).item() == pytest.approx(expected, abs=1e-5)
+    assert losses.nt_xent(near) < losses.nt_xent(torch.stack([near[0], near[0].roll(1, 0)]))
+    projections = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [0, 1]]])
+    expected = -np.log(np.exp(5) / (np.exp(5) + 2))  # cosine 1 with its positive, 0 with two negatives, over 0.2
+    assert losses.nt_xent(projections).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch):
-    arguments = [*TINY_CODES, "--data", str(demo), "--manner-weight", "0.15"]
-    train_autoencoder.main([*arguments, "--run", str(tmp_path / "whole")])
+def test_the_loss_is_the_error_over_the_variance_and_the_weighted_contrastive_loss():
+    torch.manual_seed(0)
+    model, images, others = (
+        wikiart.Autoencoder(32, 8, 8, projection_dim=16, **GREY).eval(),
+        *torch.rand(2, 4, 3, 32, 32),
+    )
+    reconstructions, projections = model(images, others)
+    error, contrastive = F.mse_loss(reconstructions, images), losses.nt_xent(projections.view(2, 4, -1))
+    loss, mse = losses.ReconstructionLoss(model, 0.5, 0.1)(images, others)
+    assert mse.item() == pytest.approx(error.item())
+    assert loss.item() == pytest.approx((error / 0.1 + 0.5 * contrastive).item(), rel=1e-5)
+    assert losses.ReconstructionLoss(model, 0.0, 0.1)(images)[0].item() == pytest.approx(error.item() / 0.1, rel=1e-5)
+
+
+def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch, capsys):
+    arguments = [*TINY_CODES, "--data", str(demo), "--contrastive-weight", "0.15"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_autoencoder.main([*arguments, "--run", str(whole)])
     stop_in_epoch_2(train_autoencoder, monkeypatch)
-    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* --resume"):
-        train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts")])
+    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* same command"):
+        train_autoencoder.main([*arguments, "--run", str(parts)])
     monkeypatch.undo()
-    with pytest.raises(runs.Problem, match="unfinished training"):
-        train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts")])
-    train_autoencoder.main([*arguments, "--run", str(tmp_path / "parts"), "--resume"])
-    assert same_weights(*(weights_of(tmp_path / name / "autoencoder.pt") for name in ("whole", "parts")))
+    with pytest.raises(UserError, match="unfinished training .* lr = .* --restart"):
+        train_autoencoder.main([*arguments, "--run", str(parts), "--lr", "0.001"])
+    train_autoencoder.main([*arguments, "--run", str(parts)])
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    assert same_weights(*(weights_of(run / "autoencoder.pt") for run in (whole, parts)))
 
 
-def test_two_processes_train_like_one(demo, tmp_path):
-    plain = ["--optimizer", "adamw", "--manner-weight", "0.15", "--data", str(demo)]  # Muon blows rounding up
+def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
+    arguments = [*TINY_CODES, "--contrastive-weight", "0.15", "--data", str(demo)]
+    with_adamw = tmp_path / "with_adamw.py"  # Muon amplifies rounding errors
+    with_adamw.write_text(ADAMW_SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    command = [*torchrun, ROOT / "train_autoencoder.py", *TINY_CODES, *plain, "--run", tmp_path / "two"]
+    command = [*torchrun, with_adamw, *arguments, "--run", tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    train_autoencoder.main([*TINY_CODES, *plain, "--run", str(tmp_path / "one")])
-    one, two = (
-        json.loads((tmp_path / name / "facts.json").read_text())["train_autoencoder"] for name in ("one", "two")
-    )
+    monkeypatch.setattr(train_autoencoder, "Optimizers", partial(Optimizers, muon=False))
+    train_autoencoder.main([*arguments, "--run", str(tmp_path / "one")])
+    one, two = facts_of(tmp_path / "one"), facts_of(tmp_path / "two")
     for key in ("mse", "val_mse", "pca_psnr"):
         assert one[key] == pytest.approx(two[key], rel=2e-3), key
 
 
 def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
-    errors = iter([0.5, 0.4, 0.45, 0.45, 0.45, 0.1, 0.1, 0.1, 0.1])  # after the third without progress it ends
-    monkeypatch.setattr(train_autoencoder, "mean_error", lambda *_: next(errors))
-    train_autoencoder.main(
-        [*TINY_CODES, "--data", str(demo), "--run", str(tmp_path), "--epochs", "9", "--patience", "3"]
-    )
-    facts = json.loads((tmp_path / "facts.json").read_text())["train_autoencoder"]
+    errors = [0.5, 0.4, 0.45, 0.45, 0.45]  # after the third without progress it ends
+    values = iter([0.2] * 3 + errors + [0.1] * 4)  # three baselines before, and after it on test paintings
+    monkeypatch.setattr(train_autoencoder, "mean_error", lambda *_: next(values))
+    monkeypatch.setattr(train_autoencoder, "PATIENCE", 3)
+    train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(tmp_path), "--epochs", "9"])
+    facts = facts_of(tmp_path)
     assert (facts["epochs"], facts["epoch_kept"]) == (5, 2)
 
 
@@ -166,7 +183,7 @@ def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_gets_one_clear_line(demo, tmp_path, arguments, message):
-    with pytest.raises(runs.Problem, match=message):
+    with pytest.raises(UserError, match=message):
         train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(tmp_path), *arguments])
 
 
