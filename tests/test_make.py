@@ -1,46 +1,57 @@
-"""The pipeline: what is up to date is not done again, what is stale is. Python is a stub that notes its calls."""
+"""The pipeline: what is up to date is not made again, what is outdated is. Python is a stub that records its calls."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
 
-STUB = """#!/bin/bash
+STUB = f"""#!/bin/bash
+case $1 in
+  -m) exec {sys.executable} "$@";;  # common.stamp is run
+  -c) exit 1;;  # no accelerator
+esac
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
-  case $1 in --run) run=$2;; --name|--method) name=$2;; --model) model=style;; --shrink) small=_64;;
-    --backbone) backbone=$2;; esac
-  script=${script:-$1}; shift
+  case $1 in --run) run=$2;; --name|--method) name=$2;; --shrink) small=_64;; --backbone) backbone=$2;; esac
+  script=${{script:-$1}}; shift
 done
 case $script in
   train.py) mkdir -p $run; touch $run/classifier.pt;;
   test.py) touch $run/report.txt;;
-  train_autoencoder.py) mkdir -p $run; touch $run/${model:-autoencoder}.pt;;
-  style_transfer.py) touch $run/style_grid${name:+_$name}.png;;
+  train_autoencoder.py) mkdir -p $run; touch $run/autoencoder.pt;;
+  train_style.py) mkdir -p $run; touch $run/style.pt;;
+  style_transfer.py) touch $run/style_grid${{name:+_$name}}.png;;
   embed.py) case $backbone$small in tf_efficientnet_lite0) backbone=tf_efficientnet_lite2;; esac
-    touch $run/embed_${backbone:-convnext}$small.pt;;
+    touch $run/embed_${{backbone:-convnext}}$small.pt;;
   tune.py) touch $run/$name.md;;
   lora.py) touch $run/lora_grid.png;;
   benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
-  -c) exit 1;;  # no accelerator
 esac
 """
-
-
-STAGES = ["train.py", "train.py", "test.py", "train_autoencoder.py", "train_autoencoder.py", "cluster.py",
-          "train_autoencoder.py", "train.py", *3 * ["style_transfer.py"]]  # fmt: skip
+REPAINT = 3 * ["style_transfer.py"]
+STAGES = [
+    *["train.py", "train.py", "test.py", "train_autoencoder.py", "train_autoencoder.py", "cluster.py"],
+    *["train_style.py", "train.py", *REPAINT],
+]
+BUILD = "report/build.py"
 
 
 @pytest.fixture
 def project(tmp_path):
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.json"), *ROOT.glob("requirements*.txt"), ROOT / "Makefile"):
-        shutil.copy(path, tmp_path)
+    for name in (*(path.name for path in ROOT.glob("*.py")), "config.json", "requirements.txt", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("common", "serve", "settings", "requirements"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "report").mkdir()
-    shutil.copy(ROOT / "report/ablation.json", tmp_path / "report")
+    for name in ("ablation.json", "settings.json", "report.mk"):
+        shutil.copy(ROOT / "report" / name, tmp_path / "report")
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").write_text(STUB)
     (tmp_path / "venv/bin/python").chmod(0o755)
@@ -55,62 +66,136 @@ def make(project, *arguments):
     """Run make; returns the scripts that it ran, in order, and the whole output."""
     (project / "calls").unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    done = subprocess.run(["make", "VENV=venv", *arguments], cwd=project, capture_output=True, text=True,
-                          env=environment, check=False)  # fmt: skip
-    calls = [line.split() for line in (project / "calls").read_text().splitlines()] if done.returncode == 0 else []
-    return [call[0] for call in calls if call[0] != "-c"], done.stdout + done.stderr
+    options = {"cwd": project, "capture_output": True, "text": True, "env": environment, "check": False}
+    process = subprocess.run(["make", "VENV=venv", *arguments], **options)
+    scripts = [call.split()[0] for call in calls(project)] if process.returncode == 0 else []
+    return scripts, process.stdout + process.stderr
+
+
+def calls(project, script="") -> list[str]:
+    """The command lines of the last make, all of them or those of one script."""
+    path = project / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if line.startswith(script)]
+
+
+def set_default(project, section, key, value):
+    path = project / "config.json"
+    config = json.loads(path.read_text())
+    config[section][key] = value
+    path.write_text(json.dumps(config))
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def test_the_demo_runs_every_stage_once(project):
-    ran, said = make(project)
-    assert ran == ["demo.py", *STAGES, "report/build.py"]
-    assert "no GPU here, so cpu.json is laid over config.json" in said
-    assert make(project)[0] == ["report/build.py"]
+    scripts, output = make(project)
+    assert scripts == ["demo.py", *STAGES, BUILD]
+    assert "no GPU here, so settings/cpu.json overrides config.json" in output
+    contrastive = [call for call in calls(project, "train_autoencoder.py") if "--contrastive-weight 0.15" in call]
+    assert len(contrastive) == 1 and contrastive[0].count("--run runs/demo/contrastive") == 1
+    assert make(project)[0] == [BUILD]
 
 
 def test_changed_folders_settings_and_code_are_noticed(project):
-    everything = [*STAGES, "report/build.py"]
+    everything = [*STAGES, BUILD]
     arguments = (f"WIKIART={project}/paintings",)
     assert make(project, *arguments)[0] == everything
-    assert make(project, *arguments)[0] == ["report/build.py"]
+    assert make(project, *arguments)[0] == [BUILD]
     (project / "paintings/train/B").mkdir()
     assert make(project, *arguments)[0] == everything
     (project / "paintings/train/B/new.png").touch()
     assert make(project, *arguments)[0] == everything
-    (project / "test.py").touch()
-    assert make(project, *arguments)[0] == ["test.py", "report/build.py"]
+    (project / "paintings/metadata.csv").touch()
+    assert make(project, *arguments)[0] == everything
+    edit(project / "test.py", "MISTAKES = 12", "MISTAKES = 13")
+    assert make(project, *arguments)[0] == ["test.py", BUILD]
+    edit(project / "common/layers.py", "bias=False", "bias=True")
+    assert make(project, *arguments)[0] == everything
     assert make(project, f"WIKIART={project}/others")[0] == everything  # a run folder of its own
-    assert make(project, *arguments)[0] == ["report/build.py"]
+    assert make(project, *arguments)[0] == [BUILD]
 
 
-def test_a_stopped_training_goes_on(project):
+def test_what_changes_no_result_trains_nothing(project):
     make(project)
-    (project / "runs/demo/classifier.partial.pt").touch()
-    (project / "train.py").touch()
+    set_default(project, "label", "port", 7861)
+    assert make(project)[0] == [BUILD]
+    for name in ("train.py", "wikiart.py", "common/layers.py", "common/run.py", "demo.py"):
+        path = project / name
+        text = path.read_text()
+        docstring = text.index('"""', 3)
+        path.write_text(f"{text[:docstring]}One more sentence.\n{text[docstring:]}\n\n# a comment\n")
+    edit(project / "train.py", '"passes over the training set"', '"a new help text"')
+    assert make(project)[0] == [BUILD]
+    with open(project / "common/figures.py", "a") as file:
+        file.write('\nCOLOUR = "#123456"\n')
+    assert make(project)[0] == ["test.py", "cluster.py", *REPAINT, BUILD]  # the figures are drawn again
+    assert make(project)[0] == [BUILD]
+
+
+def test_a_changed_learning_rate_trains_the_classifier_and_what_depends_on_it(project):
     make(project)
-    trainings = [line for line in (project / "calls").read_text().splitlines() if line.startswith("train.py")]
-    assert ["--resume" in line for line in trainings] == [True, False, False]
+    set_default(project, "train", "lr", 0.001)
+    dependent = ["train.py", "test.py", "cluster.py", "train_style.py", "train.py", *REPAINT, BUILD]
+    assert make(project)[0] == dependent  # not the baseline, which has a learning rate of its own
+    assert [call for call in calls(project, "train.py") if "mlp" in call] == []
+    assert make(project)[0] == [BUILD]
+    set_default(project, "train_autoencoder", "lr", 0.001)
+    autoencoders = 2 * ["train_autoencoder.py"]
+    assert make(project)[0] == [*autoencoders, "cluster.py", "train_style.py", *REPAINT, BUILD]
+
+
+def test_a_changed_demo_is_drawn_again(project):
+    make(project)
+    set_default(project, "demo", "picture", 64)
+    assert make(project)[0] == ["demo.py", *STAGES, BUILD]
+
+
+def test_an_interrupted_training_resumes_unless_it_is_outdated(project):
+    make(project)
+    partial = project / "runs/demo/classifier.partial.pt"
+    for lr, restarts in ((0.001, False), (0.003, True)):
+        (project / "runs/demo/classifier.pt").unlink()
+        partial.touch()
+        time.sleep(0.05)  # a file system's clock ticks every few milliseconds
+        if restarts:
+            set_default(project, "train", "lr", lr)
+        make(project)
+        of_classifier = [call for call in calls(project, "train.py") if "mlp" not in call and "judge" not in call]
+        assert ["--restart" in call for call in of_classifier] == [restarts]
+        assert "--resume" not in of_classifier[0]
+
+
+def test_wrong_settings_give_one_clear_line(project):
+    make(project)
+    (project / "settings/cpu.json").write_text('{"train": {"lrate": 1}}')
+    assert "stamp: settings/cpu.json sets train.lrate, which config.json does not have" in make(project)[1]
 
 
 def test_lora_comes_with_the_judge_and_only_on_demand(project):
     assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "lora.py"]
-    calls = [line for line in (project / "calls").read_text().splitlines() if line.startswith("lora.py")]
-    assert [call.split()[1] for call in calls] == ["train", "grid"]
-    assert all("-c tiny.json" in call for call in calls)
+    of_lora = calls(project, "lora.py")
+    assert [call.split()[1] for call in of_lora] == ["train", "grid"]
+    assert all("-c settings/tiny.json" in call for call in of_lora)
     assert make(project, "lora")[0] == []
-    for flags in ("--per-style", "-c tiny.json --prompts 'a town'"):
+    for flags in ("--per-style", "-c settings/tiny.json --prompts 'a town'"):
         assert make(project, "lora", f"LORA={flags}")[0] == ["lora.py", "lora.py"]
-        assert flags.replace("'", "") in (project / "calls").read_text()
+        assert flags.replace("'", "") in "\n".join(calls(project))
         assert make(project, "lora", f"LORA={flags}")[0] == []
     stopped = project / "runs/demo/lora_Dots.partial.pt"
-    for flags, resumed in (("-c tiny.json --prompts 'a town'", True), ("--per-style", False)):
+    for flags, resumed in (("-c settings/tiny.json --prompts 'a town'", True), ("--per-style", False)):
         stopped.touch()
+        time.sleep(0.05)
         (project / "runs/demo/lora/trained").unlink()
         make(project, "lora", f"LORA={flags}")
-        assert ("--resume" in (project / "calls").read_text()) == resumed
+        assert ("--restart" in calls(project, "lora.py train")[0]) != resumed
     make(project, "lora", f"WIKIART={project}/paintings", "LORA=--styles Cubism")
-    assert "--styles Cubism" in (project / "calls").read_text()
-    assert "tiny.json" not in (project / "calls").read_text()
+    assert "--styles Cubism" in "\n".join(calls(project))
+    assert "tiny.json" not in "\n".join(calls(project))
 
 
 def test_ci_fails_without_a_browser_instead_of_skipping_its_tests(tmp_path):
@@ -134,37 +219,47 @@ def test_spaces_in_paths_get_one_clear_line(project):
 def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(project, before):
     paintings = f"WIKIART={project}/paintings"
     make(project, before, paintings)
-    ran, _ = make(project, "report", paintings)
-    assert ran[:2] == ["embed.py", "embed.py"]
-    calls = (project / "calls").read_text().splitlines()
-    own = [line.split()[0] for line in calls if "/demo" not in line and "data/demo" not in line]
-    assert own.count("cluster.py") == 1
-    assert own.count("style_transfer.py") == 3 + 8 + 1
-    scored = [line for line in calls if line.startswith("style_transfer.py") and "/demo" not in line]
-    assert all("embed_tf_efficientnet_lite0_64.pt" in line for line in scored)
+    scripts, _ = make(project, "report", paintings)
+    assert scripts[:2] == ["embed.py", "embed.py"]
+    of_paintings = [call for call in calls(project) if "/demo" not in call and "data/demo" not in call]
+    scripts = [call.split()[0] for call in of_paintings]
+    assert scripts.count("cluster.py") == 1
+    assert scripts.count("style_transfer.py") == 3 + 8 + 1
+    scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
+    assert all("embed_tf_efficientnet_lite0_64.pt" in call for call in scored)
+
+
+def test_one_variant_of_the_style_model_can_be_trained_by_itself(project):
+    make(project, "report-critic", f"WIKIART={project}/paintings")
+    variant = [call for call in calls(project, "train_style.py") if "style_critic" in call]
+    assert len(variant) == 1 and "--style-ce-weight 0 --style-stat-weight 0" in variant[0]
+    assert "--name critic" in calls(project)[-1]
 
 
 def test_a_benchmark_makes_nothing_out_of_date(project):
     make(project)
     assert make(project, "benchmark")[0] == ["benchmark.py"]
-    assert make(project)[0] == ["report/build.py"]
+    assert make(project)[0] == [BUILD]
 
 
 def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
     wanted = ("report", f"WIKIART={project}/paintings")
-    ran, _ = make(project, *wanted)
-    variants = 8 * ["train_autoencoder.py", "style_transfer.py"]
-    rest = [*STAGES, "report/build.py", *3 * ["tune.py"], *variants, "style_transfer.py"]
-    demo = ["demo.py", *STAGES, "report/build.py", "lora.py", "lora.py"]
-    assert ran == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", "report/build.py"]
+    scripts, _ = make(project, *wanted)
+    variants = 8 * ["train_style.py", "style_transfer.py"]
+    rest = [*STAGES, BUILD, *3 * ["tune.py"], *variants, "style_transfer.py"]
+    demo = ["demo.py", *STAGES, BUILD, "lora.py", "lora.py"]
+    assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
-    (project / "figures.py").touch()  # drawn again, not trained again
-    assert not {"train.py", "train_autoencoder.py"} & set(make(project, *wanted)[0])
+    of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
+    assert all("-c report/settings.json" in call for call in of_paintings)  # what no figure of the report shows
+    assert (project / "runs/paintings/demo/stamps/test").read_text().count("report/hide.txt") == 0
+    (project / "common/figures.py").touch()  # drawn again, not trained again
+    assert not [script for script in make(project, *wanted)[0] if script.startswith("train")]
     old = project / "runs/paintings/seeds/0/classifier.pt"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()
-    assert make(project, *wanted)[0] == ["report/build.py"] * 3  # the run's, the demo's, and the published one
+    assert make(project, *wanted)[0] == 3 * [BUILD]  # the run's, the demo's, and the published one
     assert old.exists()
     (project / "paintings/train/B").mkdir()  # other paintings: the comparisons' trainings are out of date too
     assert make(project, *wanted)[0].count("tune.py") == 3

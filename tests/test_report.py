@@ -1,18 +1,25 @@
-"""The committed report and README are what the templates and the committed facts make; their links resolve."""
+"""The committed report and README are what the templates and the committed facts make; links and commands are right."""
 
+import importlib
 import json
 import re
+import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, clear_line, script
+import torch
+from conftest import ROOT, clear_line, picture, script
+
+from common.compat import rename_facts
+from common.config import read_settings
+from common.names import hidden_parts
 
 PAGES = ["README.md", "report/README.md"]
 
 
 def test_the_committed_documents_are_up_to_date():
-    done = script("report/build.py", "--check")
-    assert done.returncode == 0, done.stderr
+    process = script("report/build.py", "--check")
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -28,9 +35,46 @@ def test_links_and_images_resolve(page):
     assert all(alternative for alternative in re.findall(r"!\[([^\]]*)\]", text))
 
 
+@pytest.mark.parametrize("page", [*PAGES, "Makefile", "report/report.mk"])
+def test_commands_have_known_flags_and_files(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    text = re.sub(r"\$\(call variant,\w+\)", "train_style.py", text)
+    commands = re.findall(r"(?:python|--|\(PY\)|=) (\w+\.py\b[^`#\n]*)", re.sub(r"`([^`]*)`", r"`\1`\n", text))
+    commands += re.findall(r"`python (\w+\.py\b[^`]*)`", text)
+    assert commands
+    for command in commands:
+        name, *arguments = shlex.split(command.replace("\n", " ").replace("$(", "").replace(")", ""))
+        check_flags(name.removesuffix(".py"), arguments, command)
+
+
+def check_flags(name, arguments, command):
+    assert (ROOT / f"{name}.py").exists(), command
+    if name == "tune" and "--" in arguments:  # the rest is for train.py
+        separator = arguments.index("--")
+        check_flags("train", arguments[separator + 1 :], command)
+        arguments = arguments[:separator]
+    module = importlib.import_module(name)
+    flags = {f"--{key.replace('_', '-')}" for key in (*module.SHARED, *module.SETTINGS)}
+    assert {argument for argument in arguments if argument.startswith("--")} <= flags, command
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        assert flag != "-c" or (ROOT / value).exists(), command
+
+
+def test_the_three_lines_of_the_readme_use_the_committed_classifier(tmp_path):
+    (code,) = re.findall(r"```python\n(from wikiart import Classifier\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code.count("\n") == 3
+    for name in ("a.jpg", "b.jpg"):
+        code = code.replace(name, str(picture(tmp_path / name, size=(300, 200))))
+    code = code.replace("report/", f"{ROOT}/report/")
+    names = {}
+    exec(code, names)
+    assert names["probabilities"].shape == (2, 8)
+    assert torch.allclose(names["probabilities"].sum(1), torch.ones(2))
+
+
 def test_pictures_are_small_enough_for_a_page():
-    for picture in (ROOT / "report").rglob("*.png"):
-        assert picture.stat().st_size <= 500_000, picture.name
+    for figure in (ROOT / "report").rglob("*.png"):
+        assert figure.stat().st_size <= 500_000, figure.name
 
 
 def test_weights_are_small_enough_for_a_repository():
@@ -40,14 +84,27 @@ def test_weights_are_small_enough_for_a_repository():
 
 def test_no_number_in_the_results_was_typed_by_hand():
     bare = re.sub(r"\{[^{}]*\}", "", (ROOT / "report/results.md").read_text())
-    assert not re.search(r"\d", bare.replace("F1", ""))
+    assert not re.search(r"\d", bare.replace("F1", "").replace("ResNet-18", ""))
+
+
+def test_the_committed_facts_have_todays_names():
+    facts = json.loads((ROOT / "report/facts.json").read_text())
+    assert rename_facts(facts) == facts
+    assert set(facts["ablation"]) >= set(json.loads((ROOT / "report/ablation.json").read_text()))
+
+
+def test_the_report_hides_more_than_the_default(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    hide = read_settings(["report/settings.json"])["hide"]
+    assert hide[:-1] == read_settings()["hide"] == ["nude_painting", "nude"]
+    assert len(hidden_parts(hide)) == 35
 
 
 def test_a_report_of_ones_own_run_and_a_missing_fact(tmp_path):
     facts = json.loads((ROOT / "report/facts.json").read_text())
     facts["test"]["accuracy"] = 0.123456
-    for picture in (ROOT / "report").glob("*.png"):
-        shutil.copy(picture, tmp_path)
+    for figure in (ROOT / "report").glob("*.png"):
+        shutil.copy(figure, tmp_path)
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     assert script("report/build.py", "--run", tmp_path).returncode == 0
     assert "12.3%" in (tmp_path / "report.md").read_text()
@@ -60,8 +117,9 @@ def test_a_report_of_ones_own_run_and_a_missing_fact(tmp_path):
 
 def test_publishing_renews_everything_or_nothing(tmp_path):
     """In a copy of the project, from a run folder that has what the committed report shows."""
-    for name in ("README.md", "figures.py", "report"):
-        (shutil.copytree if name == "report" else shutil.copy)(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("common", "report"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     run, report = tmp_path / "run", tmp_path / "report"
     shutil.copytree(report, run)
     (run / "demo").mkdir()
@@ -70,17 +128,17 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     facts = json.loads((run / "facts.json").read_text())
     facts["test"]["accuracy"] = 0.987654
     (run / "facts.json").write_text(json.dumps(facts))
-    (run / "centroids_manner.txt").write_text("cluster 1: a painter: a title")
+    (run / "centroids_contrastive.txt").write_text("cluster 1: a painter: a title")
     (run / "roc.png").rename(run / "away.png")
-    before = {path: path.read_bytes() for path in report.iterdir()}
+    before = {path: path.read_bytes() for path in report.iterdir() if path.is_file()}
     publish = (tmp_path / "report/build.py", "--run", run, "--publish")
     assert "roc.png" in clear_line(script(*publish))
-    assert {path: path.read_bytes() for path in report.iterdir()} == before
+    assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
     (run / "away.png").rename(run / "roc.png")
     assert script(*publish).returncode == 0
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
-    assert (report / "centroids_manner.txt").read_text().startswith("cluster 1")
+    assert (report / "centroids_contrastive.txt").read_text().startswith("cluster 1")
     assert script(tmp_path / "report/build.py", "--check").returncode == 0
 
 

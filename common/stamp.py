@@ -1,0 +1,91 @@
+"""Write what a stage of `make` depends on into a text file, the stage's stamp, but only if it has changed.
+
+    python -m common.stamp runs/demo/stamps/mlp train.py -c settings/mlp.json --data data/demo --run runs/demo/mlp
+
+The arguments after the file are the stage's command. Its stamp lists the settings that the script uses, its flags, and
+hashes of the code that determines results. Comments, docstrings, help texts, and settings that do not change results
+are left out, so changing them repeats no training. Data and checkpoints are prerequisites of their own in the Makefile.
+This module does not import torch: `make` runs it for every stage.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from common.config import ROOT, read_settings
+from common.errors import UserError
+
+SUBJECTS = ("crops", "images", "layers", "losses", "optim", "painter", "splits")  # of common/ that determine results
+MODULES = ("wikiart", *(f"common.{name}" for name in SUBJECTS))
+FREE_SETTINGS = ("data", "run", "device", "processes", "restart")  # do not change results
+
+
+def main(argv: list[str]) -> None:
+    path = Path(argv[0])
+    try:
+        text = stamp(argv[1:])
+    except UserError as error:
+        sys.exit(f"stamp: {error}")
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def stamp(command: list[str]) -> str:
+    """The stamp of a command such as ["train.py", "-c", "settings/mlp.json", "--data", "data/demo"]."""
+    script, *argv = command
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append")
+    for key in ("data", "run", "device", "processes"):
+        parser.add_argument(f"--{key}")
+    options, flags = parser.parse_known_args(argv)
+    tree = ast.parse((ROOT / script).read_text())
+    sections = read_settings(options.config)
+    settings = {key: sections[key] for key in shared_settings(tree) if key not in FREE_SETTINGS}
+    settings |= sections[Path(script).stem]
+    hashes = {script: code_hash(tree)} | module_hashes(tree)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    lines += [f"{name} {hashes[name]}" for name in sorted(hashes)]
+    return "\n".join([shlex.join([script, *flags]), *lines]) + "\n"
+
+
+def shared_settings(tree) -> tuple[str, ...]:
+    """The value of SHARED, which every script assigns, and perhaps extends, at its top level."""
+    assigned = [node.value for node in tree.body if assigned_name(node) == "SHARED"]
+    return sum(map(ast.literal_eval, assigned), ())
+
+
+def module_hashes(tree) -> dict[str, str]:
+    """Hashes of those MODULES that a file imports, and that these import."""
+    hashes = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            module = ast.parse((ROOT / f"{node.module.replace('.', '/')}.py").read_text())
+            hashes |= {node.module: code_hash(module)} | module_hashes(module)
+    return hashes
+
+
+def code_hash(tree) -> str:
+    """A hash of code without comments, docstrings and SETTINGS, whose values are in the stamp. Changes `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [part for part in node.body if not is_string(part) and assigned_name(part) != "SETTINGS"]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def is_string(node) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def assigned_name(node) -> str:
+    """The name that an assignment assigns; "" for other statements."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return getattr(targets[0], "id", "")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
