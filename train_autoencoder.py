@@ -97,7 +97,9 @@ def main(argv=None):
     if rank() == 0:
         print(f"Autoencoder: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
         baselines = fit_baselines(config, training)
-        levels = {label: mean_error(baseline, validation, config, device) for label, baseline in baselines.items()}
+        baseline_mse = {
+            label: mean_error(function, validation, config, device) for label, function in baselines.items()
+        }
 
     # Train, evaluate, save
     parallel = data_parallel(criterion)
@@ -112,10 +114,10 @@ def main(argv=None):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(model).cpu().state_dict()}
                 save_epoch(config.run, "autoencoder", state, {"epoch": epoch} | record, parts)
                 if epoch < 3 or epoch % 5 == 0:
-                    plot(model, state, validation, baselines, levels, config, device, f"after epoch {epoch}")
+                    plot(model, state, validation, baselines, baseline_mse, config, device, f"after epoch {epoch}")
     if rank() == 0:
         model.load_state_dict(half_precision(state["weights"]))  # as they are saved
-        plot(model, state, test, baselines, levels, config, device, "of test paintings")
+        plot(model, state, test, baselines, baseline_mse, config, device, "of test paintings")
         report(model, state, training, validation, test, baselines, config, device)
         path = finish(config.run, "autoencoder", state)
         lock.close()
@@ -170,8 +172,8 @@ def fit_baselines(config, training: WikiArt) -> dict:
     mean_image = torch.from_numpy(pca.mean_).view(3, config.crop, config.crop)
 
     def from_components(images, _):
-        rows = pca.inverse_transform(pca.transform(images.cpu().flatten(1).numpy()))
-        return torch.from_numpy(rows).view(images.shape).to(images)
+        pixels = pca.inverse_transform(pca.transform(images.cpu().flatten(1).numpy()))
+        return torch.from_numpy(pixels).view(images.shape).to(images)
 
     return {
         f"PCA, {pca.n_components_} numbers": from_components,
@@ -235,14 +237,14 @@ def remaining_epochs(history: list[dict], epochs: int):
 # Report ---------------------------------------------------------------------------------------------------------------
 
 
-def plot(model, state: dict, data: WikiArt, baselines: dict, levels: dict, config, device, caption: str) -> None:
-    """Write autoencoder_curves.png, where `levels` are validation errors of the baselines, and reconstructions.png."""
+def plot(model, state: dict, data: WikiArt, baselines: dict, baseline_mse: dict, config, device, caption: str) -> None:
+    """Write autoencoder_curves.png, with the baselines' errors on validation paintings, and reconstructions.png."""
     pca = next(iter(baselines))
     panels = {
         "mean squared error": {"training crops": "mse", "validation": "val_mse"},
         "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
     }
-    lines = {"mean squared error": levels, "PSNR, dB": {pca: psnr(levels[pca])}}  # alone: the difference is small
+    lines = {"mean squared error": baseline_mse, "PSNR, dB": {pca: psnr(baseline_mse[pca])}}  # others are far below
     path = Path(config.run) / "autoencoder_curves.png"
     figures.curves(path, state["history"], panels, state["epoch"], lines, logarithmic=("mean squared error",))
 
@@ -255,7 +257,7 @@ def report(model, state: dict, training, validation, test, baselines: dict, conf
     """Evaluate the model and the baselines on test paintings; print the scores and write facts.json."""
     history, best = state["history"], state["history"][state["epoch"] - 1]
     mse = mean_error(reconstruction(model), test, config, device)
-    levels = {label: psnr(mean_error(baseline, test, config, device)) for label, baseline in baselines.items()}
+    scores = {label: psnr(mean_error(function, test, config, device)) for label, function in baselines.items()}
     facts = {
         "epochs": len(history),
         "epoch_kept": state["epoch"],
@@ -271,12 +273,12 @@ def report(model, state: dict, training, validation, test, baselines: dict, conf
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: getattr(config, key) for key in ("crop", "batch_size", "seed", "code", "contrastive_weight")},
         "shown": test.captions(items_to_show(test, config.hide)),
-        **{f"{name}_psnr": level for name, level in zip(BASELINES, levels.values(), strict=True)},
+        **{f"{name}_psnr": score for name, score in zip(BASELINES, scores.values(), strict=True)},
     }
     facts["gain_over_pca"] = facts["psnr"] - facts["pca_psnr"]
     add_facts(config.run, "train_autoencoder", facts, outdated=("cluster",))
     print(f"test paintings: {facts['psnr']:.2f} dB")
-    print(*(f"{label}: {level:.2f} dB" for label, level in levels.items()), sep=", ")
+    print(*(f"{label}: {score:.2f} dB" for label, score in scores.items()), sep=", ")
 
 
 if __name__ == "__main__":
