@@ -1,9 +1,7 @@
-"""Pre-trained backbones of timm: their weights, and the features that they make of paintings.
+"""Pre-trained backbones of timm: their weights, and the features that they extract from paintings.
 
-They are written as they are made: a stopped extraction goes on where it was.
-
-    model, source, arguments = load("tf_efficientnet_lite0", "lite0.pth", config)    # "" for weights: from the hub
-    features, speed = extract(model, path, source, {"train": ..., "test": ...}, config, device)
+model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", config)    # "" for weights: from the hub
+features, speed = extract(model, path, weights_id, {"train": ..., "test": ...}, config, device)
 """
 
 import copy
@@ -22,15 +20,20 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.codes import write_codes
 from common.errors import UserError
 from common.images import decode_in_processes, open_rgb
 from common.layers import Normalise, mean_std
-from common.run import atomic_write, autocast, reuse_freed_memory, write_text
+from common.run import autocast, reuse_freed_memory, write_text
 
-try:
-    import timm
-except ImportError:  # an extra: embed.py says how to get it
-    timm = None
+
+def import_timm():
+    """timm, which takes a second to import and is an extra. Raises UserError where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError("no timm here: pip install -r requirements/embed.txt") from None
+    return timm
 
 
 class Pretrained(nn.Module):
@@ -40,12 +43,10 @@ class Pretrained(nn.Module):
     head sees them standardised over the training paintings.
     """
 
-    def __init__(self, classes, backbone, size, features, stages=0, hidden=0, dropout=0.0, **normalisation):
+    def __init__(self, classes, backbone, size, features, stages, hidden=0, dropout=0.0, **normalisation):
         super().__init__()
-        if timm is None:
-            raise UserError("this needs timm: pip install -r requirements/embed.txt")
         self.normalise = Normalise(**normalisation)
-        self.backbone = timm.create_model(backbone, num_classes=0)  # its weights come with the checkpoint
+        self.backbone = import_timm().create_model(backbone, num_classes=0)  # its weights come with the checkpoint
         self.size, self.stages = size, stages
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_std", torch.ones(features))
@@ -62,8 +63,11 @@ class Pretrained(nn.Module):
         pooled = self.backbone.forward_head(last, pre_logits=True)
         return torch.cat([pooled.float(), *(mean_std(maps.float()).flatten(1) for maps in stages)], 1)
 
+    def standardise(self, features):
+        return (features - self.feature_mean) / self.feature_std
+
     def forward(self, images):
-        return self.head((self.features(images) - self.feature_mean) / self.feature_std)
+        return self.head(self.standardise(self.features(images)))
 
     def train(self, mode: bool = True):
         """Set the head to training mode; the backbone's batch norms keep their pre-trained statistics."""
@@ -80,62 +84,158 @@ def head(features: int, classes: int, hidden: int = 0, dropout: float = 0.0) -> 
     return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
 
 
-def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
-    """A network around the trained backbone, which weights it has, and the arguments that rebuild it.
+def replace_modules(model: nn.Module, **modules) -> nn.Module:
+    """A network that shares all but these modules with `model`."""
+    model = copy.copy(model)
+    model._modules = model._modules | modules
+    return model
 
-    A file's weights must fit strictly; where only their names differ, they are taken in their order.
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
+    """A network with a pre-trained backbone, an identifier of its weights, and its constructor arguments.
+
+    The weights of a file must fit; names may differ if they come in the same order. Raises UserError.
     """
+    timm = import_timm()
     try:
         backbone = timm.create_model(name, pretrained=not weights)
         if weights:
-            found, own = read_weights(weights), backbone.state_dict()
-            ends = [[key.rpartition(".")[2] for key in keys] for keys in (found, own)]
-            if found.keys() != own.keys() and ends[0] == ends[1]:
-                found = dict(zip(own, found.values(), strict=True))
-            backbone.load_state_dict(found)
+            backbone.load_state_dict(read_weights(weights, backbone.state_dict()))
     except RuntimeError as error:
-        said = "; ".join(line.strip() for line in str(error).splitlines())
-        raise UserError(f"--backbone {name}{weights and f' with --weights {weights}'}: {said[:300]}") from None
+        reason = "; ".join(line.strip() for line in str(error).splitlines())
+        flags = f"--backbone {name} with --weights {weights}" if weights else f"--backbone {name}"
+        raise UserError(f"{flags}: {reason[:300]}") from None
     except OSError as error:
-        raise UserError(f"could not get the weights of {name}: {weights or 'check the network, or give --weights'} "
-                           f"({type(error).__name__})") from None  # fmt: skip
+        advice = weights or "check the network, or give --weights"
+        raise UserError(f"could not get the weights of {name}: {advice} ({type(error).__name__})") from None
     key = hashlib.sha256()
     for value in backbone.state_dict().values():
         key.update(value.reshape(-1).view(torch.uint8).numpy())
-    backbone.reset_classifier(0)  # ImageNet's classes are not ours
+    backbone.reset_classifier(0)
     settings = timm.data.resolve_model_data_config(backbone)
-    arguments = {"backbone": name, "size": settings["input_size"][-1], "features": 1,
-                 "stages": min(config.stages, len(backbone.feature_info)),
-                 "mean": list(settings["mean"]), "std": list(settings["std"])}  # fmt: skip
+    arguments = {"backbone": name, "size": settings["input_size"][-1], "features": 1}
+    arguments |= {"stages": min(config.stages, len(backbone.feature_info))}
+    arguments |= {"mean": list(settings["mean"]), "std": list(settings["std"])}
     model = Pretrained(1, **arguments).eval()
     model.backbone.load_state_dict(backbone.state_dict())
     with torch.inference_mode():
         arguments["features"] = model.features(torch.zeros(1, 3, model.size, model.size)).shape[1]
-    model.feature_mean = torch.zeros(arguments["features"])  # extract sets it
+    model.feature_mean = torch.zeros(arguments["features"])  # fit_standardisation sets it
     return model, f"{Path(weights).name or 'hub'} {key.hexdigest()[:16]}", arguments
 
 
-def read_weights(path: str) -> dict:
+def read_weights(path: str, expected: dict) -> dict:
+    """The state dict in a file, under the names of the `expected` one where only the names differ."""
     try:
-        return timm.models.load_state_dict(path, weights_only=True)
+        weights = import_timm().models.load_state_dict(path, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no file of weights {path}") from None
-    except Exception as error:  # torch and safetensors raise many kinds here
+    except Exception as error:  # torch and safetensors raise many types here
         raise UserError(f"{path} is no file of weights ({type(error).__name__})") from None
+    kinds = [[name.rpartition(".")[2] for name in names] for names in (weights, expected)]
+    if weights.keys() != expected.keys() and kinds[0] == kinds[1]:
+        weights = dict(zip(expected, weights.values(), strict=True))
+    return weights
 
 
-def with_parts(model, **parts):
-    """A network that shares all but these parts with `model`."""
-    model = copy.copy(model)
-    model._modules = model._modules | parts
-    return model
+# Features -------------------------------------------------------------------------------------------------------------
+
+
+def extract(model, path: Path, weights_id: str, sets: dict, config, device) -> tuple[np.ndarray, dict]:
+    """Features of all training, then all test paintings, float32 (N, features) mapped from disk; and the speed.
+
+    They are appended to <path>.float32 in batches, so that memory does not grow with their number, and an extraction
+    that was interrupted continues after the last full batch; other weights, paintings or settings start anew. Also
+    writes <path>.npz for cluster.py, and sets the network's standardisation.
+    """
+    flat, note, codes = (path.with_name(f"{path.name}.{ending}") for ending in ("float32", "json", "npz"))
+    files = [data.root / painting for data in sets.values() for painting in data.paths]
+    width = len(model.feature_mean)
+    identity = {"weights": weights_id.split()[-1], "size": model.size, "stages": model.stages}
+    identity |= {"resize": config.resize, "shrink": config.shrink}
+    identity |= {"paintings": [data.fingerprint for data in sets.values()]}
+    progress = json.loads(note.read_text()) if note.exists() else {}
+    if progress.get("made_from") != identity:
+        progress = {"made_from": identity, "speed": {}}
+        flat.unlink(missing_ok=True)
+        write_text(note, json.dumps(progress))
+    with open(flat, "ab") as file:
+        done = file.tell() // (4 * width)
+        done -= done % config.batch_size if done < len(files) else 0
+        if done == len(files) and not progress["speed"]:  # killed before the speed was written
+            done = max(0, done - config.batch_size)
+        if done < len(files):
+            file.truncate(4 * width * done)
+            codes.unlink(missing_ok=True)
+            progress["speed"] = append_features(file, model, files[done:], config, device)
+            write_text(note, json.dumps(progress))
+    features = np.memmap(flat, np.float32, "r", shape=(len(files), width))
+    first = len(sets["train"])
+    fit_standardisation(model, features[:first], device)
+    if not codes.exists():
+        write_codes(codes, {"train": features[:first], "test": features[first:]}, sets, json.dumps(identity))
+    return features, progress["speed"]
+
+
+def fit_standardisation(model: Pretrained, features, device) -> None:
+    """Set the network's feature_mean and feature_std to those of training features (N, features)."""
+    moments = np.zeros((2, features.shape[1]))
+    for part in np.array_split(features, -(-len(features) // 1024)):
+        moments += [part.sum(0, dtype=np.float64), (part.astype(np.float64) ** 2).sum(0)]
+    mean, square = moments / len(features)
+    model.feature_mean = torch.tensor(mean, dtype=torch.float32, device=device)
+    model.feature_std = torch.tensor(np.maximum(square - mean**2, 1e-8) ** 0.5, dtype=torch.float32, device=device)
+
+
+def append_features(file, model: Pretrained, files: list[Path], config, device) -> dict:
+    """Append the features of images to an open file, batch by batch; returns the speed."""
+    noise = torch.rand(2, 3, model.size, model.size).to(device)
+    with torch.inference_mode():
+        fused = replace_modules(model, backbone=fuse_batch_norms(model.backbone))
+        if torch.allclose(fused.features(noise), model.features(noise), rtol=1e-3, atol=1e-3):
+            model = fused  # else this backbone does not call its layers in their order
+    paintings = Paintings(files, model, config)
+    reuse_freed_memory()
+    start, cpu_start = time.perf_counter(), sum(os.times()[:4])
+    batches = decode_in_processes(paintings, config.batch_size, config.processes, np.stack)
+    bar = tqdm(total=len(files), desc="features", unit="image")
+    with torch.inference_mode(), bar, batches as arrays:
+        for pixels in arrays:
+            images = torch.from_numpy(pixels).to(device).to(memory_format=torch.channels_last) / 255
+            with autocast(device):
+                features = model.features(images)
+            if not torch.isfinite(features).all():
+                raise UserError("the backbone's features are not finite: are these its weights?")
+            file.write(features.cpu().numpy())
+            file.flush()  # after a kill, these need not be computed again
+            bar.update(len(pixels))
+    seconds, cpu_seconds = time.perf_counter() - start, sum(os.times()[:4]) - cpu_start
+    return {"images_per_second": len(files) / seconds, "images_per_cpu_second": len(files) / cpu_seconds}
+
+
+def fuse_batch_norms(backbone: nn.Module) -> nn.Module:
+    """A copy with every batch norm folded into the convolution before it: a third faster on a CPU."""
+    backbone = copy.deepcopy(backbone)
+    for module in list(backbone.modules()):
+        for (name, layer), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, nn.utils.fuse_conv_bn_eval(layer, norm))
+                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))  # timm's norms hold the activation
+    return backbone
 
 
 class Paintings(Dataset):
-    """Files of pictures as uint8 (3, size, size), by the backbone's own transform; for processes that decode."""
+    """Whole paintings as uint8 (3, size, size), resized as the backbone was trained, but not cropped."""
 
-    def __init__(self, files: list[Path], size: int, shrink: int, transform):
-        self.files, self.size, self.shrink, self.transform = files, size, shrink, transform
+    def __init__(self, files: list[Path], model: Pretrained, config):
+        timm = import_timm()
+        self.files, self.size, self.shrink = files, model.size, config.shrink
+        settings = timm.data.resolve_model_data_config(model.backbone)
+        settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
+        self.transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes, not normalised
 
     def __len__(self):
         return len(self.files)
@@ -145,88 +245,3 @@ class Paintings(Dataset):
         if self.shrink:
             image = image.resize((self.shrink, self.shrink), Image.Resampling.BICUBIC)
         return self.transform(image).numpy()
-
-
-def extract(model, path: Path, source: str, sets: dict, config, device) -> tuple[np.ndarray, dict]:
-    """Features of all training, then all test paintings, float32 (N, features) mapped from disk; and how fast that was.
-
-    They are appended to a file, batch by batch, so that memory does not grow with their number. A restart goes on
-    after the last full batch; other weights, paintings or settings start anew. Sets the network's centre and spread.
-    """
-    flat, note, table = (path.with_name(f"{path.name}.{ending}") for ending in ("float32", "json", "npz"))
-    files = [data.root / painting for data in sets.values() for painting in data.paths]
-    width = len(model.feature_mean)
-    identity = {"weights": source.split()[-1], "size": model.size, "stages": model.stages, "resize": config.resize,
-                "shrink": config.shrink,
-                "paintings": [data.fingerprint for data in sets.values()]}  # fmt: skip
-    known = json.loads(note.read_text()) if note.exists() else {}
-    if known.get("made_from") != identity:
-        known = {"made_from": identity, "speed": {}}
-        flat.unlink(missing_ok=True)
-        write_text(note, json.dumps(known))
-    with open(flat, "ab") as target:
-        done = target.tell() // (4 * width)
-        done -= done % config.batch_size if done < len(files) else 0
-        if done == len(files) and not known["speed"]:  # killed before it could be noted
-            done = max(0, done - config.batch_size)
-        if done < len(files):
-            target.truncate(4 * width * done)
-            table.unlink(missing_ok=True)
-            known["speed"] = append(target, model, files[done:], config, device)
-            write_text(note, json.dumps(known))
-    features = np.memmap(flat, np.float32, "r", shape=(len(files), width))
-
-    first, moments = len(sets["train"]), np.zeros((2, width))
-    for part in np.array_split(features[:first], -(-first // 1024)):
-        moments += [part.sum(0, dtype=np.float64), (part.astype(np.float64) ** 2).sum(0)]
-    mean, square = moments / first
-    model.feature_mean = torch.tensor(mean, dtype=torch.float32, device=device)
-    model.feature_std = torch.tensor(np.maximum(square - mean**2, 1e-8) ** 0.5, dtype=torch.float32, device=device)
-    if not table.exists():  # what cluster.py reads
-        codes = {"train": features[:first], "test": features[first:], "classes": np.array(sets["train"].classes)}
-        for split, data in sets.items():
-            codes |= {f"{split}_labels": data.labels.numpy(), f"{split}_artists": data.artists,
-                      f"{split}_paths": data.paths}  # fmt: skip
-        with atomic_write(table) as temporary:
-            np.savez(temporary, **codes, made_from=json.dumps(identity))
-    return features, known["speed"]
-
-
-def fused(backbone):
-    """A copy with every batch norm folded into the convolution before it: a third faster on a CPU."""
-    backbone = copy.deepcopy(backbone)
-    for module in list(backbone.modules()):
-        for (name, layer), (after, norm) in itertools.pairwise(list(module.named_children())):
-            if isinstance(layer, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
-                setattr(module, name, torch.nn.utils.fuse_conv_bn_eval(layer, norm))
-                setattr(module, after, getattr(norm, "act", torch.nn.Identity()))  # timm's norms hold what follows
-    return backbone
-
-
-def append(target, model, files, config, device) -> dict:
-    """Write the features of these pictures to an open file as they are made; returns how fast that was."""
-    faster = with_parts(model, backbone=fused(model.backbone))
-    noise = torch.rand(2, 3, model.size, model.size).to(device)
-    with torch.inference_mode():
-        if torch.allclose(faster.features(noise), model.features(noise), rtol=1e-3, atol=1e-3):
-            model = faster  # else this backbone does not call its layers in their order
-    settings = timm.data.resolve_model_data_config(model.backbone)
-    # The backbone's own size and interpolation, but all of the painting: its edges belong to it.
-    settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
-    transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes: the network normalises
-    paintings = Paintings(files, model.size, config.shrink, transform)
-    reuse_freed_memory()
-    started, cpu = time.perf_counter(), sum(os.times()[:4])
-    bar = tqdm(total=len(files), desc="features", unit="picture")
-    with torch.inference_mode(), bar, decode_in_processes(paintings, config.batch_size, config.processes, np.stack) as batches:
-        for pixels in batches:
-            images = torch.from_numpy(pixels).to(device).to(memory_format=torch.channels_last) / 255
-            with autocast(device):
-                features = model.features(images)
-            if not torch.isfinite(features).all():
-                raise UserError("the backbone makes numbers that are not finite: are these its weights?")
-            target.write(features.cpu().numpy())
-            target.flush()  # a kill leaves what is done
-            bar.update(len(pixels))
-    seconds, cpu = time.perf_counter() - started, sum(os.times()[:4]) - cpu  # the decoding processes have ended
-    return {"images_per_second": round(len(files) / seconds, 2), "images_per_cpu_second": round(len(files) / cpu, 2)}

