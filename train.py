@@ -26,6 +26,7 @@ from common import figures
 from common.config import Setting, configure
 from common.crops import predict_probabilities, random_crops
 from common.errors import UserError
+from common.layers import parameter_count
 from common.losses import class_log_prior
 from common.metrics import balanced_accuracy, class_balanced_mean, fit_temperature, negative_log_likelihood
 from common.names import display_name
@@ -161,12 +162,7 @@ def main(argv=None):
 
 def check_settings(config, training: WikiArt, validation: WikiArt, sampler) -> None:
     """Raise UserError for settings that do not fit together, or do not fit the data."""
-    check_batch_size(config.batch_size)
-    if not len(validation) or config.batch_size > len(training):
-        raise UserError(
-            f"{len(training)} training and {len(validation)} validation paintings are too few: "
-            "add paintings, raise --validation or lower --batch-size"
-        )
+    check_batch_size(config.batch_size, training, validation)
     if config.batch_size > len(sampler):
         raise UserError(f"an epoch has only {len(sampler)} images: raise --per-class or lower --batch-size")
     if not config.tta_scales:
@@ -211,10 +207,6 @@ def publishable(state: dict) -> dict:
             weights[name] = weights[name][: len(state["classes"])].clone()
         arguments = arguments | {"aux_classes": 0}
     return state | {"weights": weights, "arguments": arguments}
-
-
-def parameter_count(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # The loss -------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from common import figures
 from common.config import Setting, configure
 from common.crops import batch_crop, random_crops, views
 from common.errors import UserError
+from common.layers import parameter_count
 from common.losses import ReconstructionLoss
 from common.metrics import psnr
 from common.optim import Optimizers
@@ -130,14 +131,9 @@ def main(argv=None):
 
 def check_settings(config, training: WikiArt, validation: WikiArt) -> None:
     """Raise UserError for settings that do not fit together, or do not fit the data."""
-    check_batch_size(config.batch_size)
+    check_batch_size(config.batch_size, training, validation)
     if config.crop % 16:
         raise UserError(f"--crop {config.crop} must be a multiple of 16")
-    if not len(validation) or config.batch_size > len(training):
-        raise UserError(
-            f"{len(training)} training and {len(validation)} validation paintings are too few: "
-            "add paintings, raise --validation or lower --batch-size"
-        )
 
 
 def new_model(config, training: WikiArt, device):
@@ -180,10 +176,6 @@ def fit_baselines(config, training: WikiArt) -> dict:
         "own mean colour": lambda images, _: images.mean((2, 3), keepdim=True).expand_as(images),
         "the mean painting": lambda images, _: mean_image.to(images).expand_as(images),
     }
-
-
-def parameter_count(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # Training and evaluation ----------------------------------------------------------------------------------------------

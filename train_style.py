@@ -2,8 +2,6 @@
 
     python train_style.py                                      # settings from config.json
     python train_style.py -c settings/cpu.json --epochs 5      # smaller settings for a machine without a GPU
-    python train_style.py --critic-weight 0 --run runs/demo/no_critic --start runs/demo/autoencoder.pt \\
-        --features runs/demo/classifier.pt                     # without one of the losses
     torchrun --nproc-per-node=2 -- train_style.py              # several GPUs: the same result
 
 Starts from the autoencoder of train_autoencoder.py; the classifier of train.py provides the losses for the target
@@ -24,6 +22,7 @@ from common import figures
 from common.config import Setting, configure
 from common.crops import batch_crop, views
 from common.errors import UserError
+from common.layers import parameter_count
 from common.losses import StyleLoss
 from common.metrics import psnr
 from common.names import display_name
@@ -81,7 +80,6 @@ def main(argv=None):
     config = configure("train_style", __doc__, SETTINGS, SHARED, argv)
     device = join_processes(pick_device(config.device))
     reuse_freed_memory()
-    check_batch_size(config.batch_size)
     lock = claim(config.run, "style") if rank() == 0 else None
 
     # Data
@@ -89,11 +87,7 @@ def main(argv=None):
     data = WikiArt(config.data, "train", processes=config.processes, **data_settings)
     test = WikiArt(config.data, "test", classes=data.classes, processes=config.processes, **data_settings)
     training, validation = data.split_off(config.validation, config.split_seed)
-    if not len(validation) or config.batch_size > len(training):
-        raise UserError(
-            f"{len(training)} training and {len(validation)} validation paintings are too few: "
-            "add paintings, raise --validation or lower --batch-size"
-        )
+    check_batch_size(config.batch_size, training, validation)
     training.move_to(device)
 
     # Model, loss and optimizers
@@ -170,10 +164,6 @@ def mean_features(feature_net, data: WikiArt, crop: int, config):
     return (means - means.mean(0)) / means.std()
 
 
-def parameter_count(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 # Training and evaluation ----------------------------------------------------------------------------------------------
 
 
@@ -204,20 +194,17 @@ def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, crop: 
     return sum_over_processes(total).item() / (len(batches) * config.batch_size)
 
 
-def repaint(model, images, labels, targets):
-    """Images (B, 3, crop, crop) of styles `labels` (B,), repainted in the styles `targets` (B,)."""
+def repaint(model, images, labels, targets=None):
+    """Images (B, 3, crop, crop) of styles `labels` (B,), repainted in `targets`: (B,), one for all, or their own."""
+    targets = labels if targets is None else targets.expand_as(labels)
     source, target = (F.one_hot(styles, model.style_head.out_features).float() for styles in (labels, targets))
     return model.decode(model.encode(images), target, source)
-
-
-def reconstruct(model, images, labels):
-    return repaint(model, images, labels, labels)
 
 
 def evaluate(criterion, data: WikiArt, config, crop: int, device) -> dict:
     """Error in the own style, and how often the classifier predicts the target style, on whole validation paintings."""
     model = criterion.eval().model
-    mse = mean_squared_error(partial(reconstruct, model), data, crop, config.batch_size, device)
+    mse = mean_squared_error(partial(repaint, model), data, crop, config.batch_size, device)
     hits, styles = 0, len(data.classes)
     for items in torch.arange(len(data)).split(config.batch_size):
         images, labels = whole_images(data, items, crop, device)
@@ -239,23 +226,18 @@ def plot(run: Path, state: dict, model, data: WikiArt, config, device, when: str
     }
     figures.curves(run / "style_curves.png", state["history"], panels)
     model.eval()
-    functions = {"own style": partial(reconstruct, model)}
+    functions = {"own style": partial(repaint, model)}
     for style, name in enumerate(data.classes[:8]):
-        functions[display_name(name)] = partial(repaint_all, model, style)
-    plot_reconstructions(
-        run / "repaintings.png", functions, data, config.hide, state["crop"], device, f"Repaintings {when}"
-    )
-
-
-def repaint_all(model, style: int, images, labels):
-    return repaint(model, images, labels, torch.full_like(labels, style))
+        functions[display_name(name)] = partial(repaint, model, targets=torch.tensor(style, device=device))
+    path, title = run / "repaintings.png", f"Repaintings {when}"
+    plot_reconstructions(path, functions, data, config.hide, state["crop"], device, title)
 
 
 def report(run: Path, state: dict, model, splits: tuple[WikiArt, ...], config, device) -> None:
     """Write the figures and facts of a finished training."""
     training, validation, test = splits
     plot(run, state, model, test, config, device, "of test paintings")
-    mse = mean_squared_error(partial(reconstruct, model), test, state["crop"], config.batch_size, device)
+    mse = mean_squared_error(partial(repaint, model), test, state["crop"], config.batch_size, device)
     history = state["history"]
     facts = {
         "epochs": len(history),

@@ -132,3 +132,7 @@ class FiLM(nn.Module):
     def forward(self, maps, embedding):
         gamma, beta = self.to_gamma_beta(embedding).view(len(maps), 2, -1, *[1] * (maps.ndim - 2)).unbind(1)
         return maps * (1 + gamma) + beta
+
+
+def parameter_count(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -108,7 +108,11 @@ def local_share() -> slice:
     return slice(rank(), None, world_size())
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int, training, validation) -> None:
+    """Raise UserError where the data sets are too small for it, or processes cannot have equal shares of a batch."""
+    if not len(validation) or batch_size > len(training):
+        counts = f"{len(training)} training and {len(validation)} validation paintings"
+        raise UserError(f"{counts} are too few: add paintings, raise --validation or lower --batch-size")
     if batch_size % world_size():
         raise UserError(f"--batch-size must be a multiple of the {world_size()} processes")
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--seed", "0", "--device", "cpu", "--processes", "1"]
-TINY_TRAIN = [*TINY, *"--size 32 --crop 32 --width 8 --epochs 2 --batch-size 16 --per-class 12".split()]
+TINY_SIZES = {"size": 32, "crop": 32, "width": 8, "epochs": 2, "batch-size": 16, "per-class": 12}
+TINY_TRAIN = [*TINY, *(word for key, value in TINY_SIZES.items() for word in (f"--{key}", str(value)))]
 
 
 def script(name, *arguments, **options):
