@@ -81,12 +81,9 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
         return classifier, None
     artist_classifier = Classifier.load(checkpoint_path(config.run, config.artist_checkpoint), device)
     if artist_classifier.target != "artist":
-        target = artist_classifier.target
-        raise UserError(f"{config.artist_checkpoint} predicts the {target}: train one with --target artist")
+        raise UserError(f"{config.artist_checkpoint} is of {artist_classifier.target}: train one with --target artist")
     if (artist_classifier.size, artist_classifier.resize) != (classifier.size, classifier.resize):
-        raise UserError(
-            f"{config.artist_checkpoint} has another --size or --resize than the classifier: train both alike"
-        )
+        raise UserError("--checkpoint and --artist-checkpoint differ in --size or --resize: train both with the same")
     return classifier, artist_classifier
 
 
@@ -94,7 +91,7 @@ def import_page():
     try:
         from serve import page  # only here: labelling a folder does not need Gradio
     except ImportError as error:
-        raise UserError(f"--serve needs {error.name}: pip install -r requirements/label.txt") from None
+        raise UserError(f"the page needs {error.name}: pip install -r requirements/label.txt") from None
     return page
 
 

@@ -17,35 +17,33 @@ from common.images import FORMATS
 from common.names import stem_of
 from common.run import atomic_write
 
+SETUP = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS pictures (hash TEXT PRIMARY KEY, name TEXT, picture BLOB);
+CREATE TABLE IF NOT EXISTS corrections (
+    number INTEGER PRIMARY KEY, hash TEXT, model TEXT, guess TEXT, probability REAL, choice TEXT, time TEXT
+);
+"""
+
 
 class Corrections:
-    """Confirmed labels and their images, in one SQLite file.
-
-    An image and its label are one transaction, which is on the disk before `add` returns: a kill leaves both or none.
-    """
+    """Confirmed labels and their images, in one SQLite file. An image and its label are one transaction."""
 
     def __init__(self, path: Path):
         self.path, self.lock = Path(path), threading.Lock()
 
     @contextlib.contextmanager
     def transaction(self):
-        """A transaction on a connection of its own, because threads may not share one.
-
-        One at a time: SQLite refuses others while a first or last connection creates or removes its write-ahead log.
-        """
+        """A transaction, one at a time: SQLite refuses others while a connection creates or removes its log."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock, contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute("CREATE TABLE IF NOT EXISTS pictures (hash TEXT PRIMARY KEY, name TEXT, picture BLOB)")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS corrections (number INTEGER PRIMARY KEY, hash TEXT, model TEXT, "
-                "guess TEXT, probability REAL, choice TEXT, time TEXT)"
-            )
+            database.executescript(SETUP)
             with database:
                 yield database
 
     def add(self, name: str, image: bytes, model: str, guess: str, probability: float, choice: str) -> None:
+        """Save an image file and its label; they are on the disk when this returns."""
         key, now = hashlib.sha256(image).hexdigest(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         row = (key, model, guess, probability, choice, now)
         with self.transaction() as database:

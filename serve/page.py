@@ -38,9 +38,9 @@ CSS = """
 
 
 class Page:
-    """The functions behind the page and the API. `file` is what Gradio's clients send for an uploaded file.
+    """The functions behind the page and the API.
 
-    state: of a browser tab, {"token", "guess", "probability"} of the image that was classified last, or None.
+    file: what Gradio's clients send for an upload; state: token, guess and probability of a tab's image, or None.
     """
 
     def __init__(self, classifier, artist_classifier, corrections, held: uploads.Uploads, config):
@@ -102,7 +102,7 @@ class Page:
             probabilities = self.classifier.predict(image)[0]
             guess, probability = self.classifier.top(probabilities, 1)[0]
             result = self.prediction_html(image, probabilities) + self.evidence_html(image, data, name, guess)
-            result += "<h3>The most similar training paintings</h3>" + self.nearest.html(image)
+            result += "<h3>The most similar training paintings</h3>" + self.nearest.figures_html(image)
         state = {"token": token, "guess": guess, "probability": probability}
         return result, state, gr.update(visible=True), gr.update(value=guess), "", ""
 
@@ -141,9 +141,8 @@ class Page:
             if style not in self.repainter.styles:
                 raise UserError("choose one of the styles first")
             words = f"The painting in the style {display_name(style)}"
-            return panels.figure_html(
-                self.repainter.repaint(self.uploads.get((state or {}).get("token"))[1], style), words, words
-            )
+            _, data = self.uploads.get((state or {}).get("token"))
+            return panels.figure_html(self.repainter.repaint(data, style), words, words)
 
     def clear(self, state):
         self.uploads.drop((state or {}).get("token"))
@@ -156,7 +155,11 @@ class Page:
                 self.painting_tab()
             with gr.Tab("The collection"):
                 gr.HTML(self.collection)
-            self.api()
+            file, files = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
+            answer, button = gr.JSON(visible=False), gr.Button(visible=False)
+            # Without Gradio's queue, through which clients would have to ask for each answer again.
+            button.click(self.label, file, answer, api_name="label", preprocess=False, queue=False)
+            button.click(self.label_batch, files, answer, api_name="label_batch", preprocess=False, queue=False)
         for block in blocks.blocks.values():
             if isinstance(block, gr.File):  # Gradio would fetch a URL, or copy the file, before our code sees it
                 block.async_move_resource_to_block_cache = identity
@@ -179,13 +182,6 @@ class Page:
             painted.render()
         file.upload(self.classify, file, [result, state, controls, choice, saved, painted], preprocess=False, **private)
         file.clear(self.clear, state, [result, state, controls], **private)
-
-    def api(self) -> None:
-        file, files = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
-        answer, button = gr.JSON(visible=False), gr.Button(visible=False)
-        # Without Gradio's queue, through which clients would have to ask for each answer again.
-        button.click(self.label, file, answer, api_name="label", preprocess=False, queue=False)
-        button.click(self.label_batch, files, answer, api_name="label_batch", preprocess=False, queue=False)
 
 
 @contextlib.contextmanager

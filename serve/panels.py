@@ -92,7 +92,7 @@ class NearestPaintings:
         features = (features - self.mean) / self.std
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
-    def html(self, image) -> str:
+    def figures_html(self, image) -> str:
         """The NEIGHBOURS most similar paintings to an image, uint8 (1, 3, size, size)."""
         if self.unavailable:
             return f"<p>{html.escape(self.unavailable)}</p>"

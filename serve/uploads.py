@@ -134,7 +134,6 @@ def read_upload(data: bytes, size: int, resize: str) -> np.ndarray:
     """An uploaded file as pixels uint8 (3, size, size). Raises UserError for one that is too large or not an image."""
     if not data:
         raise UserError("the file is empty")
-    limit = f"at most {MAX_PIXELS / 1e6:g} million pixels are allowed"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -142,9 +141,10 @@ def read_upload(data: bytes, size: int, resize: str) -> np.ndarray:
                 width, height = image.size
         if width * height <= MAX_PIXELS:  # checked before decoding: a small file can hold a huge image
             return read_image(io.BytesIO(data), size, resize, FORMATS).copy()
+        problem = f"the picture has {width} x {height} pixels"
     except Image.DecompressionBombError:
-        raise UserError(f"the picture is too large: {limit}") from None
+        problem = "the picture is too large"
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = f"not a picture that can be read ({type(error).__name__})"
-        raise UserError(f"{reason}: send JPEG, PNG, WebP, TIFF, BMP or GIF") from None
-    raise UserError(f"the picture has {width} x {height} pixels: {limit}")
+        kind = type(error).__name__
+        raise UserError(f"not a picture that can be read ({kind}): send JPEG, PNG, WebP, TIFF, BMP or GIF") from None
+    raise UserError(f"{problem}: at most {MAX_PIXELS / 1e6:g} million pixels are allowed")
