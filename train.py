@@ -9,7 +9,7 @@
 
 The epoch with the best balanced accuracy on validation paintings is kept; test paintings are never used. A training
 that was interrupted resumes after its last finished epoch when the same command is run again; --restart starts anew.
-Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished), train.jsonl with one
+Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished), classifier.jsonl with one
 line per epoch, curves.png, classes.png and facts.json.
 """
 

@@ -71,7 +71,7 @@ def test_the_demo_paints_the_same_test_scenes_in_every_manner_and_imbalances_tra
 def test_training_writes_everything(trained, demo):
     for name in ("curves.png", "classes.png"):
         assert np.asarray(Image.open(trained / name).convert("L")).std() > 5  # not blank
-    lines = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained / "classifier.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     facts = json.loads((trained / "facts.json").read_text())["train"]
     assert facts["model"] == "CNN"
@@ -110,14 +110,15 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, t
     train.main(arguments)
     assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
     lines = [
-        [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()] for run in (trained, tmp_path)
+        [json.loads(line) for line in (run / "classifier.jsonl").read_text().splitlines()] for run in (trained, tmp_path)
     ]
     for whole_line, line in zip(*lines, strict=True):  # the second epoch too, if the first was kept
         assert [whole_line[key] for key in ("loss", "val_loss")] == [line[key] for key in ("loss", "val_loss")]
 
 
 def test_resuming_on_changed_paintings_is_refused(demo, trained, tmp_path):
-    checkpoint = torch.load(trained / "classifier.pt", weights_only=True) | {"fingerprint": "other"}
+    checkpoint = torch.load(trained / "classifier.pt", weights_only=True)
+    checkpoint |= {"fingerprint": "other", "resume": {}}
     torch.save(checkpoint, tmp_path / "classifier.partial.pt")
     with pytest.raises(UserError, match="unfinished training on other paintings"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])

@@ -236,7 +236,7 @@ def test_two_processes_train_like_one(demo, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     train.main([*TINY_TRAIN, *plain, "--data", str(demo), "--run", str(tmp_path / "one")])
-    one, two = ((tmp_path / name / "train.jsonl").read_text().splitlines() for name in ("one", "two"))
+    one, two = ((tmp_path / name / "classifier.jsonl").read_text().splitlines() for name in ("one", "two"))
     for line, other in zip(one, two, strict=True):
         assert json.loads(line)["loss"] == pytest.approx(json.loads(other)["loss"], rel=1e-3)
     first, second = (load_checkpoint(tmp_path / name / "classifier.pt") for name in ("one", "two"))
