@@ -1,190 +1,318 @@
-"""Measure against what people use: CPU time and memory, side by side in one run, on pictures that this script paints.
+"""Measure CPU time and memory beside torchvision's ImageFolder, a list of float images, and ResNet-18.
 
-    python benchmark.py -c cpu.json                          # everything; with real paintings an hour on one core
-    python benchmark.py -c cpu.json --measures batches cache # only these; the others' figures are kept
-    python benchmark.py -c cpu.json --measures resnet18_time --data /scratch/wikiart --run runs/wikiart
+    python benchmark.py -c settings/cpu.json                             # everything; an hour with real paintings
+    python benchmark.py -c settings/cpu.json --measures batches cache    # only these; the other results are kept
+    python benchmark.py -c settings/cpu.json --measures resnet18_time --data /scratch/wikiart --run runs/wikiart
 
-Times are CPU time of this process and its children, so that what else runs here matters little (but two_processes,
-which takes wall time); whatever is compared is measured in turns, a first round not counted, and the medians are set in
-relation (but memory and ResNet-18, which are measured once). All of it runs on the CPU. Only resnet18_time looks at
---data. It takes 4 GB of memory and 2 GB of disk. Writes into the run folder: benchmark.md (a table), benchmark.png and
-facts.json.
+Everything runs on the CPU, on synthetic JPEGs except for resnet18_time, which uses --data. Times are CPU times of this
+process and its children, so that other programs matter little; both sides take turns, after an uncounted round, and
+medians are compared (memory and ResNet-18 are measured once). Needs 4 GB of memory and 2 GB of disk. Writes into the
+run folder: benchmark.md (a table), benchmark.png and facts.json.
 """
 
-import json
+import mmap
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-import figures
-import runs
-from measures import MEASURES, Bench, operations
+from common import benchmarks, figures
+from common.benchmarks import CPU, compare, in_turns, peak_memory
+from common.config import ROOT, Setting, configure, read_settings
+from common.crops import batch_crop, random_crops
+from common.errors import UserError
+from common.images import pixel_cache
+from common.layers import Normalise
+from common.run import add_facts, claim, load_checkpoint, read_facts, reuse_freed_memory, run_script, write_text
+from wikiart import Classifier, WikiArt, channel_statistics, make_model
 
-SHARED = ("data", "run", "size", "resize", "seed", "split_seed")
-HELP = {
-    "measures": "what to measure: some of batches, batches_jitter, memory, cache, gemm_share, epoch_overhead, "
-    "resnet18_time, growth, labelling, two_processes",
-    "turns": "times that everything is measured; the median counts",
-    "side": "side of the pictures in batches, in pixels, where torchvision stands beside",
-    "images": "full-size JPEGs to paint",
-    "megapixels": "pixels of each of them, in millions",
-    "batch_size": "pictures a batch, where torchvision stands beside",
-    "memory_images": "pictures of which the course's pattern keeps floats (200 KB each)",
-    "growth_images": "sizes of the small and of the large data set, for what an image costs in each",
-    "epoch_images": "pictures of the epoch that is measured",
-    "resnet_epochs": "epochs of ResNet-18; the reference recipe has 90",
-    "budgets": "shares of ResNet-18's CPU time that our network trains for, one after the other until one is enough",
-    "gpu_tflops": "assumed peak of a GPU, in 10^12 operations a second, for what is only calculated",
-    "gpu_share": "share of that peak which training is assumed to reach",
-    "gpus_share": "share of eight GPUs' joint rate that is assumed to be left after they have exchanged gradients",
+SHARED = ("data", "run", "size", "resize", "seed", "split_seed", "validation")
+SETTINGS = {
+    "measures": Setting(list[str], None, "what to measure"),
+    "turns": Setting(int, "[1, inf)", "times that everything is measured; the median counts"),
+    "images": Setting(int, "[4, inf)", "full-size JPEGs to measure on"),
 }
-WIKIART, GPUS = 81_444, 8  # for what is only calculated
-
-
-class Row(NamedTuple):
-    """What a measure is, beside what, what it should reach, and how its ratio and the two sides are written."""
-
-    what: str
-    beside: str
-    reach: float | None
-    stretch: float | None
-    form: str
-    unit: str
-    less: bool = False  # is better
-
-
-FOLDER = "ImageFolder, Resize, ToTensor; full-size JPEGs"
-ROWS = {
-    "batches": Row("batches with crop, flip, normalise", FOLDER, 60, 90, ".1f", "CPU ms an image"),
-    "batches_jitter": Row("the same, each image by itself, with exposure and contrast", FOLDER, 25, 33, ".1f",
-                          "CPU ms an image"),
-    "memory": Row("memory for the same batches", "the course's pattern: all images as floats", 0.01, None, ".4f", "MB",
-                  True),
-    "cache": Row("building the cache", "one pass of ImageFolder", 2, 3.3, ".2f", "CPU ms an image"),
-    "gemm_share": Row("training step of the CNN", "float32 matrix products", 0.7, 0.78, ".0%", "GFLOP/s"),
-    "epoch_overhead": Row("whole epoch, beyond the training steps", "the steps alone", 0.05, 0.02, ".1%",
-                          "CPU ms an image", True),
-    "resnet18_time": Row("CNN, until it is as good as ResNet-18", "ResNet-18, its reference recipe", 0.25, 0.1, ".2f",
-                         "CPU min", True),
-    "growth": Row("an image of many", "an image of few", None, None, ".2f", "CPU ms an image", True),
-    "labelling": Row("labelling a folder", "the network alone", 0.8, 0.95, ".0%", "images a CPU second"),
-    "two_processes": Row("two processes, same batch", "one process", None, None, ".2f", "images a second"),
-}  # fmt: skip
-LABELS = {"batches_jitter": "batches, varied", "gemm_share": "training step", "epoch_overhead": "whole epoch",
-          "resnet18_time": "beside ResNet-18"}  # in the figure  # fmt: skip
+SIDE, BATCH_SIZE = 128, 32  # of the images in batches
+WIDTH, HEIGHT = 1095, 822  # of the JPEGs, about WikiArt's
+MEMORY_IMAGES = 20_000  # kept as floats, 200 KB each
+FEW, MANY = 1000, 32_000  # images of the small and the large data set of `growth`
+EPOCHS = 12  # of ResNet-18 and of our network; the reference recipe has 90
+CLASSIFIER = ROOT / "report" / "classifier.pt"  # labels the JPEGs
+WIKIART = 81_444  # paintings
+GPU_TFLOPS, GPU_SHARE = 312.0, 0.15  # assumed: bf16 peak of an A100, and the share of it that training reaches
+GPUS, GPUS_SHARE = 8, 0.9  # assumed: share of eight GPUs' joint rate that remains when they exchange gradients
 
 
 def main(argv=None):
-    config = runs.configure("benchmark", __doc__, SHARED, HELP, argv)
+    config = configure("benchmark", __doc__, SETTINGS, SHARED, argv)
     unknown = [name for name in config.measures if name not in MEASURES]
     if unknown or not config.measures:
-        raise runs.Problem(f"no measure {' '.join(unknown) or 'given'}: give some of {', '.join(MEASURES)}")
-    if len(config.growth_images) != 2 or config.growth_images[0] >= config.growth_images[1]:
-        raise runs.Problem("--growth-images needs two numbers, the smaller one first")
-    runs.keep_memory()  # as in training; so it is for what stands beside
+        raise UserError(f"no measure {' '.join(unknown) or 'given'}: give some of {', '.join(MEASURES)}")
+    reuse_freed_memory()  # as in training; for both sides
     run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    lock = runs.claim(run, "benchmark")  # noqa: F841
-    for left in run.glob(".benchmark.*/"):  # by one that was killed
-        shutil.rmtree(left)
-    how = {key: getattr(config, key) for key in ("turns", "side", "batch_size", "megapixels", "memory_images")}
-    how |= {"threads": torch.get_num_threads(), "few": config.growth_images[0], "many": config.growth_images[1]}
-    with tempfile.TemporaryDirectory(prefix=".benchmark.", dir=run) as scratch:  # a disk as the user's
+    lock = claim(run, "benchmark")
+    for leftover in run.glob(".benchmark.*/"):  # of a run that was killed
+        shutil.rmtree(leftover)
+
+    with tempfile.TemporaryDirectory(prefix=".benchmark.", dir=run) as scratch:
         bench = Bench(config, Path(scratch))
-        for name in MEASURES:
-            if name in config.measures:
-                print(f"measuring {name}", flush=True)
-                facts = note(run, MEASURES[name](bench), how)
-                print(line_of(name, facts) if name in facts else f"{name}: not reached", flush=True)
-    measured = [name for name, row in ROWS.items() if row.reach and f"{name}_theirs" in facts]
-    short = [ROWS[name].what for name in measured if name not in facts or reached(name, facts[name]) < 1]
-    facts = note(run, on_paper(config, facts) | {"short_of_goal": "; ".join(short) or "nothing"}, how)
-    header = [
-        "| measure | beside | ratio | from turn to turn | to reach | stretch | ours | theirs | in |",
-        "|---" * 9 + "|",
-    ]
-    table = "\n".join([*header, *(line_of(name, facts) for name in ROWS if name in facts)])
-    runs.write_text(run / "benchmark.md", table + "\n")
-    if any(name in facts for name in ROWS):
-        draw(run / "benchmark.png", facts)
+        for name in sorted(set(config.measures), key=list(MEASURES).index):
+            print(f"measuring {name}", flush=True)
+            facts = merge_facts(run, MEASURES[name].function(bench), config.turns)
+            print(table_line(name, facts) if facts[name] is not None else f"{name}: never as good", flush=True)
+    facts = merge_facts(run, {"paper": estimate(facts)}, config.turns)
+    header = ["| measure | beside | ratio | range over turns | ours | theirs | in |", "|---" * 7 + "|"]
+    table = "\n".join([*header, *(table_line(name, facts) for name in MEASURES if facts.get(name) is not None)])
+    write_text(run / "benchmark.md", table + "\n")
+    plot(run / "benchmark.png", facts)
+    lock.close()
     print(table, f"\n{run / 'benchmark.md'}")
 
 
-def note(run: Path, found: dict, how: dict) -> dict:
-    """Put what was found among the facts of earlier measures, and return them all; what is None is taken away.
-
-    Those that were measured with other settings than `how` are forgotten.
-    """
-    path = run / "facts.json"
-    known = json.loads(path.read_text()).get("benchmark", {}) if path.exists() else {}
-    if any(known.get(key) != value for key, value in how.items()):
-        known = how
-    found = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in found.items()}
-    facts = {key: value for key, value in (known | found).items() if value is not None}
-    runs.add_facts(run, "benchmark", facts)
-    return facts
+# Facts, table and figure ----------------------------------------------------------------------------------------------
 
 
-def line_of(name: str, facts: dict) -> str:
-    row = ROWS[name]
-    turns = f"{facts[f'{name}_low']:{row.form}} to {facts[f'{name}_high']:{row.form}}" if f"{name}_low" in facts else ""
-    sides = (f"{facts[f'{name}_{side}']:.4g}" for side in ("ours", "theirs"))
-    aims = (f"{aim:{row.form}}" if aim else "" for aim in (row.reach, row.stretch))
-    return f"| {' | '.join([row.what, row.beside, f'{facts[name]:{row.form}}', turns, *aims, *sides, row.unit])} |"
+def merge_facts(run: Path, facts: dict, turns: int) -> dict:
+    """Add the facts of a measure to facts.json; returns all. Those that were measured in another way are discarded."""
+    way = {"turns": turns, "threads": torch.get_num_threads(), "side": SIDE, "batch_size": BATCH_SIZE}
+    way |= {"megapixels": round(WIDTH * HEIGHT / 1e6, 2), "memory_images": MEMORY_IMAGES, "few": FEW, "many": MANY}
+    earlier = read_facts(run).get("benchmark", {})
+    add_facts(run, "benchmark", way | facts, merge=all(earlier.get(key) == value for key, value in way.items()))
+    return read_facts(run)["benchmark"]
 
 
-def reached(name: str, value: float) -> float:
-    """The share of its goal that a measure reaches; 1 and more are good."""
-    return ROWS[name].reach / max(value, 1e-9) if ROWS[name].less else value / ROWS[name].reach
+def table_line(name: str, facts: dict) -> str:
+    measure, low, high = MEASURES[name], facts.get(f"{name}_low"), facts.get(f"{name}_high")
+    turns = "" if low is None else f"{low:{measure.form}} to {high:{measure.form}}"
+    ours, theirs = (f"{facts[f'{name}_{side}']:.4g}" for side in ("ours", "theirs"))
+    cells = [measure.ours, measure.theirs, f"{facts[name]:{measure.form}}", turns, ours, theirs, measure.unit]
+    return f"| {' | '.join(cells)} |"
 
 
-def draw(path: Path, facts: dict) -> None:
-    """Every measure in per cent of what it should reach."""
-    shown = [name for name in ROWS if name in facts and ROWS[name].reach]
-    most = 300
-
-    def share(name, value):
-        return min(100 * reached(name, value), most)
-
-    groups = {"measured": [share(name, facts[name]) for name in shown],
-              "a further goal": [share(name, ROWS[name].stretch or ROWS[name].reach) for name in shown]}  # fmt: skip
-    title = f"How fast, in per cent of what was to be reached ({most} and more end there)"
-    names = [LABELS.get(name, figures.plain(name)) for name in shown]
-    figures.bars(path, groups, names, title, "% of what was to be reached", True, 100)
+def plot(path: Path, facts: dict) -> None:
+    """Bars: CPU time or memory of each measure beside other software, in % of the other's."""
+    measured = [name for name in PLOTTED if facts.get(name) is not None]
+    heights = [100 * facts[f"{name}_ours"] / facts[f"{name}_theirs"] for name in measured]
+    names = [f"{MEASURES[name].ours}\nbeside {MEASURES[name].theirs}" for name in measured]
+    labels = [f"{name}: {height:.1f} %" for name, height in zip(names, heights, strict=True)]
+    if measured:
+        title = "CPU time and memory, in % of other software's (dashed line)"
+        figures.bars(path, {"this project": heights}, labels, title, "% of the other's", level=100)
 
 
-def on_paper(config, facts: dict) -> dict:
-    """What WikiArt would cost at `side` pixels with the settings of config.json, by counting; see gpu_tflops."""
-    settings = SimpleNamespace(**runs.settings(None)["train"])
-    each = operations(settings, config.side)
-    total = each * WIKIART * settings.epochs
-    minutes = total / (config.gpu_tflops * 1e12 * config.gpu_share) / 60
-    paper = {
-        "images": WIKIART,
-        "operations_per_image": each,
-        "crop": settings.crop,
-        "crop_operations": operations(settings, settings.crop) / each,
-        "epochs": settings.epochs,
-        "operations": total,
-        "pixels_gb": WIKIART * 3 * config.side**2 / 1e9,
-        "one_gpu_minutes": minutes,
-        "eight_gpus_minutes": minutes / GPUS / config.gpus_share,
-        "gpu_tflops": config.gpu_tflops,
-        "gpu_share": config.gpu_share,
-        "gpus_share": config.gpus_share,
-    }
-    if "cache" in facts:
+def estimate(facts: dict) -> dict:
+    """What WikiArt at SIDE pixels would cost with the network of config.json, by counting operations."""
+    settings = SimpleNamespace(**read_settings()["train"])
+    per_image = operations(settings, SIDE)
+    total = per_image * WIKIART * settings.epochs
+    minutes = total / (GPU_TFLOPS * 1e12 * GPU_SHARE) / 60
+    paper = {"images": WIKIART, "pixels_gb": WIKIART * 3 * SIDE**2 / 1e9, "epochs": settings.epochs}
+    paper |= {"operations_per_image": per_image, "operations": total, "crop": settings.crop}
+    paper |= {"crop_operations": operations(settings, settings.crop) / per_image}
+    paper |= {"gpu_tflops": GPU_TFLOPS, "gpu_share": GPU_SHARE, "gpus_share": GPUS_SHARE}
+    paper |= {"one_gpu_minutes": minutes, "eight_gpus_minutes": minutes / GPUS / GPUS_SHARE}
+    if "cache_ours" in facts:
         paper["decoding_cpu_minutes"] = facts["cache_ours"] / 1000 * WIKIART / 60
-    if "gemm_share" in facts:
-        paper["cpu_core_days"] = total / (facts["gemm_share_ours"] * 1e9) / 86_400
-    return {
-        "paper": {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in paper.items()}
-    }
+    return paper
+
+
+def operations(settings, crop: int) -> float:
+    """Floating-point operations per image in training, forward and backward, without the optimizer."""
+    shape = {key: getattr(settings, key) for key in ("width", "depth", "pooling")}
+    with torch.device("meta"):  # shapes without values
+        model, images = make_model("CNN", {"classes": 27, **shape}), torch.zeros(2, 3, crop, crop)
+        with FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+# Measures: each takes a Bench and returns its facts, see benchmarks.compare -------------------------------------------
+
+
+class Bench:
+    """Settings, and synthetic images that are written when a measure first needs them."""
+
+    def __init__(self, config, scratch: Path):
+        self.config, self.scratch = config, scratch
+        self.train = SimpleNamespace(**read_settings(config.config)["train"])
+
+    def large_images(self) -> Path:
+        """JPEGs as large as WikiArt's, which decode as slowly."""
+        return benchmarks.write_images(self.scratch / "large", self.config.images, WIDTH, HEIGHT, self.config.seed)
+
+    def small_images(self, count: int) -> Path:
+        """Many small JPEGs: the cost of their cached pixels is that of large ones."""
+        return benchmarks.write_images(self.scratch / f"small-{count}", count, 48, 48, self.config.seed)
+
+    def beside_image_folder(self, name: str, ours, epochs: int = 1) -> dict:
+        """The facts of ours(), `epochs` passes over the large images, beside an epoch of ImageFolder."""
+        theirs = partial(benchmarks.image_folder_epoch, self.large_images(), SIDE, BATCH_SIZE)
+        seconds, images = in_turns(self.config.turns, {"ours": ours, "theirs": theirs}), self.config.images
+        return compare(name, 1000 * seconds["ours"] / epochs / images, 1000 * seconds["theirs"] / images, speedup=True)
+
+
+def open_cached(root: Path) -> WikiArt:
+    return WikiArt(root, size=SIDE, processes=1)
+
+
+def cached_epoch(data: WikiArt, prepare, unmap: bool = False) -> None:
+    """Our pipeline: index the cached pixels, in bytes, and prepare whole batches."""
+    normalise = Normalise()
+    for items in torch.randperm(len(data)).split(BATCH_SIZE):
+        normalise(prepare(data.batch(items, CPU)[0]))
+        if unmap:  # the kernel may take the cache's pages back at any time, but counts them as ours
+            data.pixels._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def common_crop(pixels):
+    """The same crop and flip for a whole batch, as in train_autoencoder.py."""
+    return batch_crop(pixels, pixels.shape[-1], torch.rand(5))
+
+
+def individual_crops(pixels):
+    """Crop, flip, exposure and contrast of each image, as in train.py."""
+    return random_crops(pixels, pixels.shape[-1], torch.rand(7, len(pixels)))
+
+
+def batches(bench: Bench, name: str = "batches", prepare=common_crop) -> dict:
+    data, epochs = open_cached(bench.large_images()), 5
+
+    def ours():
+        for _ in range(epochs):
+            cached_epoch(data, prepare)
+
+    return bench.beside_image_folder(name, ours, epochs)
+
+
+def batches_jitter(bench: Bench) -> dict:
+    return batches(bench, "batches_jitter", individual_crops)
+
+
+def cache(bench: Bench) -> dict:
+    def ours():
+        pixel_cache(bench.large_images() / "train", bench.scratch / "cache", SIDE, "squash", 1)
+        shutil.rmtree(bench.scratch / "cache")
+
+    return bench.beside_image_folder("cache", ours)
+
+
+def open_and_batch(root: Path) -> None:
+    cached_epoch(open_cached(root), common_crop, unmap=True)
+
+
+def memory_of_epoch(bench: Bench, root: Path) -> float:
+    few = bench.small_images(4)
+    for folder in (few, root):
+        open_cached(folder)  # decodes
+    return peak_memory(open_and_batch, root, warm_up=(few,))
+
+
+def memory(bench: Bench) -> dict:
+    root = bench.small_images(MEMORY_IMAGES)
+    paths = [str(path) for path in sorted((root / "train").rglob("*.jpg"))]
+    ours = memory_of_epoch(bench, root)
+    theirs = peak_memory(benchmarks.load_as_floats, paths, SIDE, warm_up=(paths[:4], SIDE))
+    return {"memory": ours / theirs, "memory_ours": ours, "memory_theirs": theirs}
+
+
+def growth(bench: Bench) -> dict:
+    few, many = bench.small_images(FEW), bench.small_images(MANY)
+    facts = {"growth_memory_small": memory_of_epoch(bench, few), "growth_memory_large": memory_of_epoch(bench, many)}
+    repeats = max(1, MANY // FEW // 4)  # an epoch of few is too short to be measured
+
+    def epochs(root, count):
+        for _ in range(count):
+            cached_epoch(open_cached(root), common_crop)
+
+    seconds = in_turns(bench.config.turns, {"few": partial(epochs, few, repeats), "many": partial(epochs, many, 1)})
+    return facts | compare("growth", 1000 * seconds["many"] / MANY, 1000 * seconds["few"] / repeats / FEW)
+
+
+def resnet18_time(bench: Bench) -> dict:
+    """CPU time until our network is as good on validation paintings as ResNet-18 at its end, by that of ResNet-18."""
+    config, settings = bench.config, bench.train
+    split = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
+    data = WikiArt(config.data, "train", processes=1, **split)
+    training, validation = data.split_off(config.validation, config.split_seed)
+    if not len(validation) or settings.batch_size > len(training):
+        raise UserError(f"{config.data} has too few paintings for ResNet-18: give another --data")
+    mean, std = channel_statistics(training)
+    torch.manual_seed(config.seed)
+    resnet = make_model("resnet18", {"classes": len(data.classes), "mean": mean, "std": std})
+    sizes = settings.crop, settings.batch_size, EPOCHS
+    accuracy, theirs = benchmarks.train_reference(resnet, training, validation, *sizes)
+    print(f"ResNet-18: {accuracy:.1%} balanced accuracy after {theirs / 60:.1f} CPU-minutes", flush=True)
+
+    history = train_cnn(bench, bench.scratch / "cnn")
+    seconds = np.cumsum([record["cpu_seconds"] for record in history])  # with validation, which is not in `theirs`
+    scores = np.array([record["val_balanced_accuracy"] for record in history])
+    as_good = seconds[scores >= round(accuracy, 5)]  # records are rounded
+    facts = {"resnet18_time": None, "resnet18_time_ours": None, "resnet18_time_theirs": theirs / 60}
+    if len(as_good):
+        facts |= {"resnet18_time": as_good[0] / theirs, "resnet18_time_ours": as_good[0] / 60}
+    facts |= {"resnet18_balanced_accuracy": accuracy, "resnet18_epochs": EPOCHS}
+    return facts | {"resnet18_our_balanced_accuracy": scores.max(), "resnet18_our_minutes": seconds[-1] / 60}
+
+
+def train_cnn(bench: Bench, run: Path) -> list[dict]:
+    """Train our network with train.py, on the paintings of ResNet-18; returns the records of its epochs."""
+    flags = ["--run", run, "--device", "cpu", "--processes", 1, "--epochs", EPOCHS]
+    for path in bench.config.config or []:
+        flags += ["-c", path]
+    for key in ("data", "size", "resize", "seed", "split_seed", "validation"):
+        flags += [f"--{key.replace('_', '-')}", getattr(bench.config, key)]
+    benchmarks.call([ROOT / "train.py", *flags])
+    return load_checkpoint(run / "classifier.pt")["history"]
+
+
+def labelling(bench: Bench) -> dict:
+    """Images per CPU second of label.py on JPEGs, without its start, beside its network on decoded images."""
+    root, single, table = bench.large_images(), bench.scratch / "single", bench.scratch / "labels.csv"
+    classifier = Classifier.load(CLASSIFIER, CPU)
+    data = WikiArt(root, size=classifier.size, resize=classifier.resize, processes=1)
+    single.mkdir()
+    shutil.copy(data.root / data.paths[0], single)
+
+    def label(folder):
+        table.unlink(missing_ok=True)
+        flags = ["--checkpoint", CLASSIFIER, "--run", bench.scratch, "--device", "cpu", "--processes", 1]
+        benchmarks.call([ROOT / "label.py", folder, "--out", table, *flags])
+
+    network = partial(classifier.predict_dataset, data, batch_size=64)  # as label.py
+    functions = {"network": network, "folder": partial(label, root), "start": partial(label, single)}
+    seconds = in_turns(bench.config.turns, functions)
+    ours = (len(data) - 1) / (seconds["folder"] - seconds["start"]).clip(1e-9)
+    return compare("labelling", ours, len(data) / seconds["network"])
+
+
+class Measure(NamedTuple):
+    """A line of the table: what is measured beside what, how the ratio is written, and the unit of both sides."""
+
+    function: Callable[[Bench], dict]
+    ours: str
+    theirs: str
+    form: str
+    unit: str
+
+
+MEASURES = {
+    "batches": Measure(batches, "batches: crop, flip", "ImageFolder", ".1f", "CPU ms per image"),
+    "batches_jitter": Measure(batches_jitter, "batches: also jitter", "ImageFolder", ".1f", "CPU ms per image"),
+    "memory": Measure(memory, "memory for batches", "list of float images", ".4f", "MB"),
+    "cache": Measure(cache, "building the cache", "an epoch of ImageFolder", ".2f", "CPU ms per image"),
+    "growth": Measure(growth, "image of a large data set", "image of a small one", ".2f", "CPU ms per image"),
+    "resnet18_time": Measure(resnet18_time, "CNN, until it is as good", "ResNet-18", ".2f", "CPU minutes"),
+    "labelling": Measure(labelling, "labelling a folder", "the network alone", ".0%", "images per CPU second"),
+}
+PLOTTED = ("batches", "batches_jitter", "memory", "cache", "resnet18_time")  # those beside other software
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    run_script(main)

@@ -1,31 +1,44 @@
 """The measures run, on tiny sizes, and say what they should; how fast anything is, no test asks."""
 
-import copy
 import json
 import math
 import os
 from functools import partial
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from conftest import clear_line, script
 
 import benchmark
-import measures
-import runs
-import train
-from wikiart import BalancedSampler, WikiArt
-from windows import random_crops
+from common import benchmarks
+from common.config import configure
+from common.errors import UserError
+from wikiart import WikiArt, make_model
 
 TINY = {
     "size": 32,
-    "train": {"width": 8, "depth": 1, "crop": 32, "batch_size": 16, "per_class": 12, "validation": 0.3},
-    "benchmark": {"turns": 1, "side": 32, "images": 48, "megapixels": 0.02, "batch_size": 16, "memory_images": 200,
-                  "growth_images": [40, 200], "epoch_images": 64, "resnet_epochs": 1},
-}  # fmt: skip
-QUICK = ["batches", "batches_jitter", "memory", "cache", "gemm_share", "epoch_overhead", "growth"]
+    "validation": 0.3,
+    "train": {"width": 8, "depth": 1, "crop": 32, "batch_size": 16, "per_class": 12},
+    "benchmark": {"turns": 1, "images": 48},
+}
+TINY_CONSTANTS = {
+    "SIDE": 32,
+    "WIDTH": 180,
+    "HEIGHT": 120,
+    "BATCH_SIZE": 16,
+    "MEMORY_IMAGES": 200,
+    "FEW": 40,
+    "MANY": 200,
+    "EPOCHS": 1,
+}
+QUICK = ["batches", "batches_jitter", "memory", "cache", "growth"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_constants():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TINY_CONSTANTS.items():
+            patch.setattr(benchmark, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,8 @@ def run(flags, tmp_path_factory):
 def bench(flags, demo, tmp_path):
     """What a single measure needs."""
     argv = [*flags, "--data", str(demo), "--run", str(tmp_path)]
-    return measures.Bench(runs.configure("benchmark", "", benchmark.SHARED, benchmark.HELP, argv), tmp_path)
+    config = configure("benchmark", "", benchmark.SETTINGS, benchmark.SHARED, argv)
+    return benchmark.Bench(config, tmp_path)
 
 
 def facts_of(run):
@@ -61,11 +75,11 @@ def test_every_measure_gives_a_number_and_a_row(run):
     for name in QUICK:
         for key in (name, f"{name}_ours", f"{name}_theirs"):
             assert math.isfinite(facts[key])
-            assert facts[key] > (-1 if key == "epoch_overhead" else 0)
+            assert facts[key] > 0
         assert facts.get(f"{name}_low", 0) <= facts.get(f"{name}_high", 0)
-        assert any(benchmark.ROWS[name].what in line for line in lines)
+        assert any(benchmark.MEASURES[name].ours in line for line in lines)
     assert (run / "benchmark.png").stat().st_size > 5000
-    assert not list(run.glob(".benchmark.*/"))  # what it painted is gone
+    assert not list(run.glob(".benchmark.*/"))  # the images are gone
 
 
 def test_what_wikiart_costs_on_paper(run):
@@ -87,21 +101,33 @@ def test_figures_of_other_measures_are_kept(run, flags):
     assert len((run / "benchmark.md").read_text().splitlines()) == 2 + len(QUICK)
 
 
-def test_the_course_keeps_every_image_as_floats_and_we_do_not(tmp_path, bench):
-    root = measures.fill(tmp_path / "many", 1200, partial(measures.dab, np.random.default_rng(0)))
-    assert len(bench.data(root, 64)) == 1200  # decoded before
+def test_figures_that_were_measured_in_another_way_are_not_kept(tmp_path):
+    benchmark.merge_facts(tmp_path, {"cache": 1.5}, turns=5)
+    assert benchmark.merge_facts(tmp_path, {"memory": 0.5}, turns=5)["cache"] == 1.5
+    facts = benchmark.merge_facts(tmp_path, {"memory": 0.5}, turns=1)
+    assert "cache" not in facts
+    assert facts["turns"] == 1
+
+
+def test_the_course_keeps_every_image_as_floats_and_we_do_not(tmp_path):
+    root = benchmarks.write_images(tmp_path / "many", 1200, 48, 48, seed=0)
+    assert len(benchmark.open_cached(root)) == 1200  # decoded before
     floats = 1200 * 3 * 64**2 * 4 / 1e6
     paths = [str(path) for path in root.rglob("*.jpg")]
-    assert 0.95 * floats < measures.peak_memory(measures.course, paths, 64) < 1.5 * floats
-    assert measures.peak_memory(measures.epoch_from_cache, root, 64, 16, 1200) < floats / 2
+    assert 0.95 * floats < benchmarks.peak_memory(benchmarks.load_as_floats, paths, 64) < 1.5 * floats
+    assert benchmarks.peak_memory(epoch, root) < floats / 2
+
+
+def epoch(root):
+    benchmark.cached_epoch(WikiArt(root, size=64, processes=1), benchmark.common_crop, unmap=True)
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own():
-    before = measures.memory_now("VmRSS")
-    assert measures.peak_memory(ones, 200) == pytest.approx(200, abs=15)
-    assert measures.memory_now("VmRSS") - before < 40
-    with pytest.raises(runs.Problem, match="--memory-images"):
-        measures.peak_memory(os._exit, 1)  # as the kernel ends one that is too large
+    before = benchmarks.memory_now("VmRSS")
+    assert benchmarks.peak_memory(ones, 200) == pytest.approx(200, abs=15)
+    assert benchmarks.memory_now("VmRSS") - before < 40
+    with pytest.raises(UserError, match="leave memory out of --measures"):
+        benchmarks.peak_memory(os._exit, 1)  # as the kernel ends one that is too large
 
 
 def ones(megabytes):
@@ -109,112 +135,80 @@ def ones(megabytes):
 
 
 def test_cpu_time_counts_children():
-    before = measures.cpu_time()
-    measures.call(["-c", "import time\nwhile time.process_time() < 0.3: pass"])
-    assert measures.cpu_time() - before >= 0.3
+    before = benchmarks.cpu_time()
+    benchmarks.call(["-c", "import time\nwhile time.process_time() < 0.3: pass"])
+    assert benchmarks.cpu_time() - before >= 0.3
 
 
 def test_operations_grow_with_the_picture(bench):
-    small, large = (measures.operations(bench.train, crop) for crop in (64, 128))
+    small, large = (benchmark.operations(bench.train, crop) for crop in (64, 128))
     assert large / small == pytest.approx(4, rel=0.01)
-    model = measures.make_cnn(bench.train)
+    shape = {key: getattr(bench.train, key) for key in ("width", "depth", "pooling")}
+    model = make_model("CNN", {"classes": 27, **shape})
     first = 2 * 16 * 16 * model.body[0].weight.numel()  # of the first layer: forward, and the weights' gradient
     assert small > 2 * first
 
 
-def test_the_step_is_that_of_train_py(bench, demo):
-    data = WikiArt(demo, "train", size=32, processes=1)
-    data = data.subset(data.labels < len(measures.STYLES))
-    data.classes = data.classes[: len(measures.STYLES)]
-    config = SimpleNamespace(**vars(bench.train) | {"artist_weight": 0, "genre_weight": 0, "balance": "none", "seed": 3,
-                                                    "model": "CNN", "target": "style", "epochs": 1})  # fmt: skip
-    order = list(BalancedSampler(data.labels, "none", seed=3))[: config.batch_size]
-    step = measures.Step(config)
-    model, averaged = copy.deepcopy(step.model), copy.deepcopy(step.averaged)
-    optimizers = runs.Optimizers(model, config, 10**9)
-    device = torch.device("cpu")
-    train.train_epoch(model, averaged, data, order, train.Names(data, config), optimizers, 1, config, device)
-    torch.manual_seed(config.seed * 1_000_003 + 1)
-    pixels, labels = data.batch(torch.tensor(order), device)
-    step.model.train()
-    step(random_crops(pixels, config.crop, torch.rand(7, len(order)), config.smallest), labels)
-    for weight, other in zip(step.model.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.allclose(weight, other, atol=1e-6)
-    for weight, other in zip(step.averaged.state_dict().values(), averaged.state_dict().values(), strict=True):
-        assert torch.allclose(weight, other, atol=1e-6)
-
-
 def test_the_time_until_resnet18_is_reached(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(measures, "train_resnet", lambda *_: (0.0, 100.0))
-    bench.config.budgets = [1e-6]
-    found = measures.resnet18_time(bench)
-    assert 0 < found["resnet18_time"] == pytest.approx(found["resnet18_time_ours"] * 60 / 100)
-    assert 0 <= found["resnet18_our_balanced_accuracy"] <= 1
-    benchmark.note(tmp_path, found, {})
-    monkeypatch.setattr(measures, "train_resnet", lambda *_: (1.1, 100.0))
-    bench.config.budgets = [2e-6]
-    assert "resnet18_time" not in benchmark.note(tmp_path, measures.resnet18_time(bench), {})  # nor is the old one left
+    monkeypatch.setattr(benchmarks, "train_reference", lambda *_: (0.0, 100.0))
+    facts = benchmark.resnet18_time(bench)
+    assert 0 < facts["resnet18_time"] == pytest.approx(facts["resnet18_time_ours"] * 60 / 100)
+    assert 0 <= facts["resnet18_our_balanced_accuracy"] <= 1
+    benchmark.merge_facts(tmp_path, facts, 1)
+    monkeypatch.setattr(benchmarks, "train_reference", lambda *_: (1.1, 100.0))
+    monkeypatch.setattr(benchmark, "train_cnn", lambda *_: [{"cpu_seconds": 1.0, "val_balanced_accuracy": 0.5}])
+    facts = benchmark.merge_facts(tmp_path, benchmark.resnet18_time(bench), 1)
+    assert facts["resnet18_time"] is None  # the old one is not left
+    assert facts["resnet18_our_balanced_accuracy"] == 0.5
 
 
-def test_resnet18_trains(bench, demo):
-    parts = WikiArt(demo, "train", size=32, processes=1).set_apart(0.3, 0)
-    accuracy, seconds = measures.train_resnet(*parts, bench)
+def test_resnet18_trains(demo):
+    parts = WikiArt(demo, "train", size=32, processes=1).split_off(0.3, 0)
+    model = make_model("resnet18", {"classes": 8, "mean": [0.5] * 3, "std": [0.25] * 3})
+    accuracy, seconds = benchmarks.train_reference(model, *parts, crop=32, batch_size=16, epochs=1)
     assert 0 <= accuracy <= 1
     assert seconds > 0
 
 
-def test_two_processes_train_like_one(bench):
-    found = measures.two_processes(bench)
-    assert found["two_processes_difference"] < 0.02  # of their length; AdamW turns a last digit into a whole step
-    assert found["two_processes"] > 0
-
-
 def test_labelling(bench):
-    assert math.isfinite(measures.labelling(bench)["labelling"])
+    assert math.isfinite(benchmark.labelling(bench)["labelling"])
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--measures"], "no measure given"),
-        (["--growth-images", "5", "5"], "--growth-images needs two numbers"),
-        (["--turns", "0"], "turns is 0"),
-        (["--budgets", "1.5"], "a share is at most 1"),
-    ],
+    ("flags", "message"), [(["--measures"], "no measure given"), (["--turns", "0"], "turns is 0, but must be in")]
 )
 def test_a_mistake_is_explained(flags, message):
-    with pytest.raises(runs.Problem, match=message):
+    with pytest.raises(UserError, match=message):
         benchmark.main(flags)
 
 
 def test_an_unknown_measure_gets_one_clear_line():
-    said = clear_line(script("benchmark.py", "--measures", "batches", "speed"))
-    assert "no measure speed: give some of batches," in said
+    line = clear_line(script("benchmark.py", "--measures", "batches", "speed"))
+    assert "no measure speed: give some of batches," in line
 
 
 def test_a_failing_script_is_named(bench):
-    with pytest.raises(runs.Problem, match="train.py: no folder"):
-        measures.train_cnn(bench, bench.scratch / "cnn", "nowhere", [])
+    bench.config.data = "nowhere"
+    with pytest.raises(UserError, match="train.py: no folder"):
+        benchmark.train_cnn(bench, bench.scratch / "cnn")
 
 
-def test_works_take_turns():
-    seen = []
-    works = {name: partial(seen.append, name) for name in "ab"}
-    spent = measures.in_turns(2, works)
-    assert seen == list("ab" * 3)  # the first round warms up
+def test_functions_take_turns():
+    calls = []
+    functions = {name: partial(calls.append, name) for name in "ab"}
+    spent = benchmarks.in_turns(2, functions)
+    assert calls == list("ab" * 3)  # the first round warms up
     assert [len(seconds) for seconds in spent.values()] == [2, 2]
 
 
-def test_what_falls_short_of_its_goal_is_known(tmp_path, monkeypatch):
-    assert benchmark.reached("memory", 0.005) == 2  # at most a hundredth
-    assert benchmark.reached("cache", 1) == 0.5  # at least twice as fast
-    found = {"memory": {"memory": 0.005, "memory_ours": 1.0, "memory_theirs": 200.0},
-             "cache": {"cache": 1.0, "cache_ours": 2.0, "cache_theirs": 2.0},
-             "resnet18_time": {"resnet18_time": None, "resnet18_time_theirs": 9.0}}  # never as good  # fmt: skip
-    monkeypatch.setattr(benchmark, "MEASURES", {name: lambda bench, each=each: each for name, each in found.items()})
-    monkeypatch.setattr(benchmark, "Bench", lambda config, scratch: None)
-    benchmark.main(["--measures", *found, "--megapixels", "0.1234567", "--run", str(tmp_path)])
-    facts = json.loads((tmp_path / "facts.json").read_text())["benchmark"]
-    short = [benchmark.ROWS[name].what for name in ("cache", "resnet18_time")]
-    assert facts["short_of_goal"] == "; ".join(short)
-    assert "memory" in facts
+def test_a_measure_that_did_not_reach_resnet18_has_no_row(tmp_path, monkeypatch):
+    results = {
+        "memory": {"memory": 0.005, "memory_ours": 1.0, "memory_theirs": 200.0},
+        "resnet18_time": {"resnet18_time": None, "resnet18_time_theirs": 9.0},
+    }
+    for name, facts in results.items():
+        replaced = benchmark.MEASURES[name]._replace(function=lambda bench, facts=facts: facts)
+        monkeypatch.setitem(benchmark.MEASURES, name, replaced)
+    benchmark.main(["--measures", *results, "--run", str(tmp_path)])
+    lines = (tmp_path / "benchmark.md").read_text().splitlines()
+    assert lines[2:] == ["| memory for batches | list of float images | 0.0050 |  | 1 | 200 | MB |"]
