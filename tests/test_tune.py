@@ -7,49 +7,64 @@ import sys
 import pytest
 from conftest import ROOT, TINY_TRAIN
 
-import runs
 import tune
+from common.errors import UserError
+from common.run import claim
 
 
 def test_settings_are_combined_and_named():
-    assert tune.read_settings('{"seed": [0, 1]}') == {"0": {"seed": 0}, "1": {"seed": 1}}
-    grid = tune.read_settings('{"seed": [0, 1], "lr": [0.1]}')
+    assert tune.read_grid('{"seed": [0, 1]}') == {"0": {"seed": 0}, "1": {"seed": 1}}
+    grid = tune.read_grid('{"seed": [0, 1], "lr": [0.1]}')
     assert list(grid) == ["seed-0_lr-0.1", "seed-1_lr-0.1"]
-    assert tune.read_settings('{"base": {}, "no_mirror": {"flip": 0}}') == {"base": {}, "no_mirror": {"flip": 0}}
-    listed = tune.read_settings('[{}, {"windows": [1.0, 0.5]}, {"artist_weight": 0}]')
-    assert list(listed) == ["as-is", "windows-1.0-0.5", "artist_weight-0"]
+    assert tune.read_grid('{"base": {}, "no_mirror": {"flip": 0}}') == {"base": {}, "no_mirror": {"flip": 0}}
+    listed = tune.read_grid('[{}, {"tta_scales": [1.0, 0.5]}, {"artist_weight": 0}]')
+    assert list(listed) == ["as-is", "tta_scales-1.0-0.5", "artist_weight-0"]
 
 
-@pytest.mark.parametrize("given", ["", "{", "[]", "3", '{"seed": 1}', "missing.json"])
-def test_settings_that_are_none_get_one_clear_line(given):
-    with pytest.raises(runs.Problem):
-        tune.read_settings(given)
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": 1}', "missing.json"])
+def test_settings_that_are_none_get_one_clear_line(text):
+    with pytest.raises(UserError):
+        tune.read_grid(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('{"seed": [0, 1, 0]}', "0"),
+        ('[{"seed": 0, "lr": 0.1}, {"seed": 0, "lr": 0.1}]', "seed-0_lr-0.1"),
+        ('[{"tta_scales": [1.0, 0.5]}, {"tta_scales": "1.0-0.5"}]', "1.0-0.5"),
+        ('{"base": {"seed": 0}, "base": {"seed": 1}}', "base"),
+    ],
+)
+def test_settings_of_the_same_name_are_not_merged(text, name):
+    with pytest.raises(UserError, match=f"^{name} is given twice"):
+        tune.read_grid(text)
 
 
 def test_a_list_of_settings_is_trained_evaluated_and_tabled_once(demo, tmp_path, capsys):
-    arguments = ['{"balance": ["none", "logit"]}', "--name", "balance", "--jobs", "2", "--device", "cpu",
-                 "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]  # fmt: skip
+    flags = ["--name", "balance", "--jobs", "2", "--device", "cpu", "--data", str(demo), "--run", str(tmp_path)]
+    arguments = ['{"balance": ["none", "logit"]}', *flags, "--", *TINY_TRAIN]
     tune.main(arguments)
     assert "| logit |" in capsys.readouterr().out
     assert (tmp_path / "balance.png").exists()
     facts = json.loads((tmp_path / "facts.json").read_text())["balance"]
     assert facts["balanced_accuracy"] == [facts[name]["balanced_accuracy"] for name in ("none", "logit")]
-    made = (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns
+    written = (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns
     tune.main(arguments)
-    assert (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns == made
+    assert (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns == written
 
 
 def test_a_setting_that_fails_is_named(demo, tmp_path):
     arguments = ['[{"model": "resnet19"}]', "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]
-    with pytest.raises(runs.Problem, match=r"train.py failed in .*no model resnet19"):
+    with pytest.raises(UserError, match=r"train.py failed in .*no model resnet19"):
         tune.main(arguments)
 
 
 def test_names_and_folders_are_ones_own(demo, tmp_path):
     arguments = ['{"seed": [0]}', "--data", str(demo), "--run", str(tmp_path)]
-    with pytest.raises(runs.Problem, match="another script"):
+    with pytest.raises(UserError, match="another script"):
         tune.main([*arguments, "--name", "train"])
-    with runs.claim(tmp_path / "seeds", "tune"), open(tmp_path / "log", "w") as log:
+    with claim(tmp_path / "seeds", "tune"), open(tmp_path / "log", "w") as log:
         command = [sys.executable, ROOT / "tune.py", *arguments, "--name", "seeds"]
         assert subprocess.run(command, stderr=log, check=False).returncode == 1
     assert "another program is writing tune" in (tmp_path / "log").read_text()
