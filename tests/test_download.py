@@ -14,9 +14,9 @@ from conftest import ROOT, clear_line, script
 from PIL import Image
 
 import download
-import runs
 import wikiart
-from folder import artist_of
+from common.errors import UserError
+from common.names import artist_of
 
 datasets = pytest.importorskip("datasets")
 STYLES = ["Abstract_Expressionism", "Baroque", "Cubism", "Fauvism", "New_Realism", "Pop_Art", "Rococo", "Ukiyo_e"]
@@ -70,14 +70,14 @@ def source(images, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _saved_often(monkeypatch):
-    monkeypatch.setattr(download, "EVERY", 7)
+    monkeypatch.setattr(download, "SAVE_EVERY", 7)
 
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """An uninterrupted download."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "EVERY", 7)
+        patch.setattr(download, "SAVE_EVERY", 7)
         return fetch(source, tmp_path_factory.mktemp("whole") / "data")
 
 
@@ -122,8 +122,9 @@ def test_the_split_is_stratified_and_by_seed(whole, source, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.1, 0.3, 0.5])
-def test_the_share_of_test_paintings(share):
-    splits = [download.side(0, share, "Cubism", number) for number in range(4000)]
+def test_the_share_of_test_paintings(share, monkeypatch):
+    monkeypatch.setattr(download, "TEST_SHARE", share)
+    splits = [download.choose_split(0, "Cubism", number) for number in range(4000)]
     assert splits[0] == "train"
     assert abs(splits.count("test") / 4000 - share) < 0.03
 
@@ -138,22 +139,22 @@ def test_wikiart_reads_it(whole):
 
 @pytest.mark.parametrize("after", [0, 1, 6, 7, 8, 33, 47, 48, 95])
 def test_interrupted_and_resumed(whole, source, tmp_path, monkeypatch, after):
-    """Ctrl-C at any moment: what is there stays, at most EVERY rows come again, and the end is the same."""
-    picture, seen = download.picture, []
+    """Ctrl-C at any moment: what is there stays, at most SAVE_EVERY rows come again, and the end is the same."""
+    encode, calls = download.encode, []
 
     def stop(*arguments):
-        if len(seen) == after:
+        if len(calls) == after:
             raise KeyboardInterrupt
-        seen.append(None)
-        return picture(*arguments)
+        calls.append(None)
+        return encode(*arguments)
 
-    monkeypatch.setattr(download, "picture", stop)
+    monkeypatch.setattr(download, "encode", stop)
     with pytest.raises(KeyboardInterrupt):
         fetch(source, tmp_path / "data")
     begun = files(tmp_path / "data")
     assert sum(path.startswith("t") for path in begun) == after
     again = []
-    monkeypatch.setattr(download, "picture", lambda *arguments: again.append(None) or picture(*arguments))
+    monkeypatch.setattr(download, "encode", lambda *arguments: again.append(None) or encode(*arguments))
     fetch(source, tmp_path / "data")
     assert len(again) == 96 - after // 7 * 7
     assert files(tmp_path / "data") == files(whole)
@@ -163,7 +164,7 @@ def test_killed_and_resumed(whole, source, tmp_path, monkeypatch):
     """kill -9 in the middle of writing a picture, twice."""
     code = """
 import os, pathlib, signal, sys, download
-download.EVERY, write, left = 7, pathlib.Path.write_bytes, [int(sys.argv.pop(1))]
+download.SAVE_EVERY, write, left = 7, pathlib.Path.write_bytes, [int(sys.argv.pop(1))]
 def kill(path, content):
     left[0] -= 1
     if not left[0]:
@@ -182,7 +183,7 @@ download.main()
 
 
 def test_a_lost_connection(whole, source, tmp_path, monkeypatch):
-    def broken(stream, source, read=download.read):
+    def broken(stream, source, read=download.read_rows):
         def rows():
             for number, row in enumerate(stream):
                 if number == 40:
@@ -192,8 +193,8 @@ def test_a_lost_connection(whole, source, tmp_path, monkeypatch):
         return read(rows(), source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(download, "read", broken)
-        with pytest.raises(runs.Problem, match="broke off: run the same command again.*Server Disconnected"):
+        patch.setattr(download, "read_rows", broken)
+        with pytest.raises(UserError, match="broke off: run the same command again.*Server Disconnected"):
             fetch(source, tmp_path / "data")
     fetch(source, tmp_path / "data")
     assert files(tmp_path / "data") == files(whole)
@@ -201,10 +202,15 @@ def test_a_lost_connection(whole, source, tmp_path, monkeypatch):
 
 def test_a_full_disk(whole, source, tmp_path):
     """A limit on the size of files stands for it: metadata.csv and the pictures are cut off."""
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); import runs, download; "
-    command = [sys.executable, "-c", code + "sys.argv[0] = 'download.py'; runs.start(download.main)"]
-    done = subprocess.run([*command, "--source", source, "--data", tmp_path / "data"],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    code = """
+import resource, sys, download
+from common.run import run_script
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.argv[0] = "download.py"
+run_script(download.main)
+"""
+    command = [sys.executable, "-c", code, "--source", source, "--data", tmp_path / "data"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "could not write into" in done.stderr
@@ -217,7 +223,7 @@ def test_done_is_done(whole, source, capsys):
     before = files(whole)
     fetch(source, whole)
     assert "already there, made with the same settings" in capsys.readouterr().out
-    with pytest.raises(runs.Problem, match="was made with --seed 0: give that again, or name another --data"):
+    with pytest.raises(UserError, match="was made with --seed 0: use these again, or give another --data"):
         fetch(source, whole, "--seed", 1)
     assert files(whole) == before
 
@@ -246,7 +252,7 @@ def test_broken_pictures_are_named(tmp_path, capsys):
     styles = [1] * 12
     styles[8] = None
     data = fetch(parquet(tmp_path / "source", images, styles), tmp_path / "data")
-    assert "3 pictures cannot be read, or have no style, and are left out: rows 3, 5, 8" in capsys.readouterr().out
+    assert "3 images cannot be read, or have no style, and are left out: rows 3, 5, 8" in capsys.readouterr().out
     assert [int(row["title"]) for row in table(data)] == [0, 1, 2, 4, 6, 7, 9, 10, 11]
 
 
@@ -261,7 +267,7 @@ def test_copies_stay_on_one_side(tmp_path):
 
 def test_a_folder_that_is_not_ours(source, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(runs.Problem, match="is there already, not made by download.py: name another --data"):
+    with pytest.raises(UserError, match="is there already, not made by download.py: give another --data"):
         fetch(source, tmp_path)
     assert files(tmp_path) == {"mine.txt": b"precious"}
 
@@ -270,30 +276,30 @@ def test_no_such_source(tmp_path):
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = script("download.py", "--source", "nobody/nothing", "--data", tmp_path / "data", env=offline)
     assert "cannot open nobody/nothing: check the name and the network" in clear_line(done)
-    with pytest.raises(runs.Problem, match="cannot open no/such/folder: give a data set on the hub, or a folder"):
+    with pytest.raises(UserError, match="cannot open no/such/folder: give a data set on the hub, or a folder"):
         fetch("no/such/folder", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
 def test_one_download_at_a_time(source, tmp_path):
     code = f"import fcntl, time; lock = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(lock, fcntl.LOCK_EX); "
-    with subprocess.Popen([sys.executable, "-c", code + "print('held', flush=True); time.sleep(60)"],
-                          stdout=subprocess.PIPE) as other:  # fmt: skip
+    command = [sys.executable, "-c", code + "print('held', flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(runs.Problem, match="another download is writing"):
+        with pytest.raises(UserError, match="another download is writing"):
             fetch(source, tmp_path)
         other.kill()
 
 
 def test_other_columns(tmp_path):
     datasets.Dataset.from_dict({"image": ["x"], "style": ["y"]}).to_parquet(tmp_path / "source" / "a.parquet")
-    with pytest.raises(runs.Problem, match="has no column artist, genre"):
+    with pytest.raises(UserError, match="has no column artist, genre"):
         fetch(tmp_path / "source", tmp_path / "data")
 
 
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(runs.Problem, match="pip install -r requirements-download.txt"):
+    with pytest.raises(UserError, match="pip install -r requirements/download.txt"):
         fetch("huggan/wikiart", tmp_path / "data")
 
 
@@ -302,5 +308,5 @@ def test_a_gated_data_set(tmp_path, monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit ...")
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(runs.Problem, match="accept its terms at https://huggingface.co/datasets/a/b"):
+    with pytest.raises(UserError, match="accept its terms at https://huggingface.co/datasets/a/b"):
         fetch("a/b", tmp_path / "data")
