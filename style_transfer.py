@@ -31,14 +31,13 @@ from common.errors import UserError
 from common.images import open_rgb, read_image
 from common.metrics import layout, ssim
 from common.names import display_name, title_of
+from common.reconstruction import mean_squared_error, whole_images
 from common.run import add_facts, atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 SETTINGS = {
-    "checkpoint": Setting(
-        str, None, "the model; none: style.pt of the run folder, or autoencoder.pt for adain and wct"
-    ),
+    "checkpoint": Setting(str, None, "the model; none: style.pt of the run folder, for other methods autoencoder.pt"),
     "method": Setting(str, ("model", "adain", "wct", "magenta"), "the trained model, or one to compare it with"),
     "image": Setting(str, None, "an image, or a folder of them, to repaint; none: the test paintings, with scores"),
     "style": Setting(list[str], None, "target styles, or the columns of the grid; none: all"),
@@ -58,10 +57,10 @@ GALLERY = 500  # test paintings among which `source_found` looks for the source
 
 def main(argv=None):
     config = configure("style_transfer", __doc__, SETTINGS, SHARED, argv)
-    if not config.image and (config.steps or config.detail or config.strength < 1):
-        raise UserError("--strength, --steps and --detail need --image")
     if config.steps and len(config.style) != 2:
         raise UserError("--steps needs two styles: --style Rococo Cubism")
+    if not config.image and (config.steps or config.detail or config.strength < 1):
+        raise UserError("--strength, --steps and --detail need --image")
     repainter = Repainter(config, pick_device(config.device))
     if config.image:
         repaint_files(repainter, config)
@@ -195,28 +194,28 @@ def evaluate(repainter: Repainter, config) -> None:
     run, classes, data = Path(config.run), repainter.classes, repainter.paintings("test", config)
     judges = load_judges(config, classes, repainter.device)
     chosen = np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int)
-    others = data.subset(np.setdiff1d(np.arange(len(data)), chosen)[: max(0, GALLERY - len(chosen))])
-    data = data.subset(chosen)
+    others = np.setdiff1d(np.arange(len(data)), chosen)[: max(0, GALLERY - len(chosen))]
+    gallery = all_images(data.subset(np.concatenate([chosen, others])), repainter.side)
+    data, originals = data.subset(chosen), gallery[: len(chosen)]
     labels, source, rows = data.labels, F.one_hot(data.labels, len(classes)).float(), rows_to_show(data, config.hide)
-    originals = whole_images(data, repainter.side)
     own_style = repainter.repaint_dataset(data, source, source, 0.0)
     repainted = repainter.repaint_in_each_style(data, source)
 
     facts = {"paintings": len(data), "shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
-    facts |= {"strength": 1.0, "own_mse": mean_squared_error(own_style, originals)}
+    facts |= {"strength": 1.0, "own_mse": F.mse_loss(own_style, originals).item()}
     hits = [predict_hits(judge, repainted) for judge in judges]
     facts |= judge_facts(judges[0], hits[0], "", "", labels, originals, own_style)
-    facts["hits"] = {name: float(hits[0][labels != style, style].float().mean()) for style, name in enumerate(classes)}
+    facts["hits"] = {name: hits[0][style][labels != style].float().mean() for style, name in enumerate(classes)}
     for judge, judge_hits in zip(judges[1:], hits[1:], strict=True):
         facts |= judge_facts(judge, judge_hits, "second_", "second_judge_", labels, originals, own_style)
     if repainter.conditioned:
         blind_hits = predict_hits(judges[0], repainter.repaint_in_each_style(data, None))
         facts["own_unknown_hit_rate"] = mean_over_pairs(blind_hits, labels)
-        facts |= reconstruction_ratio(run / "autoencoder.pt", repainter, originals, facts["own_mse"])
-    gallery = layout(torch.cat([originals, whole_images(others, repainter.side)]))
-    found = [(layout(images) @ gallery.T).argmax(1) == torch.arange(len(data)) for images in repainted]
-    facts["source_found"] = mean_over_pairs(torch.stack(found, 1), labels)
-    facts["ssim"] = mean_over_pairs(torch.stack([ssim(originals, images) for images in repainted], 1), labels)
+        facts |= reconstruction_ratio(run / "autoencoder.pt", repainter, data, facts["own_mse"])
+    layouts, sources = layout(gallery), torch.arange(len(data))
+    found = [(layout(images) @ layouts.T).argmax(1) == sources for images in repainted]
+    facts["source_found"] = mean_over_pairs(found, labels)
+    facts["ssim"] = mean_over_pairs([ssim(originals, images) for images in repainted], labels)
     facts |= true_image_facts([title_of(path) for path in data.paths], labels, originals, repainted)
 
     name = config.name or ("" if repainter.conditioned else config.method)
@@ -242,10 +241,10 @@ def load_judges(config, classes: list[str], device) -> list[Classifier]:
     return judges
 
 
-def whole_images(data: WikiArt, side: int):
+def all_images(data: WikiArt, side: int):
     """All paintings of a data set, float (N, 3, side, side) in [0, 1]."""
-    batches = (data.batch(items, torch.device("cpu"))[0] for items in torch.arange(len(data)).split(BATCH_SIZE))
-    return torch.cat([torch.zeros(0, 3, side, side), *(views(pixels, side)[0] for pixels in batches)])
+    batches = torch.arange(len(data)).split(BATCH_SIZE)
+    return torch.cat([whole_images(data, items, side, torch.device("cpu"))[0] for items in batches])
 
 
 def predict_styles(judge: Classifier, images):
@@ -254,39 +253,34 @@ def predict_styles(judge: Classifier, images):
     return judge.predict(torch.cat(pixels), calibrated=False).argmax(1)
 
 
-def predict_hits(judge: Classifier, repainted):
-    """Does the judge predict the target style? (N, styles), for images (N, 3, side, side) of each target style."""
-    return torch.stack([predict_styles(judge, images) == style for style, images in enumerate(repainted)], 1)
+def predict_hits(judge: Classifier, repainted) -> list[torch.Tensor]:
+    """For each target style: does the judge predict it for the images (N, 3, side, side)? (N,)"""
+    return [predict_styles(judge, images) == style for style, images in enumerate(repainted)]
+
+
+def mean_over_pairs(values, labels) -> float:
+    """The mean of values, (N,) for each target style, over the paintings of other styles."""
+    return float(torch.cat([row[labels != style] for style, row in enumerate(values)]).float().mean())
 
 
 def judge_facts(judge: Classifier, hits, prefix: str, hit_prefix: str, labels, originals, own_style) -> dict:
     predictions = predict_styles(judge, originals)
     return {
-        f"{prefix}judge_accuracy": float((predictions == labels).float().mean()),
+        f"{prefix}judge_accuracy": (predictions == labels).float().mean(),
         f"{hit_prefix}hit_rate": mean_over_pairs(hits, labels),
-        f"{prefix}originals_rate": mean_over_pairs(predictions[:, None] == torch.arange(hits.shape[1]), labels),
-        f"{prefix}own_kept": float((predict_styles(judge, own_style) == labels).float().mean()),
+        f"{prefix}originals_rate": mean_over_pairs([predictions == style for style in range(len(hits))], labels),
+        f"{prefix}own_kept": (predict_styles(judge, own_style) == labels).float().mean(),
     }
 
 
-def mean_over_pairs(values, labels) -> float:
-    """The mean of values (N, styles) over the pairs where the target style is not the painting's own."""
-    return float(values[labels[:, None] != torch.arange(values.shape[1])].float().mean())
-
-
-def mean_squared_error(images, others) -> float:
-    return float((images - others).square().mean())
-
-
-@torch.no_grad()
-def reconstruction_ratio(path: Path, repainter: Repainter, originals, own_mse: float) -> dict:
+def reconstruction_ratio(path: Path, repainter: Repainter, data: WikiArt, own_mse: float) -> dict:
     """The error in the own style relative to that of the plain autoencoder, if there is one with the same code size."""
     plain = load_checkpoint(path, "Autoencoder") if path.exists() else None
     if not plain or plain["crop"] != repainter.side or plain["arguments"]["code"] != len(repainter.model.scales):
         return {}
     model = build_model(plain).to(repainter.device)
-    images = [model(batch.to(repainter.device)).clamp(0, 1).cpu() for batch in originals.split(BATCH_SIZE)]
-    return {"reconstruction_ratio": own_mse / mean_squared_error(torch.cat(images), originals)}
+    mse = mean_squared_error(lambda images, _: model(images), data, repainter.side, BATCH_SIZE, repainter.device)
+    return {"reconstruction_ratio": own_mse / mse}
 
 
 def true_image_facts(titles: list[str], labels, originals, repainted) -> dict:
@@ -301,13 +295,13 @@ def true_image_facts(titles: list[str], labels, originals, repainted) -> dict:
     pairs = [(row_of[title, a], row_of[title, b], b) for title in scenes for a, b in permutations(range(styles), 2)]
     if not pairs:
         return {}
-    before = np.array([mean_squared_error(originals[row], originals[true]) for row, true, _ in pairs])
-    after = np.array([mean_squared_error(repainted[style][row], originals[true]) for row, true, style in pairs])
+    before = np.array([F.mse_loss(originals[row], originals[true]).item() for row, true, _ in pairs])
+    after = np.array([F.mse_loss(repainted[style][row], originals[true]).item() for row, true, style in pairs])
     return {
         "truth_pairs": len(pairs),
-        "truth_gain_db": float(10 * np.log10(before.mean() / after.mean())),
-        "truth_gain_median_db": float(np.median(10 * np.log10(before / after))),
-        "truth_nearer": float((after < before).mean()),
+        "truth_gain_db": 10 * np.log10(before.mean() / after.mean()),
+        "truth_gain_median_db": np.median(10 * np.log10(before / after)),
+        "truth_nearer": (after < before).mean(),
     }
 
 
@@ -325,13 +319,13 @@ def rows_to_show(data: WikiArt, hide: list[str]) -> list[int]:
 
 
 def plot_hits(path, hits, labels, classes: list[str]) -> None:
-    rates = np.stack([hits[labels == source].float().mean(0).numpy() for source in range(len(classes))])
+    rates = np.array([[row[labels == source].float().mean() for row in hits] for source in range(len(classes))])
     title, axes = "How often the judge predicts the target style", ("target style", "style of the painting")
     figures.heat(path, 100 * rates, classes, classes, title, "% of the paintings", axes)
 
 
 def plot_grid(path, data: WikiArt, rows, originals, own_style, repainted, styles: list[str]) -> None:
-    labels = [data.classes.index(style) for style in styles] or range(min(len(data.classes), COLUMNS))
+    labels = [data.classes.index(style) for style in styles] or range(len(data.classes))[:COLUMNS]
     images = torch.stack([originals[rows], own_style[rows], *(repainted[label][rows] for label in labels)], 1)
     columns = ["original", "own style", *(display_name(data.classes[label]) for label in labels)]
     row_titles = [display_name(data.classes[label]) for label in data.labels[rows]]

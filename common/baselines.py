@@ -1,9 +1,7 @@
-"""Style transfer without training on styles, to compare the model of style_transfer.py with.
+"""Style transfer without training on styles: models with `decode(codes, weights)`, with weights (B, styles).
 
-Both have `encode` and `decode(codes, weights)`, with weights (B, styles) as StyleAutoencoder has them.
-
-    add_transplants(model, data, crop, "adain", 64, device)    # a plain autoencoder, whose decoder then takes styles
-    Magenta(data, seed)                                        # a pre-trained network that imitates one painting
+add_transplants(model, data, crop, "adain", 64, device)    # an Autoencoder, whose decoder then takes styles
+Magenta(data, seed)                                        # a pre-trained network that imitates one painting
 """
 
 import numpy as np
@@ -19,9 +17,8 @@ from common.errors import UserError
 class Transplant(nn.Module):
     """Gives maps (B, C, H, W) the mean statistics of styles, in place of a trained FiLM.
 
-    AdaIN (Huang and Belongie 2017) changes mean and standard deviation of each map, WCT (Li et al. 2017) the
-    covariances too. Where the weights (B, styles) add up to less than 1, the rest is the statistics of the maps
-    themselves. While `gathering`, the maps stay as they are and their statistics are added up.
+    AdaIN (Huang and Belongie 2017) changes mean and standard deviation of each map, WCT (Li et al. 2017) covariances
+    too. Maps keep a share of 1 - sum of weights (B, styles). While `gathering`, statistics are added up instead.
     """
 
     def __init__(self, method: str):
@@ -43,12 +40,11 @@ class Transplant(nn.Module):
         rest = 1 - weights.sum(1, keepdim=True)
         target_mean = weights @ means + rest * mean
         target_cov = torch.einsum("bs,scd->bcd", weights, covariances) + rest[:, :, None] * cov
-        centred = flat - mean[:, :, None]
         if self.method == "adain":
             scale = (target_cov.diagonal(dim1=1, dim2=2) / cov.diagonal(dim1=1, dim2=2)).sqrt()
-            transformed = centred * scale[:, :, None]
+            transformed = (flat - mean[:, :, None]) * scale[:, :, None]
         else:
-            transformed = power(target_cov, 0.5) @ power(cov, -0.5) @ centred
+            transformed = power(target_cov, 0.5) @ power(cov, -0.5) @ (flat - mean[:, :, None])
         return (transformed + target_mean[:, :, None]).view_as(maps)
 
 
