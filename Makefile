@@ -99,10 +99,10 @@ $(RUN)/style.pt: $(RUN)/stamps/style $(RUN)/autoencoder.pt $(RUN)/classifier.pt
 
 $(RUN)/report.txt: $(RUN)/stamps/test common/figures.py common/metrics.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
 	$(call run,test)
-$(RUN)/clusters.md: $(RUN)/stamps/clusters common/codes.py common/figures.py $(RUN)/autoencoder.pt \
-    $(RUN)/contrastive/autoencoder.pt $(RUN)/classifier.pt $(wildcard $(RUN)/embed_*.pt)
+$(RUN)/clusters.md: $(RUN)/stamps/clusters common/figures.py $(RUN)/autoencoder.pt $(RUN)/contrastive/autoencoder.pt \
+    $(RUN)/classifier.pt $(wildcard $(RUN)/embed_*.pt)
 	$(call run,clusters)
-$(RUN)/style_grid.png: $(RUN)/stamps/repaint common/baselines.py common/figures.py common/metrics.py $(RUN)/style.pt \
+$(RUN)/style_grid.png: $(RUN)/stamps/repaint common/figures.py common/metrics.py $(RUN)/style.pt \
     $(RUN)/judge/classifier.pt $(wildcard $(RUN)/embed_*_64.pt)
 	$(call run,repaint) --method adain
 	$(call run,repaint) --method wct
@@ -120,7 +120,7 @@ lora: $(VENV)/ready-lora
 	$(call with_settings,painter)
 painter: $(RUN)/lora_grid.png
 # With --per-style there is an adapter for each style, so a file of make's own says that training has finished.
-$(RUN)/lora/trained: common/diffusion.py $(RUN)/stamps/lora $(RUN)/paintings.txt
+$(RUN)/lora/trained: $(RUN)/stamps/lora $(RUN)/paintings.txt
 	$(call run,lora,train) $(or $(call restart,$(RUN)/lora*.partial.pt),--restart)
 	mkdir -p $(@D) && touch $@
 $(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(RUN)/judge/classifier.pt

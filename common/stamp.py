@@ -14,13 +14,15 @@ import hashlib
 import json
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 from common.config import ROOT, read_settings
 from common.errors import UserError
 
-SUBJECTS = ("crops", "images", "layers", "losses", "optim", "painter", "splits")  # of common/ that determine results
-MODULES = ("wikiart", *(f"common.{name}" for name in SUBJECTS))
+# The modules of common/ that determine results. Those OF_SOME scripts count only where a script itself imports them.
+SHARED_BY_ALL = ("crops", "images", "layers", "losses", "optim", "splits")
+OF_SOME = ("backbones", "baselines", "codes", "diffusion", "painter", "tiny_diffusion")
 FREE_SETTINGS = ("data", "run", "device", "processes", "restart")  # do not change results
 
 
@@ -59,14 +61,27 @@ def shared_settings(tree) -> tuple[str, ...]:
     return sum(map(ast.literal_eval, assigned), ())
 
 
-def module_hashes(tree) -> dict[str, str]:
-    """Hashes of those MODULES that a file imports, and that these import."""
+def module_hashes(tree, names: tuple[str, ...] = SHARED_BY_ALL + OF_SOME) -> dict[str, str]:
+    """Hashes of wikiart.py and of the modules of common/ with these names that a file imports, directly or not."""
     hashes = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
-            module = ast.parse((ROOT / f"{node.module.replace('.', '/')}.py").read_text())
-            hashes |= {node.module: code_hash(module)} | module_hashes(module)
+    for module in imported_modules(tree):
+        if module == "wikiart" or module.removeprefix("common.") in names:
+            hashes |= hashes_of(module)
     return hashes
+
+
+@cache
+def hashes_of(module: str) -> dict[str, str]:
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    return module_hashes(tree, SHARED_BY_ALL) | {module: code_hash(tree)}
+
+
+def imported_modules(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "common":
+            yield from (f"common.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
 
 
 def code_hash(tree) -> str:

@@ -49,7 +49,7 @@ $(VARIANTS): $(RUN)/style_grid_%.png: $(RUN)/style_%/style.pt $(RUN)/style_grid.
 lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 embed := embed.py --backbone $(lites) $(if $(LITES),--weights $(LITES))
 embed_64 := embed.py --backbone $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES))) --target style --shrink 64
-$(RUN)/embed_tf_efficientnet_lite2.pt: $(RUN)/stamps/embed common/backbones.py common/metrics.py $(RUN)/paintings.txt
+$(RUN)/embed_tf_efficientnet_lite2.pt: $(RUN)/stamps/embed $(RUN)/paintings.txt
 	$(call run,embed)
 $(RUN)/embed_tf_efficientnet_lite0_64.pt: $(RUN)/stamps/embed_64 $(RUN)/embed_tf_efficientnet_lite2.pt
 	$(call run,embed_64)

@@ -124,7 +124,7 @@ def test_what_changes_no_result_trains_nothing(project):
     make(project)
     set_default(project, "label", "port", 7861)
     assert make(project)[0] == [BUILD]
-    for name in ("train.py", "wikiart.py", "common/layers.py", "common/run.py", "demo.py"):
+    for name in ("train.py", "wikiart.py", "common/layers.py", "common/painter.py", "common/baselines.py"):
         path = project / name
         text = path.read_text()
         docstring = text.index('"""', 3)
