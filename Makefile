@@ -128,7 +128,7 @@ $(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(RUN)/judge/classif
 
 benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
 	$(call with_settings,$(RUN)/benchmark.md)
-$(RUN)/benchmark.md: $(RUN)/stamps/benchmark train.py label.py $(RUN)/paintings.txt
+$(RUN)/benchmark.md: $(RUN)/stamps/benchmark $(RUN)/stamps/classifier $(RUN)/paintings.txt
 	$(call run,benchmark)
 
 $(VENV)/ready: requirements.txt
