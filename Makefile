@@ -26,11 +26,11 @@ ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
 LORA ?= $(small_lora)
-DEMO := -c settings/demo.json
 else
 DATA := $(patsubst %/,%,$(WIKIART))
 RUN ?= runs/$(notdir $(DATA))
 endif
+DEMO := $(if $(WIKIART),,-c settings/demo.json)
 FLAGS = $(SETTINGS) $(DEMO) $(HIDE) --data $(DATA) --run $(RUN)
 
 .PHONY: all pipeline embed features lora painter serve benchmark test lint clean FORCE
