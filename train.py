@@ -91,6 +91,7 @@ SETTINGS = {
     ),
     "holdout": Setting(str, ("none", "artists"), "artists: split so that train and test have no common artist"),
 }
+DATA_SETTINGS = ("size", "resize", "split_seed", "target", "min_images", "holdout")  # that the data set depends on
 TAU = 0.9  # strength of the logit adjustment; 1 in theory
 
 
@@ -101,8 +102,7 @@ def main(argv=None):
     lock = claim(config.run, "classifier") if rank() == 0 else None
 
     # Data
-    keys = ("size", "resize", "split_seed", "target", "min_images", "holdout")
-    data_settings = {key: getattr(config, key) for key in keys}
+    data_settings = {key: getattr(config, key) for key in DATA_SETTINGS}
     data = WikiArt(config.data, "train", processes=config.processes, **data_settings)
     training, validation = data.split_off(config.validation, config.split_seed)
     sampler = BalancedSampler(training.labels, config.balance, config.per_class, config.seed)
