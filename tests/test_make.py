@@ -98,6 +98,8 @@ def test_the_demo_runs_every_stage_once(project):
     assert "no GPU here, so settings/cpu.json overrides config.json" in output
     contrastive = [call for call in calls(project, "train_autoencoder.py") if "--contrastive-weight 0.15" in call]
     assert len(contrastive) == 1 and contrastive[0].count("--run runs/demo/contrastive") == 1
+    for stage in ("classifier", "autoencoder", "style", "test", "clusters", "repaint"):
+        assert "seed = 0" in (project / "runs/demo/stamps" / stage).read_text(), stage  # shared settings count, too
     assert make(project)[0] == [BUILD]
 
 
