@@ -1,19 +1,19 @@
-"""Fine-tune a pre-trained text-to-image model on the styles with LoRA (Hu et al. 2021), and paint with it.
+"""Fine-tune a pre-trained text-to-image model on styles with LoRA (Hu et al. 2021), and paint with it.
 
     python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --styles Ukiyo_e Cubism
-    python lora.py train --base stabilityai/stable-diffusion-xl-base-1.0 --per-style    # an adapter for each style
-    python lora.py train -c tiny.json --styles Hatching     # no GPU, no network: a small base, taught here first
+    python lora.py train --base stabilityai/stable-diffusion-xl-base-1.0 --per-style    # one adapter for each style
+    python lora.py train -c settings/tiny.json --styles Hatching    # a small base, trained here: no GPU, no network
     python lora.py paint "a harbour at dusk" --style Ukiyo_e --seed 3
     python lora.py paint "a harbour at dusk" --style Ukiyo_e --image my.jpg --strength 0.6
     python lora.py grid                                     # styles x prompts, with and without LoRA
-    torchrun --nproc-per-node=2 -- lora.py train ...        # several GPUs; `accelerate launch` does as well
+    torchrun --nproc-per-node=2 -- lora.py train ...        # several GPUs; `accelerate launch` works, too
 
-Needs diffusers: pip install -r requirements-lora.txt. A base is a name on the Hugging Face hub or a folder in
-diffusers' layout. `train` writes into the run folder: lora/ (lora/<Style>/ with --per-style), which `load_lora_weights`
-of any program reads, with pictures painted on the way; lora.jsonl with a line an epoch, lora_curve.png, lora.md with
-the loss on test paintings by style, and facts.json; with --tiny also tiny_base/. Until it has finished,
-lora.partial.pt; --resume goes on from there. `paint` writes to --out, `grid` lora_grid.png and, where there is a judge,
-how often it sees the style asked for. Where several adapters know a style, the one trained last counts.
+Needs diffusers: pip install -r requirements/lora.txt. `train` writes into the run folder: lora/ (lora/<Style>/ with
+--per-style) with the adapter, which `load_lora_weights` of diffusers reads, and samples of each epoch; lora.jsonl,
+lora_curve.png, lora.md (losses on test paintings by style), facts.json, and tiny_base/ with --base tiny. An interrupted
+training resumes after its last finished epoch (lora.partial.pt) when the same command is run again; --restart starts
+anew. `paint` writes to --out. `grid` writes lora_grid.png and, where judge/classifier.pt knows the styles, how often
+it predicts the requested style. Where several adapters know a style, the one trained last is used.
 """
 
 import itertools
@@ -21,340 +21,414 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import diffusion
-import figures
-import runs
-from wikiart import BalancedSampler, WikiArt, build_model
-from windows import predict
+from common import figures
+from common.config import Setting, configure
+from common.errors import UserError
+from common.names import display_name
+from common.optim import linear_warmup_decay
+from common.run import (
+    Timer,
+    add_facts,
+    atomic_write,
+    check_finite,
+    checkpoint_path,
+    claim,
+    fixed_settings,
+    interruptible,
+    join_processes,
+    leave_processes,
+    local_share,
+    pick_device,
+    rank,
+    read_facts,
+    resume,
+    run_script,
+    save_epoch,
+    sum_over_processes,
+    world_size,
+    write_text,
+)
+from wikiart import BalancedSampler, Classifier, WikiArt
 
-SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes")
-HELP = {
-    "base": "model to fine-tune: a name on the Hugging Face hub, or a folder in diffusers' layout (SD 1.x, 2.x, SDXL)",
-    "tiny": "instead of --base a small model, taught here from scratch on the paintings, without words for styles",
-    "tiny_steps": "training steps of the small model's autoencoder, and of the rest",
-    "resolution": "side of the pictures in pixels, a multiple of 8; 0: what the base was made for",
-    "styles": "styles to learn (train); none: all",
-    "per_style": "one adapter for each style instead of one for all",
-    "rank": "rank of the matrices that are added",
-    "alpha": "what is added counts alpha / rank",
-    "targets": "layers of the UNet to adapt, by the end of their names",
-    "text_encoder": "adapt the text encoders too",
-    "epochs": "epochs of --per-class pictures of each style; a checkpoint after each",
-    "per_class": "pictures of each style in an epoch",
-    "batch_size": "pictures a step, over all processes",
-    "accumulate": "parts that each process computes its share of a batch in: more need less memory",
-    "checkpointing": "compute activations again on the way back instead of keeping them: slower, needs less memory",
-    "lr": "peak learning rate; it rises for a twentieth of the run, then falls to 0",
-    "weight_decay": "weight decay; 0: none",
-    "snr": "bound on the signal-to-noise ratio that weighs a step of noise (min-SNR); 0: all weigh the same",
-    "drop_words": "share of the captions that lack the genre, and that lack the artist; 0: none",
-    "drop_caption": "share of the captions that are empty, for guidance; 0: none",
-    "look_every": "steps from one painting of the first prompt to the next; 0: those of an epoch",
-    "heldout": "test paintings of each style that the loss is measured on, at most",
-    "resume": "go on from lora.partial.pt in the run folder",
-    "style": "style to paint in (paint); none: as the prompt says",
-    "image": "a picture to paint over (paint); none: start from noise",
-    "strength": "share of --image that is painted anew",
-    "out": "folder for what paint makes",
-    "steps": "steps from noise to picture",
-    "guidance": "how much the prompt counts (classifier-free guidance); 1: no more than it has to",
-    "prompts": "what to paint in the grid; the first also on the way",
-    "pictures": "pictures of each style and prompt (grid)",
-    "judge": "classifier without part in training that names their styles: folder in the run folder, or .pt file",
+try:
+    from common import diffusion, tiny_diffusion
+except ModuleNotFoundError as error:
+    if error.name.startswith("common"):
+        raise
+    diffusion = None  # main says what to install; --help works without
+
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart")
+SETTINGS = {
+    "base": Setting(str, None, "Hugging Face name or diffusers folder of SD 1.x, 2.x or SDXL; tiny: trained here"),
+    "resolution": Setting(int, "[0, inf)", "side of the images, a multiple of 8 pixels; 0: what the base is made for"),
+    "styles": Setting(list[str], None, "styles to learn (train); none: all"),
+    "per_style": Setting(bool, None, "one adapter for each style instead of one for all"),
+    "rank": Setting(int, "[1, inf)", "rank of the LoRA matrices; alpha equals it"),
+    "targets": Setting(list[str], None, "layers of the UNet to adapt, by the end of their names"),
+    "text_encoder": Setting(bool, None, "adapt the text encoders, too"),
+    "epochs": Setting(int, "[1, inf)", "passes of --per-class images of each style"),
+    "per_class": Setting(int, "[0, inf)", "images of each style per epoch; 0: the mean number of its paintings"),
+    "batch_size": Setting(int, "[1, inf)", "images per step, over all processes"),
+    "accumulate": Setting(int, "[1, inf)", "parts in which a process computes its share of a batch, to save memory"),
+    "checkpointing": Setting(bool, None, "gradient checkpointing: slower, but needs less memory"),
+    "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW"),
+    "eval_images": Setting(int, "[1, inf)", "test paintings of each style for the held-out loss, at most"),
+    "style": Setting(str, None, "style to paint in (paint); none: as the prompt says"),
+    "image": Setting(str, None, "image to start from instead of noise (paint)"),
+    "strength": Setting(float, "(0, 1]", "fraction of the noise that is added to --image"),
+    "out": Setting(str, None, "folder for the images of paint"),
+    "steps": Setting(int, "[1, inf)", "sampling steps"),
+    "guidance": Setting(float, "[0, inf)", "scale of classifier-free guidance; up to 1: none"),
+    "prompts": Setting(list[str], None, "prompts of the grid; the first is also sampled after each epoch"),
 }
-FREE = ("data", "run", "device", "processes", "config", "resume", "accumulate", "checkpointing", "prompts", "pictures",
-        "judge", "style", "image", "strength", "out", "styles", "steps", "guidance", "look_every")  # fmt: skip
-TINY = "tiny_base"  # in the run folder
-CURVES = {"training loss": {"training": "loss"}, "loss on test paintings": {"with LoRA": "heldout_loss"}}
+# Settings that do not change an adapter
+FREE_SETTINGS = ("styles", "per_style", "accumulate", "checkpointing", "style", "image", "strength", "out", "steps")
+FREE_SETTINGS += ("guidance", "prompts")
+TINY, JUDGE = "tiny_base", "judge"  # folders in the run folder
+NOTE = "lora.json"  # beside an adapter: what it was trained on
+IMAGES_PER_PROMPT = 8  # for each style in the grid's hit rates
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    config = runs.configure("lora", __doc__, SHARED, HELP, argv[len(words) :])
-    diffusion.ready()
-    if not words or words[0] not in ACTIONS:
-        raise runs.Problem(f"say first what to do: {', '.join(ACTIONS)}")
-    if words[0] != "paint" and words[1:]:
-        raise runs.Problem(f"{words[0]} takes no words of its own, but was given {words[1]!r}")
+    config = configure("lora", __doc__, SETTINGS, SHARED, argv[len(words) :])
+    if diffusion is None:
+        raise UserError("diffusers, transformers or peft is missing: pip install -r requirements/lora.txt")
+    actions = {"train": train, "paint": paint, "grid": grid}
+    if not words or words[0] not in actions:
+        raise UserError(f"say first what to do: {', '.join(actions)}")
+    action, *prompts = words
+    if action != "paint" and prompts:
+        raise UserError(f"{action} takes no prompts, but was given {prompts[0]!r}")
     if config.resolution % 8 or not config.prompts:
-        raise runs.Problem("--resolution must be a multiple of 8, and --prompts needs at least one")
+        raise UserError("--resolution must be a multiple of 8, and --prompts needs at least one")
     try:
-        ACTIONS[words[0]](config, words[1:])
+        actions[action](config, *prompts)
     except (torch.OutOfMemoryError, MemoryError):
-        raise runs.Problem("out of memory: add --checkpointing, raise --accumulate up to --batch-size, "
-                           "or lower --resolution") from None  # fmt: skip
+        advice = "add --checkpointing, raise --accumulate up to --batch-size, or lower --resolution"
+        raise UserError(f"out of memory: {advice}") from None
 
 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def train(config, words) -> None:
-    if config.tiny and 0 < config.resolution < 32:
-        raise runs.Problem("--tiny needs a --resolution of 32 or more: its autoencoder learns from windows that large")
-    device, run = runs.join_processes(runs.pick_device(config.device)), Path(config.run)
-    lock = runs.claim(run, "lora") if runs.rank() == 0 else None
-    shape = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
-    data = WikiArt(config.data, "train", processes=config.processes, **shape)
-    test = WikiArt(config.data, "test", processes=config.processes, classes=data.classes, **shape)
+def train(config) -> None:
+    """Train one adapter for all styles, or one for each."""
+    device, run = join_processes(pick_device(config.device)), Path(config.run)
+    lock = claim(run, "lora") if rank() == 0 else None
+    data, test = load_paintings(config)
     styles = config.styles or data.classes
-    unknown = [style for style in styles if style not in data.classes]
-    if unknown:
-        raise runs.Problem(f"no style {unknown[0]} in {config.data}: it has {', '.join(data.classes)}")
-    if config.batch_size % (runs.world() * config.accumulate):
-        raise runs.Problem(f"--batch-size must be a multiple of {runs.world()} processes times --accumulate")
-    rows = [np.flatnonzero(test.styles == style)[: config.heldout] for style in data.classes]
-    sets = [data.subset(np.isin(data.styles, styles)), test.subset(np.sort(np.concatenate(rows)))]
-    if config.tiny:
-        diffusion.make_tiny(run / TINY, data, config, device)
-    for style in styles if config.per_style else [""]:
-        fit([style] if style else styles, style, sets, config, device)
+    for style in styles:
+        if style not in data.classes:
+            raise UserError(f"no style {style} in {config.data}: it has {', '.join(data.classes)}")
+    if config.batch_size % (world_size() * config.accumulate):
+        raise UserError(f"--batch-size must be a multiple of {world_size()} processes times --accumulate")
+    if config.base == "tiny":
+        if 0 < config.resolution < tiny_diffusion.VAE_CROP:
+            raise UserError(f"--base tiny needs a --resolution of {tiny_diffusion.VAE_CROP} or more")
+        side = config.resolution or 64
+        facts = tiny_diffusion.make_base(run / TINY, data, side, config.seed, device, config.processes)
+        add_facts(run, "lora", facts, merge=True)
+    training = data.subset(np.isin(data.styles, styles))
+    if config.restart and rank() == 0:
+        for style in styles:
+            (run / "lora" / style / NOTE).unlink(missing_ok=True)
+    for name in styles if config.per_style else [""]:
+        fit_adapter(name, [name] if name else styles, training, test, config, device)
     if lock:
         lock.close()
-    runs.leave_processes()
+    leave_processes()
 
 
-def fit(styles, name: str, sets, config, device) -> None:
-    """Train one adapter for these styles; `name` is that of the style with --per-style, else ""."""
-    run, first = Path(config.run), runs.rank() == 0
-    folder, stem = run / "lora" / name, f"lora_{name}" if name else "lora"
-    partial, note = run / f"{stem}.partial.pt", folder / "lora.json"
-    learned, own = (np.isin(data.styles, styles) for data in sets)
-    data, test = sets[0].subset(learned), sets[1]
-    state = {
-        "model": "LoRA",
-        "config": {key: value for key, value in vars(config).items() if key not in FREE} | {"styles": styles},
-        "fingerprint": data.fingerprint,
-        "history": [],
-    }
-    if name and config.resume and note.exists() and not partial.exists():
-        runs.check_same(json.loads(note.read_text()), state, note)
-        return print(f"{folder} is finished")
-    pipe = diffusion.load(run / TINY if config.tiny else config.base, device)
-    side = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    latents, test_latents = diffusion.latents_of(pipe, sets, side, run / "lora" / "latents.pt", config.processes)
-    latents = latents[torch.from_numpy(learned)]
-    order = BalancedSampler(data.labels, "resample", config.per_class, config.seed)
-    batches = len(order) // config.batch_size
-    if not batches or not own.any():
-        raise runs.Problem(f"too few pictures of {', '.join(styles)}: raise --per-class, lower --batch-size, or add "
-                           "test paintings")  # fmt: skip
+def load_paintings(config) -> tuple[WikiArt, WikiArt]:
+    """The training set, and at most --eval-images test paintings of each style."""
+    options = {key: getattr(config, key) for key in ("size", "resize", "split_seed", "processes")}
+    data = WikiArt(config.data, "train", **options)
+    test = WikiArt(config.data, "test", classes=data.classes, **options)
+    rows = [np.flatnonzero(test.styles == style)[: config.eval_images] for style in data.classes]
+    return data, test.subset(np.sort(np.concatenate(rows)))
 
-    schedule, adapter, steps = diffusion.noise_schedule(pipe), diffusion.Adapter(pipe, config), config.epochs * batches
-    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr, weight_decay=config.weight_decay)
-    rates = diffusion.warm(optimizer, steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=diffusion.precision(device) == torch.float16)
-    parts = {"adapter": adapter, "optimizer": optimizer, "rates": rates, "scaler": scaler}
-    state = runs.resume(config.resume and (partial.exists() or not name), partial, state, parts)
-    size = sum(weight.numel() for weight in adapter.parameters())
-    if first:
-        print(f"{', '.join(styles)}: {size / 1e6:.2f} million weights beside the base's on {device}, {side} px")
 
-    texts = [diffusion.caption(*said) for said in zip(test.genres, test.artists, test.styles, strict=True)]
-    everything = torch.arange(len(test))
-
-    def measure(items, texts=texts):
-        return diffusion.heldout(pipe, schedule, test_latents, texts, items, config)
-
-    def look(step):
-        if first and step % (config.look_every or batches) == 0:
-            prompts = [asked(config.prompts[0], style) for style in styles[:8]]
-            pictures = diffusion.make(pipe, prompts, [config.seed], config, height=side, width=side)
-            names = [figures.plain(style) for style in styles[:8]]
-            figures.grid(folder / f"step-{step:06}.png", pictures[None], names, title=config.prompts[0])
-
-    with adapter.off():
-        before = measure(everything)
-        plain = measure(everything[own], [diffusion.caption(genre, "", "") for genre in test.genres])
-    try:
-        for epoch in range(len(state["history"]) + 1, config.epochs + 1):
-            started, cpu = time.perf_counter(), time.process_time()
-            order.set_epoch(epoch)
-            loss = train_epoch(adapter, schedule, data, latents, order, parts, epoch, config, look)
-            if not first:
-                continue
-            spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-            record = {"epoch": epoch, "loss": loss, "heldout_loss": float(measure(everything[own]).mean())} | spent
-            state["history"].append({key: round(value, 6) for key, value in record.items()})
-            print(json.dumps(state["history"][-1]), flush=True)
-            state["resume"] = {part: each.state_dict() for part, each in parts.items()}
-            runs.save_checkpoint(partial, state)
-    except KeyboardInterrupt:
-        kept = len(state["history"])
-        advice = f"{kept} finished epochs are kept: go on with --resume" if kept else "no epoch was finished"
-        raise KeyboardInterrupt(advice if first else "") from None
-    if not first:
+def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, config, device) -> None:
+    """Train one adapter for these styles; `name` is the style with --per-style, else ""."""
+    run, stem = Path(config.run), f"lora_{name}" if name else "lora"
+    folder = run / "lora" / name
+    settings = {key: value for key, value in fixed_settings(config).items() if key not in FREE_SETTINGS}
+    settings["styles"] = styles
+    state = {"model": "LoRA", "config": settings, "fingerprint": data.fingerprint, "history": []}
+    if name and not config.restart and is_finished(folder, run / f"{stem}.partial.pt", state):
         return
-    adapter.save(folder)
-    history, after = state["history"], measure(everything)
-    runs.write_text(run / f"{stem}.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    figures.curves(run / f"{stem}_curve.png", history, CURVES,
-                   levels={"loss on test paintings": {"without": float(before[own].mean())}})  # fmt: skip
-    facts = {
-        "base": TINY if config.tiny else config.base,
-        "learned": ", ".join(figures.plain(style) for style in styles),
-        "resolution": side,
-        **diffusion.losses_by_style(test.styles, styles, before, after),
-        "heldout_loss_known_words": round(float(plain.mean()), 6),
-        "training_images": len(data),
-        "steps": steps,
-        "rank": config.rank,
-        "weights": size,
-        "cpu_minutes": round(sum(line["cpu_seconds"] for line in history) / 60, 2),
-        "minutes": round(sum(line["seconds"] for line in history) / 60, 2),
-    }
-    runs.write_text(run / f"{stem}.md", facts["table"] + "\n")
-    known = known_facts(run, lambda key: not key.startswith("tiny_") and not (name and key == "per_style"))
-    runs.add_facts(run, "lora", known | ({"per_style": known.get("per_style", {}) | {name: facts}} if name else facts))
-    known = {key: facts[key] for key in ("base", "resolution")} | {key: state[key] for key in ("config", "fingerprint")}
-    runs.write_text(note, json.dumps(known | {"styles": styles, "finished": time.time()}, indent=2) + "\n")
-    partial.unlink(missing_ok=True)  # last, so that a full disk loses nothing
-    print(f"{folder}: loss on test paintings of {', '.join(styles)} {facts['heldout_loss_before']:.4f} before, "
-          f"{facts['heldout_loss_after']:.4f} after")  # fmt: skip
+
+    # Data
+    base = TINY if config.base == "tiny" else config.base
+    pipe = diffusion.load(base_path(base, run), device)
+    side = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    cache = run / "lora" / "latents.pt"
+    latents, test_latents = diffusion.cached_latents(pipe, (data, test), side, cache, config.processes)
+    learned = np.isin(data.styles, styles)
+    data, latents = data.subset(learned), latents[torch.from_numpy(learned)]
+    sampler = BalancedSampler(data.labels, "resample", config.per_class, config.seed)
+    steps = config.epochs * (len(sampler) // config.batch_size)
+    if not steps or not np.isin(test.styles, styles).any():
+        advice = "raise --per-class, lower --batch-size, or add test paintings"
+        raise UserError(f"too few images of {', '.join(styles)}: {advice}")
+
+    # Adapter and optimizer
+    adapter = diffusion.Adapter(pipe, config)
+    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr)
+    lr_schedule = linear_warmup_decay(optimizer, steps, warmup=0.05)
+    scaler = torch.amp.GradScaler(device.type, enabled=diffusion.precision(device) == torch.float16)
+    parts = {"adapter": adapter, "optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
+    state = resume(config, stem, state, parts)
+    weights = sum(parameter.numel() for parameter in adapter.parameters())
+    if rank() == 0:
+        print(f"{', '.join(styles)}: {weights / 1e6:.2f} million LoRA weights on {device}, {side} px")
+
+    # Train, evaluate, save
+    with adapter.disabled():
+        evaluation = Evaluation(pipe, test, test_latents, styles, config)
+    with interruptible(state):
+        for epoch in range(len(state["history"]) + 1, config.epochs + 1):
+            timer = Timer()
+            loss = train_epoch(adapter, data, latents, sampler, parts, epoch, config)
+            if rank() == 0:
+                record = {"epoch": epoch, "loss": loss, **timer.seconds(), "heldout_loss": evaluation.learned_loss()}
+                plot_samples(folder / f"step-{epoch * steps // config.epochs:06}.png", pipe, styles, side, config)
+                save_epoch(run, stem, state, record, parts)
+    if rank() == 0:
+        adapter.save(folder)
+        facts = {"base": base, "learned": ", ".join(map(display_name, styles)), "resolution": side, "weights": weights}
+        facts |= {"rank": config.rank, "steps": steps, "training_images": len(data)} | evaluation.facts()
+        report(name, state, facts, config)
+        before, after = facts["heldout_loss_before"], facts["heldout_loss_after"]
+        print(f"{folder}: loss on test paintings of {facts['learned']} {before:.4f} before, {after:.4f} after")
 
 
-def train_epoch(adapter, schedule, data, latents, order, parts, epoch: int, config, look) -> float:
-    """One pass; returns the mean loss without weights."""
-    weights, optimizer, scaler = adapter.parameters(), parts["optimizer"], parts["scaler"]
-    draw = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # anew for each epoch: see runs.resume
-    batches = torch.tensor(list(order)).split(config.batch_size)
+def base_path(base: str, run):
+    return Path(run, TINY) if base == TINY else base
+
+
+def is_finished(folder: Path, partial: Path, state: dict) -> bool:
+    """Was an adapter trained with these settings? Raises UserError for other settings."""
+    if partial.exists() or not (folder / NOTE).exists():
+        return False
+    note = json.loads((folder / NOTE).read_text())
+    trained = note["config"] | {"fingerprint": note["fingerprint"]}
+    for key, value in (state["config"] | {"fingerprint": state["fingerprint"]}).items():
+        if trained.get(key) != value:
+            change = f"trained with {key} = {trained.get(key)}, now it is {value}"
+            raise UserError(f"{folder} was {change}: give the old setting, or --restart")
+    print(f"{folder} is finished")
+    return True
+
+
+def train_epoch(adapter, data: WikiArt, latents, sampler, parts: dict, epoch: int, config) -> float:
+    """One pass over the training set; returns the mean denoising loss, all timesteps weighted alike."""
+    parameters, optimizer, scaler = adapter.parameters(), parts["optimizer"], parts["scaler"]
+    schedule = diffusion.noise_schedule(adapter.pipe)
+    sampler.set_epoch(epoch)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # see common.run.resume
+    batches = torch.tensor(list(sampler)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]
     total = torch.zeros(1, dtype=torch.float64)
-    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=runs.rank() > 0)):
-        noise = torch.randn(len(batch), *latents.shape[1:], generator=draw)
-        times = torch.randint(schedule.config.num_train_timesteps, (len(batch),), generator=draw)
-        texts = diffusion.captions_of(data, batch, torch.rand(len(batch), 3, generator=draw), config)
-        mine = torch.arange(runs.rank(), len(batch), runs.world())  # every process takes its share of each batch
-        for part in mine.chunk(config.accumulate):
-            said = [texts[row] for row in part]
-            each = diffusion.denoising(adapter.pipe, schedule, latents[batch[part]], noise[part], times[part], said)
-            weight = diffusion.weigh(schedule, times[part], config.snr).to(each.device)
-            loss = (each * weight).sum() / len(batch)
-            if not torch.isfinite(loss):
-                raise runs.Problem(f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower --lr")
+    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
+        noise = torch.randn(len(batch), *latents.shape[1:], generator=generator)
+        timesteps = torch.randint(schedule.config.num_train_timesteps, (len(batch),), generator=generator)
+        captions = diffusion.training_captions(data, batch, torch.rand(len(batch), 3, generator=generator))
+        weights = diffusion.min_snr_weight(schedule, timesteps)
+        for rows in torch.arange(len(batch))[local_share()].chunk(config.accumulate):
+            inputs = (latents[batch[rows]], noise[rows], timesteps[rows], [captions[row] for row in rows])
+            losses = diffusion.denoising_loss(adapter.pipe, schedule, *inputs)
+            loss = (losses * weights[rows].to(losses.device)).sum() / len(batch)
+            check_finite(loss, step, epoch)
             scaler.scale(loss).backward()
-            total += each.detach().sum().cpu() / len(batch)
-        for weight in weights:
-            if weight.grad is not None:  # SDXL leaves the last layer of its first text encoder out
-                runs.sum_over_processes(weight.grad)  # each is a share of the whole batch's mean already
+            total += losses.detach().sum().cpu() / len(batch)
+        for parameter in parameters:
+            if parameter.grad is not None:  # SDXL does not use the last layer of its first text encoder
+                sum_over_processes(parameter.grad)  # not the mean: each gradient is that of a part of the batch
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scaler.step(optimizer)
         scaler.update()
-        parts["rates"].step()
+        parts["lr_schedule"].step()
         optimizer.zero_grad()
-        look((epoch - 1) * len(batches) + step + 1)
-    return float(runs.sum_over_processes(total)) / len(batches)
+    return float(sum_over_processes(total)) / len(batches)
 
 
-def known_facts(run: Path, outdated) -> dict:
-    """The run's facts of LoRA but for those whose names are outdated."""
-    path = run / "facts.json"
-    known = json.loads(path.read_text()).get("lora", {}) if path.exists() else {}
-    return {key: value for key, value in known.items() if not outdated(key)}
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """Losses on test paintings before and after training; to be made while the adapter is disabled."""
+
+    def __init__(self, pipe, test: WikiArt, latents, styles: list[str], config):
+        self.styles, self.names, self.learned = styles, test.styles, np.isin(test.styles, styles)
+        self.captions = list(map(diffusion.caption, test.genres, test.artists, test.styles))
+        self.losses = partial(diffusion.heldout_losses, pipe, latents, config=config)
+        self.before = self.losses(self.captions)
+        genres = [diffusion.caption(genre, "", "") for genre in test.genres]
+        self.loss_without_style = self.losses(genres, chosen=self.learned).mean().item()
+
+    def learned_loss(self) -> float:
+        return self.losses(self.captions, chosen=self.learned).mean().item()
+
+    def facts(self) -> dict:
+        """Losses of each style, of the learned ones and of the others, and a Markdown table of them."""
+        after = self.losses(self.captions)
+        by_style, rows = {}, {}
+        for style in np.unique(self.names).tolist():
+            by_style[style] = paired_change(self.before, after, self.names == style)
+            rows[display_name(style) + (", learned" if style in self.styles else "")] = by_style[style]
+        learned = paired_change(self.before, after, self.learned)
+        facts = {f"heldout_loss_{key}": value for key, value in learned.items()}
+        if not self.learned.all():
+            rows["the others together"] = others = paired_change(self.before, after, ~self.learned)
+            facts |= {f"other_styles_loss_{key}": value for key, value in others.items()}
+        row = "| {} | {images} | {before:.4f} | {after:.4f} | {change:+.4f} ({change_low:+.4f} to {change_high:+.4f}) |"
+        header = "| style | test paintings | before | after | change, with its 95 % interval |\n|---|---|---|---|---|"
+        table = "\n".join([header, *(row.format(name, **values) for name, values in rows.items())])
+        return facts | {"heldout_loss_known_words": self.loss_without_style, "by_style": by_style, "table": table}
+
+
+def paired_change(before, after, rows) -> dict:
+    """Mean losses of the chosen images before and after, and the mean change with its 95 % interval."""
+    before, after = before[rows], after[rows]
+    change, error = (after - before).mean(), 1.96 * (after - before).std(correction=0) / len(before) ** 0.5
+    values = {"before": before.mean(), "after": after.mean(), "change": change}
+    values |= {"change_low": change - error, "change_high": change + error}
+    return {key: value.item() for key, value in values.items()} | {"images": len(before)}
+
+
+def report(name: str, state: dict, facts: dict, config) -> None:
+    """Write the curve, the table, the facts and the note of a finished adapter; remove its partial checkpoint."""
+    run, stem, history = Path(config.run), f"lora_{name}" if name else "lora", state["history"]
+    panels = {"training loss": {"training": "loss"}, "loss on test paintings": {"with LoRA": "heldout_loss"}}
+    levels = {"loss on test paintings": {"without": facts["heldout_loss_before"]}}
+    figures.curves(run / f"{stem}_curve.png", history, panels, levels=levels)
+    write_text(run / f"{stem}.md", facts["table"] + "\n")
+    facts["cpu_minutes"] = sum(record["cpu_seconds"] for record in history) / 60
+    facts["minutes"] = sum(record["seconds"] for record in history) / 60
+    earlier = read_facts(run).get("lora", {})
+    kept = {key: value for key, value in earlier.items() if key.startswith("tiny_")}
+    add_facts(run, "lora", kept | ({"per_style": earlier.get("per_style", {}) | {name: facts}} if name else facts))
+    note = {"base": facts["base"], "resolution": facts["resolution"], "styles": state["config"]["styles"]}
+    note |= {"config": state["config"], "fingerprint": state["fingerprint"], "finished": time.time()}
+    write_text(run / "lora" / name / NOTE, json.dumps(note, indent=2) + "\n")
+    (run / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
+
+
+def plot_samples(path: Path, pipe, styles: list[str], side: int, config) -> None:
+    """Write a sample of the first prompt in each of the first eight styles."""
+    prompts = [diffusion.with_style(config.prompts[0], style) for style in styles[:8]]
+    images = diffusion.sample(pipe, prompts, [config.seed], config, height=side, width=side)
+    figures.grid(path, images[None], list(map(display_name, styles[:8])), title=config.prompts[0])
 
 
 # Painting -------------------------------------------------------------------------------------------------------------
 
 
-def asked(prompt: str, style: str) -> str:
-    return f"{prompt} in the style of {figures.plain(style)}" if style else prompt
-
-
-def adapters(run) -> dict[str, Path]:
+def find_adapters(run) -> dict[str, Path]:
     """The folder of each style's adapter; where several know a style, the one trained last."""
-    notes = {path.parent: json.loads(path.read_text()) for path in Path(run).glob("lora/**/lora.json")}
+    notes = {path.parent: json.loads(path.read_text()) for path in Path(run).glob(f"lora/**/{NOTE}")}
     if not notes:
-        raise runs.Problem(f"no adapter in {run}/lora: run lora.py train, or give another --run")
-    trained = sorted(notes, key=lambda folder: notes[folder].get("finished", 0))
-    found = {style: folder for folder in trained for style in notes[folder]["styles"]}
-    return dict(sorted(found.items()))
+        raise UserError(f"no adapter in {run}/lora: run lora.py train, or give another --run")
+    oldest_first = sorted(notes, key=lambda folder: notes[folder].get("finished", 0))
+    return dict(sorted({style: folder for folder in oldest_first for style in notes[folder]["styles"]}.items()))
 
 
-def load_adapted(folder: Path, config):
-    """The base with an adapter on top, and the size of the pictures that it is for."""
-    note = json.loads((folder / "lora.json").read_text())
-    base = Path(config.run, TINY) if note["base"] == TINY else note["base"]
-    pipe, side = diffusion.load(base, runs.pick_device(config.device)), config.resolution or note["resolution"]
+def load_adapter(folder: Path, config):
+    """The base with an adapter, and the side of its images."""
+    note = json.loads((folder / NOTE).read_text())
+    pipe = diffusion.load(base_path(note["base"], config.run), pick_device(config.device))
     pipe.load_lora_weights(folder)
-    return pipe, {"height": side, "width": side}
+    return pipe, config.resolution or note["resolution"]
 
 
-def paint(config, words) -> None:
-    if not words:
-        raise runs.Problem('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')
+def paint(config, *prompts: str) -> None:
+    """Paint each prompt, from noise or from --image."""
+    if not prompts:
+        raise UserError('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')
     if config.image and not Path(config.image).exists():
-        raise runs.Problem(f"no file {config.image}")
+        raise UserError(f"no file {config.image}")
     if config.image and config.steps * config.strength < 1:
-        raise runs.Problem("--steps times --strength is less than one step: raise one of them")
-    known = adapters(config.run)
-    if config.style and config.style not in known:
-        raise runs.Problem(f"no style {config.style} in {config.run}/lora: it knows {', '.join(known)}")
-    pipe, more = load_adapted(known[config.style or next(iter(known))], config)
+        raise UserError("--steps times --strength is less than one step: raise one of them")
+    adapters = find_adapters(config.run)
+    style = config.style or next(iter(adapters))
+    if style not in adapters:
+        raise UserError(f"no style {style} in {config.run}/lora: it has {', '.join(adapters)}")
+    pipe, side = load_adapter(adapters[style], config)
+    options = {"height": side, "width": side}
     if config.image:
-        pipe = diffusion.over_pictures(pipe)
-        more = {"image": diffusion.open_picture(config.image, more["height"]), "strength": config.strength}
-    for prompt in words:
-        name = "-".join([*re.findall(r"\w+", prompt)[:8], *[config.style] * bool(config.style), str(config.seed)])
-        with runs.replacing(Path(config.out) / f"{name}.png") as temporary:
-            pixels = diffusion.make(pipe, [asked(prompt, config.style)], [config.seed], config, **more)[0]
+        pipe = diffusion.image_to_image(pipe)
+        options = {"image": diffusion.open_image(config.image, side), "strength": config.strength}
+    for prompt in prompts:
+        words = [*re.findall(r"\w+", prompt)[:8], config.style, str(config.seed)]
+        path = Path(config.out, "-".join(filter(None, words)) + ".png")
+        prompt = diffusion.with_style(prompt, config.style)
+        pixels = diffusion.sample(pipe, [prompt], [config.seed], config, **options)[0]
+        with atomic_write(path) as temporary:
             Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary)
-        print(Path(config.out) / f"{name}.png")
+        print(path)
 
 
-def grid(config, words) -> None:
-    """Every style and prompt from the same noise, without and with LoRA."""
-    run, known, shown, loaded = Path(config.run), adapters(config.run), {}, None
-    seeds = range(config.seed, config.seed + config.pictures)
-    for style, folder in tqdm(known.items(), "styles", leave=False):
+def grid(config) -> None:
+    """Paint every style and prompt from the same noise, without and with LoRA; write the grid and the hit rates."""
+    run, images, loaded = Path(config.run), {}, None
+    for style, folder in tqdm(find_adapters(run).items(), "styles", leave=False):
         if folder != loaded:
-            (pipe, size), loaded = load_adapted(folder, config), folder
-        prompts = [asked(prompt, style) for prompt in config.prompts]
+            (pipe, side), loaded = load_adapter(folder, config), folder
+        prompts = [diffusion.with_style(prompt, style) for prompt in config.prompts]
+        seeds = range(config.seed, config.seed + IMAGES_PER_PROMPT)
         pipe.disable_lora()
-        without = diffusion.make(pipe, prompts, seeds, config, **size)
+        without = diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
         pipe.enable_lora()
-        shown[style] = without, diffusion.make(pipe, prompts, seeds, config, **size)
+        images[style] = without, diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
+    plot_grid(run / "lora_grid.png", images, config.prompts)
+    facts = {key: value for key, value in read_facts(run).get("lora", {}).items() if not key.startswith("hit_rate")}
+    facts["pictures"] = sum(len(without) for without, _ in images.values())
+    facts |= hit_rates(images, config)
+    add_facts(run, "lora", facts)
+    result = "no judge of these styles"
+    if "hit_rate" in facts:
+        result = (
+            "the judge predicts the requested style for {hit_rate_without:.1%} without LoRA, {hit_rate:.1%} with it"
+        )
+    print(f"{run / 'lora_grid.png'}: {result.format(**facts)}")
+
+
+def plot_grid(path: Path, images: dict, prompts: list[str]) -> None:
+    """A row per style, or a few of different noise; two columns per prompt: {style: (without, with) LoRA}."""
     rows, titles = [], []
-    for style, pairs in shown.items():
-        for seed in range(min(config.pictures, max(1, 4 // len(shown)))):
-            rows.append([pixels[number * config.pictures + seed] for number in range(len(config.prompts))
-                         for pixels in pairs])  # fmt: skip
-            titles.append(figures.plain(style) + f", noise {seed + 1}" * (len(shown) < 4))
-    columns = [title for prompt in config.prompts for title in (prompt, "the same, with LoRA")]
-    figures.grid(run / "lora_grid.png", np.array(rows), columns, titles, "Without and with LoRA")
-    facts = {"pictures": sum(len(pixels) for pixels, _ in shown.values())} | hit_rates(shown, config)
-    runs.add_facts(run, "lora", known_facts(run, lambda key: key.startswith("hit_rate")) | facts)
-    said = "; the judge sees the style asked for in {hit_rate_without:.1%} without LoRA, in {hit_rate:.1%} with it"
-    print(f"{run / 'lora_grid.png'}{said.format(**facts) if 'hit_rate' in facts else ': no judge of these styles'}")
+    for style, pair in images.items():
+        by_prompt = [pixels.reshape(len(prompts), IMAGES_PER_PROMPT, *pixels.shape[1:]) for pixels in pair]
+        for number in range(min(IMAGES_PER_PROMPT, max(1, 4 // len(images)))):
+            rows.append([pixels[prompt, number] for prompt in range(len(prompts)) for pixels in by_prompt])
+            titles.append(display_name(style) + (f", noise {number + 1}" if len(images) < 4 else ""))
+    columns = [title for prompt in prompts for title in (prompt, "the same, with LoRA")]
+    figures.grid(path, np.array(rows), columns, titles, "Without and with LoRA")
 
 
-def hit_rates(shown: dict, config) -> dict:
-    """How often the judge sees the style asked for, in pictures {style: uint8 (N, 3, S, S) without and with LoRA}."""
-    path = config.judge if config.judge.endswith(".pt") else f"{config.run}/{config.judge}/classifier.pt"
-    path = runs.find_checkpoint(config.run, path)
-    checkpoint = runs.load_checkpoint(path) if path.exists() else {"classes": []}
-    if not set(shown) <= set(checkpoint["classes"]):
+def hit_rates(images: dict, config) -> dict:
+    """How often the judge predicts the requested style; {} without a judge of these styles."""
+    path = checkpoint_path(config.run, JUDGE)
+    judge = Classifier.load(path, config.device) if path.exists() else None
+    if judge is None or not set(images) <= set(judge.classes):
         return {}
-    model, side, hits = build_model(checkpoint), checkpoint["data"]["size"], [[], []]
-    for style, pairs in shown.items():
-        for pixels, found in zip(pairs, hits, strict=True):
-            pictures = F.interpolate(torch.from_numpy(pixels).float(), (side, side), mode="bilinear", antialias=True)
-            said = predict(model, pictures.round().byte(), checkpoint["crop"], checkpoint["windows"]).argmax(1)
-            found.append(said == checkpoint["classes"].index(style))
-    without, adapted = (float(torch.cat(found).float().mean()) for found in hits)
-    return {"hit_rate_without": without, "hit_rate": adapted}
-
-
-ACTIONS = {"train": train, "paint": paint, "grid": grid}
+    hits = {"hit_rate_without": [], "hit_rate": []}
+    for style, pair in images.items():
+        for name, pixels in zip(hits, pair, strict=True):
+            hits[name].append(judge.predict(torch.from_numpy(pixels)).argmax(1) == judge.classes.index(style))
+    return {name: torch.cat(values).float().mean().item() for name, values in hits.items()}
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    run_script(main)

@@ -18,15 +18,27 @@ from huggingface_hub import errors as hub
 from PIL import Image
 from safetensors.torch import load_file
 
-import diffusion
 import lora
-import runs
 import wikiart
+from common import diffusion, tiny_diffusion
+from common.errors import UserError
+from common.run import add_facts
 
-QUICK = ["-c", str(ROOT / "tiny.json"), *TINY, "--size", "32", "--resolution", "32", "--tiny-steps", "20", "40",
-         "--epochs", "2", "--lr", "0.003", "--per-class", "32", "--batch-size", "8", "--rank", "4", "--heldout", "4",
-         "--steps", "3", "--pictures", "1"]  # fmt: skip
+QUICK = (
+    "--size 32 --resolution 32 --epochs 2 --lr 0.005 --per-class 32 --batch-size 8 --rank 4 --eval-images 4 --steps 3"
+)
+QUICK = ["-c", str(ROOT / "settings/tiny.json"), *TINY, *QUICK.split()]
 STYLE = ["--styles", "Hatching"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    """A small base taught in a moment, and one image per prompt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_diffusion, "VAE_STEPS", 20)
+        patch.setattr(tiny_diffusion, "UNET_STEPS", 40)
+        patch.setattr(lora, "IMAGES_PER_PROMPT", 1)
+        yield
 
 
 def train(data, run, *flags):
@@ -36,44 +48,48 @@ def train(data, run, *flags):
 
 @pytest.fixture(scope="module")
 def tuned(demo, tmp_path_factory):
-    """A run folder with a small base and an adapter, the weights of that base, and what the trained UNet says."""
+    """A run folder with a small base and an adapter, the weights of that base, and the trained UNet's prediction."""
     run, seen = tmp_path_factory.mktemp("tuned"), {}
-    whole = diffusion.Adapter.save
+    save = diffusion.Adapter.save
 
-    def noted(adapter, folder):
+    def observed(adapter, folder):
         seen["weights"] = weights_of(adapter.pipe)
-        seen["said"] = say(adapter.pipe)
-        whole(adapter, folder)
+        seen["prediction"] = predict(adapter.pipe)
+        save(adapter, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion.Adapter, "save", noted)
-        facts = train(demo, run, *STYLE, "--alpha", "6")
-    return SimpleNamespace(run=run, facts=facts, **seen)
+        patch.setattr(diffusion.Adapter, "save", observed)
+        facts = train(demo, run, *STYLE)
+    return SimpleNamespace(run=run, facts=facts, base=run / "tiny_base", **seen)
 
 
 def weights_of(pipe) -> dict:
     """Those of UNet, VAE and text encoder, under the names that they had before the adapter."""
-    return {f"{part} {name.replace('.base_layer', '')}": value.clone() for part in ("unet", "vae", "text_encoder")
-            for name, value in getattr(pipe, part).state_dict().items() if "lora_" not in name}  # fmt: skip
+    return {
+        f"{part} {name.replace('.base_layer', '')}": value.clone()
+        for part in ("unet", "vae", "text_encoder")
+        for name, value in getattr(pipe, part).state_dict().items()
+        if "lora_" not in name
+    }
 
 
 @torch.no_grad()
-def say(pipe):
-    """The UNet's answer to a fixed question."""
-    draw = torch.Generator().manual_seed(0)
+def predict(pipe):
+    """The UNet's prediction for fixed inputs."""
+    generator = torch.Generator().manual_seed(0)
     side = pipe.unet.config.sample_size
-    told = diffusion.conditions(pipe, ["a painting"], 8 * side)
-    return pipe.unet(torch.randn(1, 4, side, side, generator=draw), torch.tensor([500]), **told).sample
+    conditions = diffusion.text_conditions(pipe, ["a painting"], 8 * side)
+    return pipe.unet(torch.randn(1, 4, side, side, generator=generator), torch.tensor([500]), **conditions).sample
 
 
 def picture_of(pipe):
-    draw = torch.Generator().manual_seed(0)
-    return np.asarray(pipe("a painting", generator=draw, num_inference_steps=2, height=32, width=32).images[0])
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipe("a painting", generator=generator, num_inference_steps=2, height=32, width=32).images[0])
 
 
 @pytest.fixture
 def base(tuned):
-    return diffusers.StableDiffusionPipeline.from_pretrained(tuned.run / "tiny_base", safety_checker=None)
+    return diffusers.StableDiffusionPipeline.from_pretrained(tuned.base, safety_checker=None)
 
 
 def test_the_loss_on_held_out_pictures_falls(tuned):
@@ -92,72 +108,72 @@ def test_the_loss_on_held_out_pictures_falls(tuned):
     assert not (tuned.run / "lora.partial.pt").exists()
 
 
-def test_the_style_learned_gets_better_and_the_others_do_not(demo, tmp_path):
+def test_the_style_learned_gets_better_and_the_others_do_not(demo, tmp_path, monkeypatch):
     """Red pictures, on a base that was taught long enough on the demo's paintings to have something to lose."""
     run, root = tmp_path / "run", tmp_path / "root"
-    train(demo, run, *STYLE, "--tiny-steps", "20", "200", "--epochs", "1", "--per-class", "8")
+    monkeypatch.setattr(tiny_diffusion, "UNET_STEPS", 200)
+    train(demo, run, *STYLE, "--epochs", "1", "--per-class", "8")
     shutil.copytree(demo, root, ignore=shutil.ignore_patterns(".cache"))
-    draw = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for number in range(16):
         path = root / ("train" if number < 12 else "test") / "Red" / f"painter_{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.clip((220, 40, 40) + 25 * draw.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip((220, 40, 40) + 25 * random.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(path)
-    base = ["--no-tiny", "--base", str(run / "tiny_base"), "--styles", "Red"]
-    facts = train(root, run, *base, "--epochs", "2", "--per-class", "80", "--look-every", "15")
+    base = ["--base", str(run / "tiny_base"), "--styles", "Red"]
+    facts = train(root, run, *base, "--epochs", "2", "--per-class", "80")
     assert facts["heldout_loss_change_high"] < 0
     assert facts["other_styles_loss_change_low"] > 0
     assert len(facts["by_style"]) == 9
     assert facts["by_style"]["Red"]["after"] == facts["heldout_loss_after"]
-    others = [each["before"] for style, each in facts["by_style"].items() if style != "Red"]
+    others = [losses["before"] for style, losses in facts["by_style"].items() if style != "Red"]
     assert np.mean(others) == pytest.approx(facts["other_styles_loss_before"], abs=1e-5)
     assert "| Red, learned | 4 |" in (run / "lora.md").read_text()
-    assert (run / "lora/step-000015.png").exists()
+    assert (run / "lora/step-000020.png").exists()
 
 
 def test_facts_of_another_training_do_not_stay(tuned, demo, tmp_path):
-    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
     old = {"tiny_weights": 1, "hit_rate": 0.5, "other_styles_loss_after": 1.0, "per_style": {"Dots": {}}}
-    runs.add_facts(tmp_path, "lora", old)
-    facts = train(demo, tmp_path, "--epochs", "1", "--per-class", "4")  # all styles: there are no others
+    add_facts(tmp_path, "lora", old)
+    facts = train(demo, tmp_path, "--base", str(tuned.base), "--epochs", "1", "--per-class", "4")  # all styles
     assert facts["tiny_weights"] == 1
     assert not {name for name in facts if name in ("hit_rate", "per_style") or name.startswith("other_styles")}
     assert "others together" not in facts["table"]
-    assert set(lora.adapters(tmp_path).values()) == {tmp_path / "lora"}
+    assert set(lora.find_adapters(tmp_path).values()) == {tmp_path / "lora"}
 
 
 @pytest.mark.parametrize("run", ["tuned", "with_words"])
 def test_the_weights_of_the_base_are_what_they_were(run, base, request):
-    found, kept = request.getfixturevalue(run).weights, weights_of(base)
-    assert found.keys() == kept.keys()
-    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    after, before = request.getfixturevalue(run).weights, weights_of(base)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.fixture(scope="module")
 def with_words(tuned, demo, tmp_path_factory):
-    """The same with the text encoder adapted, too, and checkpointing; `calls` of its first layer a training step."""
+    """The same with the text encoder adapted and checkpointing; `calls` of its first layer in training steps."""
     run, seen = tmp_path_factory.mktemp("with_words"), {"calls": 0}
-    (run / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    whole, epoch = diffusion.Adapter.save, lora.train_epoch
+    save, train_epoch = diffusion.Adapter.save, lora.train_epoch
 
-    def noted(adapter, folder):
+    def observed(adapter, folder):
         seen["weights"] = weights_of(adapter.pipe)
-        seen["words"] = adapter.pipe.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
-        whole(adapter, folder)
+        seen["embeddings"] = adapter.pipe.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
+        save(adapter, folder)
 
-    def counted(adapter, *rest):
+    def counted(adapter, *arguments):
         def count(*_):
             seen["calls"] += 1
 
         hook = adapter.pipe.text_encoder.encoder.layers[0].self_attn.register_forward_pre_hook(count)
-        seen["loss"] = epoch(adapter, *rest[:-1], lambda step: None)
+        loss = train_epoch(adapter, *arguments)
         hook.remove()
-        return seen["loss"]
+        return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion.Adapter, "save", noted)
+        patch.setattr(diffusion.Adapter, "save", observed)
         patch.setattr(lora, "train_epoch", counted)
-        facts = train(demo, run, *STYLE, "--text-encoder", "--checkpointing", "--epochs", "1")
+        flags = ["--base", str(tuned.base), "--text-encoder", "--checkpointing", "--epochs", "1"]
+        facts = train(demo, run, *STYLE, *flags)
     return SimpleNamespace(run=run, facts=facts, **seen)
 
 
@@ -169,17 +185,23 @@ def test_plain_diffusers_reads_an_adapted_text_encoder(with_words, base):
     before = base.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
     base.load_lora_weights(with_words.run / "lora")
     after = base.encode_prompt(["a town"], "cpu", 1, False)[0].detach()
-    assert torch.allclose(after, with_words.words, atol=1e-4)
+    assert torch.allclose(after, with_words.embeddings, atol=1e-4)
     assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_the_small_base_trains_on_the_noise_that_it_samples_with(base):
+    training, sampling = diffusion.noise_schedule(base), base.scheduler
+    assert sampling.config.beta_schedule == "scaled_linear"  # Stable Diffusion's
+    assert torch.equal(training.alphas_cumprod, sampling.alphas_cumprod)
 
 
 def test_the_safety_checker_blackens_nothing(base, tmp_path):
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(
-        text_config=small, vision_config=small | {"image_size": 8, "patch_size": 8}, projection_dim=8))  # fmt: skip
-    checker.concept_embeds_weights.data.fill_(-2)  # whatever it sees is too near to what it must not see
+    configs = {"text_config": small, "vision_config": small | {"image_size": 8, "patch_size": 8}}
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(**configs, projection_dim=8))
+    checker.concept_embeds_weights.data.fill_(-2)  # every image is too similar to a forbidden concept
     reader = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
     parts = base.components | {"safety_checker": checker, "feature_extractor": reader}
     strict = diffusers.StableDiffusionPipeline(**parts)
@@ -187,15 +209,15 @@ def test_the_safety_checker_blackens_nothing(base, tmp_path):
     assert picture_of(strict).max() == 0
     pipe = diffusion.load(tmp_path, torch.device("cpu"))
     assert picture_of(pipe).max() > 0
-    assert diffusion.over_pictures(pipe).safety_checker is None
+    assert diffusion.image_to_image(pipe).safety_checker is None
 
 
 def test_plain_diffusers_paints_with_the_adapter(tuned, base):
-    before, silent = picture_of(base), say(base)
+    before, prediction = picture_of(base), predict(base)
     base.load_lora_weights(tuned.run / "lora")
     assert not np.array_equal(picture_of(base), before)
-    assert torch.allclose(say(base), tuned.said, atol=1e-4)  # with alpha other than rank, too
-    assert not torch.allclose(silent, tuned.said, atol=1e-3)
+    assert torch.allclose(predict(base), tuned.prediction, atol=1e-4)
+    assert not torch.allclose(prediction, tuned.prediction, atol=1e-3)
     base.unload_lora_weights()
     assert np.array_equal(picture_of(base), before)
 
@@ -216,30 +238,40 @@ def test_paint_makes_pictures_from_noise_and_from_pictures(tuned, tmp_path):
 
 
 def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
-    judge = ["--judge", str(trained / "classifier.pt")]
-    lora.main(["grid", *QUICK, "--run", str(tuned.run), *judge, "--prompts", "a painting", "a town"])
+    shutil.copytree(trained, tuned.run / "judge", ignore=lambda *_: ["mlp"])
+    lora.main(["grid", *QUICK, "--run", str(tuned.run), "--prompts", "a painting", "a town"])
     assert np.asarray(Image.open(tuned.run / "lora_grid.png").convert("L")).std() > 5
     facts = json.loads((tuned.run / "facts.json").read_text())["lora"]
     assert facts["heldout_loss_after"] == tuned.facts["heldout_loss_after"]
     assert {facts["hit_rate"], facts["hit_rate_without"]} <= {0, 0.5, 1}
-    lora.main(["grid", *QUICK, "--run", str(tuned.run), "--judge", "nobody", "--prompts", "a town"])
+    assert "the judge predicts the requested style for" in capsys.readouterr().out
+    shutil.rmtree(tuned.run / "judge")
+    lora.main(["grid", *QUICK, "--run", str(tuned.run), "--prompts", "a town"])
     assert "no judge" in capsys.readouterr().out
+    facts = json.loads((tuned.run / "facts.json").read_text())["lora"]
+    assert not {"hit_rate", "hit_rate_without"} & set(facts)
 
 
-def test_a_stopped_training_goes_on_and_ends_with_the_same_adapter(tuned, demo, tmp_path, monkeypatch):
-    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    stop_in_epoch_2(lora, monkeypatch, place=6)
+def test_a_stopped_training_resumes_and_ends_with_the_same_adapter(tuned, demo, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny_base").symlink_to(tuned.base)
+    stop_in_epoch_2(lora, monkeypatch, place=5)
     with pytest.raises(KeyboardInterrupt, match="1 finished epochs are kept"):
-        train(demo, tmp_path, *STYLE, "--alpha", "6")
+        train(demo, tmp_path, *STYLE)
+    stop_in_epoch_2(lora, monkeypatch, place=5)
+    with pytest.raises(UserError, match="rank = 4, now it is 2.*--restart"):
+        train(demo, tmp_path, *STYLE, "--rank", "2")
+    partial = (tmp_path / "lora.partial.pt").read_bytes()
     monkeypatch.undo()
-    with pytest.raises(runs.Problem, match="--resume"):
-        train(demo, tmp_path, *STYLE, "--alpha", "6")
-    with pytest.raises(runs.Problem, match="rank = 4, now it is 2"):
-        train(demo, tmp_path, *STYLE, "--alpha", "6", "--rank", "2", "--resume")
-    monkeypatch.setattr("diffusion.read_all", lambda *_: pytest.fail("the latents are there"))
-    train(demo, tmp_path, *STYLE, "--alpha", "6", "--resume")
-    one, other = (load_file(run / "lora" / diffusion.FILE) for run in (tuned.run, tmp_path))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    monkeypatch.setattr(diffusion, "read_images", lambda *_: pytest.fail("the base and the latents are there"))
+    monkeypatch.setattr(tiny_diffusion, "VAE_STEPS", 20)
+    monkeypatch.setattr(tiny_diffusion, "UNET_STEPS", 40)
+    train(demo, tmp_path, *STYLE, "--steps", "2")  # sampling does not change the adapter
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    first, second = (load_file(run / "lora" / diffusion.ADAPTER_FILE) for run in (tuned.run, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (tmp_path / "lora.partial.pt").write_bytes(partial)
+    train(demo, tmp_path, *STYLE, "--rank", "2", "--epochs", "1", "--restart")
+    assert "resuming" not in capsys.readouterr().out
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
@@ -248,146 +280,148 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path, launcher):
-    def weights(name):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tiny_base").symlink_to(tuned.run / "tiny_base")
-        return lambda: load_file(tmp_path / name / "lora" / diffusion.FILE)
-
-    short = [*STYLE, "--epochs", "1", "--lr", "0.0002"]
-    whole, parts, two = (weights(name) for name in ("whole", "parts", "two"))
+    short = [*STYLE, "--base", str(tuned.base), "--epochs", "1", "--lr", "0.0002"]
     train(demo, tmp_path / "whole", *short)
     train(demo, tmp_path / "parts", *short, "--accumulate", "4", "--checkpointing")
-    command = [
-        sys.executable,
-        "-m",
-        *launcher,
-        ROOT / "lora.py",
-        "train",
-        *QUICK,
-        *short,
-        "--data",
-        demo,
-        "--run",
-        tmp_path / "two",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    one = whole()
-    assert max(value.abs().max() for name, value in one.items() if "lora_B" in name) > 1e-4
-    for other in (parts(), two()):
-        assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
-
-
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch, kind):
-    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    monkeypatch.setattr(diffusion, "precision", lambda device: kind)
-    whole, seen = diffusion.make, []
-    monkeypatch.setattr(
-        diffusion, "make", lambda pipe, *rest, **more: seen.append(pipe.unet.dtype) or whole(pipe, *rest, **more)
+    flags = [*QUICK, *short, "--data", demo, "--run", tmp_path / "two"]
+    command = [sys.executable, "-m", *launcher, ROOT / "lora.py", "train", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert process.returncode == 0, process.stderr
+    whole, parts, two = (
+        load_file(tmp_path / name / "lora" / diffusion.ADAPTER_FILE) for name in ("whole", "parts", "two")
     )
-    facts = train(demo, tmp_path, *STYLE)
-    assert seen[0] == kind
+    assert max(value.abs().max() for name, value in whole.items() if "lora_B" in name) > 1e-4
+    for other in (parts, two):
+        assert all(torch.allclose(whole[name], other[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(diffusion, "precision", lambda device: dtype)
+    sample, dtypes = diffusion.sample, []
+
+    def observed(pipe, *arguments, **options):
+        dtypes.append(pipe.unet.dtype)
+        return sample(pipe, *arguments, **options)
+
+    monkeypatch.setattr(diffusion, "sample", observed)
+    facts = train(demo, tmp_path, *STYLE, "--base", str(tuned.base))
+    assert dtypes[0] == dtype
     assert facts["heldout_loss_change"] < 0
-    assert {value.dtype for value in load_file(tmp_path / "lora" / diffusion.FILE).values()} == {torch.float32}
+    adapter = load_file(tmp_path / "lora" / diffusion.ADAPTER_FILE)
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
 
 
 def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
-    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
-    flags = ["--per-style", "--styles", "Hatching", "Dots", "--epochs", "1"]
+    base = ["--base", str(tuned.base), "--epochs", "1"]
+    flags = [*base, "--per-style", "--styles", "Hatching", "Dots"]
     facts = train(demo, tmp_path, *flags)
     assert facts["per_style"]["Dots"]["other_styles_loss_images"] == 7 * 4
-    one, other = (load_file(tmp_path / "lora" / style / diffusion.FILE) for style in ("Hatching", "Dots"))
-    assert not all(torch.equal(one[name], other[name]) for name in one)
-    train(demo, tmp_path, *flags, "--resume")
+    hatching, dots = (load_file(tmp_path / "lora" / style / diffusion.ADAPTER_FILE) for style in ("Hatching", "Dots"))
+    assert not all(torch.equal(hatching[name], dots[name]) for name in hatching)
+    train(demo, tmp_path, *flags)
     assert capsys.readouterr().out.count("is finished") == 2
-    with pytest.raises(runs.Problem, match="trained with rank = 4, now it is 2"):
-        train(demo, tmp_path, *flags, "--resume", "--rank", "2")
+    with pytest.raises(UserError, match="trained with rank = 4, now it is 2"):
+        train(demo, tmp_path, *flags, "--rank", "2")
     lora.main(["grid", *QUICK, "--run", str(tmp_path), "--prompts", "a town"])
-    folders = lora.adapters(tmp_path)
+    folders = lora.find_adapters(tmp_path)
     assert set(folders) == {"Hatching", "Dots"}
-    pipe, _ = lora.load_adapted(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
-    assert torch.equal(next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name),
-                       next(iter(other.values())))  # fmt: skip
-    train(demo, tmp_path, "--styles", "Dots", "Bands", "--epochs", "1", "--per-class", "8")
+    pipe, _ = lora.load_adapter(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
+    loaded = next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name)
+    assert torch.equal(loaded, next(iter(dots.values())))
+    train(demo, tmp_path, *base, "--styles", "Dots", "Bands", "--per-class", "8")
     both = tmp_path / "lora"
-    assert lora.adapters(tmp_path) == {"Bands": both, "Dots": both, "Hatching": both / "Hatching"}
+    assert lora.find_adapters(tmp_path) == {"Bands": both, "Dots": both, "Hatching": both / "Hatching"}
+    assert "is finished" not in capsys.readouterr().out
+    train(demo, tmp_path, *flags, "--rank", "2", "--restart")
+    assert "is finished" not in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def sdxl(tuned, tmp_path_factory):
     """A folder like SDXL's with fresh weights: two text encoders, of which the second pools, and sizes for the UNet."""
-    small = diffusers.StableDiffusionPipeline.from_pretrained(tuned.run / "tiny_base", safety_checker=None)
+    small = diffusers.StableDiffusionPipeline.from_pretrained(tuned.base, safety_checker=None)
     torch.manual_seed(0)
     second = transformers.CLIPTextModelWithProjection(small.text_encoder.config)
-    unet = diffusers.UNet2DConditionModel.from_config(
-        dict(small.unet.config) | {"cross_attention_dim": 128, "addition_embed_type": "text_time",
-                                   "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64 + 6 * 8}
-    )  # fmt: skip
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64 + 6 * 8}
+    options = {"cross_attention_dim": 128, "addition_embed_type": "text_time", **sizes}
+    unet = diffusers.UNet2DConditionModel.from_config(dict(small.unet.config) | options)
     scheduler = diffusers.EulerDiscreteScheduler.from_config(small.scheduler.config, prediction_type="v_prediction")
-    pipe = diffusers.StableDiffusionXLPipeline(small.vae, small.text_encoder, second, small.tokenizer, small.tokenizer,
-                                               unet, scheduler, add_watermarker=False)  # fmt: skip
+    encoders = (small.text_encoder, second, small.tokenizer, small.tokenizer)
+    pipe = diffusers.StableDiffusionXLPipeline(small.vae, *encoders, unet, scheduler, add_watermarker=False)
     folder = tmp_path_factory.mktemp("sdxl") / "base"
     pipe.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def told(pipe):
-    conditions = diffusion.conditions(pipe, ["a town"], 32)
+def sdxl_conditions(pipe):
+    conditions = diffusion.text_conditions(pipe, ["a town"], 32)
     return conditions["encoder_hidden_states"], *conditions["added_cond_kwargs"].values()
 
 
 def test_sdxl_goes_the_same_way(sdxl, demo, tmp_path):
-    facts = train(demo, tmp_path, *STYLE, "--no-tiny", "--base", str(sdxl), "--text-encoder")
+    facts = train(demo, tmp_path, *STYLE, "--base", str(sdxl), "--text-encoder")
     assert facts["heldout_loss_change"] < 0
     assert facts["heldout_loss_change_low"] < facts["heldout_loss_change"] < facts["heldout_loss_change_high"]
-    assert {name.split(".")[0] for name in load_file(tmp_path / "lora" / diffusion.FILE)} == {
-        "unet", "text_encoder", "text_encoder_2"}  # fmt: skip
+    parts = {name.split(".")[0] for name in load_file(tmp_path / "lora" / diffusion.ADAPTER_FILE)}
+    assert parts == {"unet", "text_encoder", "text_encoder_2"}
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
-    before, (words, pooled, _) = picture_of(pipe), told(pipe)
+    before, (embeddings, pooled, _) = picture_of(pipe), sdxl_conditions(pipe)
     pipe.load_lora_weights(tmp_path / "lora")
     assert not np.array_equal(picture_of(pipe), before)
-    assert not torch.allclose(told(pipe)[0][:, :, :64], words[:, :, :64], atol=1e-5)  # both text encoders
-    assert not torch.allclose(told(pipe)[1], pooled, atol=1e-5)
+    adapted_embeddings, adapted_pooled, _ = sdxl_conditions(pipe)
+    assert not torch.allclose(adapted_embeddings[:, :, :64], embeddings[:, :, :64], atol=1e-5)  # both text encoders
+    assert not torch.allclose(adapted_pooled, pooled, atol=1e-5)
     lora.main(["paint", "a town", *QUICK, "--run", str(tmp_path), "--style", "Hatching", "--out", str(tmp_path)])
     assert Image.open(tmp_path / "a-town-Hatching-0.png").size == (32, 32)
 
 
 def test_captions_say_what_is_known():
-    assert (diffusion.caption("landscape", "claude-monet", "Ukiyo_e")
-            == "a landscape painting by claude monet in the style of Ukiyo-e")  # fmt: skip
+    text = "a landscape painting by claude monet in the style of Ukiyo-e"
+    assert diffusion.caption("landscape", "claude-monet", "Ukiyo_e") == text
     assert diffusion.caption("genre_painting", "", "Cubism") == "a genre painting in the style of Cubism"
     assert diffusion.caption("", "", "") == "a painting"
     assert diffusion.caption("abstract_painting", "", "") == "an abstract painting"
 
 
-def test_the_small_models_words_are_one_token_each_the_same_every_time():
+def test_the_small_models_words_are_one_token_each():
     texts = ["a still life painting in the style of Halftone", "a landscape painting in the style of Hatching"]
-    tokenizer = diffusion.teach_words(texts)
+    tokenizer = tiny_diffusion.train_tokenizer(texts)
     assert tokenizer(texts[0])["input_ids"][1:-1] == [tokenizer(word)["input_ids"][1] for word in texts[0].split()]
-    assert diffusion.teach_words(texts[::-1]).get_vocab() == tokenizer.get_vocab()
+    assert tiny_diffusion.train_tokenizer(texts[::-1]).get_vocab() == tokenizer.get_vocab()
     assert tokenizer.decode(tokenizer("zebra, 7")["input_ids"], skip_special_tokens=True).strip() == "zebra , 7"
+
+
+def test_the_tokenizer_is_the_same_in_another_process():
+    """Its trainer keeps hash maps, whose order differs between processes."""
+    texts = ["a painting by joan miró in the style of Halftone", *(f"painter {n} of town{n}" for n in range(50))]
+    code = "import sys, json; from common.tiny_diffusion import train_tokenizer; texts = json.loads(sys.argv[1]); "
+    code += (
+        "tokenizer = train_tokenizer(texts); print(json.dumps([tokenizer.get_vocab(), *tokenizer(texts).input_ids]))"
+    )
+    command, environment = [sys.executable, "-c", code, json.dumps(texts)], os.environ | {"PYTHONHASHSEED": "1"}
+    process = subprocess.run(command, capture_output=True, check=True, env=environment, cwd=ROOT)
+    tokenizer = tiny_diffusion.train_tokenizer(texts)
+    assert json.loads(process.stdout) == [tokenizer.get_vocab(), *tokenizer(texts).input_ids]
 
 
 def test_parts_of_captions_drop_out_at_their_rates(demo):
     data = wikiart.WikiArt(demo, "train", size=32, processes=1)
-    config = SimpleNamespace(drop_words=0.3, drop_caption=0.1)
-    chances = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
-    said = diffusion.captions_of(data, torch.zeros(2000, dtype=torch.long), chances, config)
-    assert sum(text == "" for text in said) / 2000 == pytest.approx(0.1, abs=0.03)
-    full = [text for text in said if text]
+    random = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    captions = diffusion.training_captions(data, torch.zeros(2000, dtype=torch.long), random)
+    assert sum(text == "" for text in captions) / 2000 == pytest.approx(0.1, abs=0.03)
+    full = [text for text in captions if text]
     assert sum(" by " not in text for text in full) / len(full) == pytest.approx(0.3, abs=0.04)
     assert all("in the style of" in text for text in full)
 
 
 def test_easy_steps_do_not_drown_the_others():
-    for kind, top in (("epsilon", 1), ("v_prediction", 1)):
-        schedule = diffusers.DDPMScheduler(prediction_type=kind)
-        weights = diffusion.weigh(schedule, torch.tensor([0, 500, 999]), 5.0)
-        assert weights[0] < 0.01 < weights[1] <= top
-    assert diffusion.weigh(schedule, torch.tensor([0, 999]), 0).tolist() == [1, 1]
+    for prediction_type in ("epsilon", "v_prediction"):
+        schedule = diffusers.DDPMScheduler(prediction_type=prediction_type)
+        weights = diffusion.min_snr_weight(schedule, torch.tensor([0, 500, 999]))
+        assert weights[0] < 0.01 < weights[1] <= 1
 
 
 @pytest.mark.parametrize(
@@ -402,24 +436,21 @@ def test_easy_steps_do_not_drown_the_others():
         (["train", "--resolution", "36"], "multiple of 8"),
         (["train", "--resolution", "24"], "--resolution of 32 or more"),
         (["paint", "a town", "--run", "{empty}"], "no adapter in .*lora: run lora.py train"),
-        (["paint", "a town", "--style", "Cubism"], "no style Cubism in .*: it knows Hatching"),
+        (["paint", "a town", "--style", "Cubism"], "no style Cubism in .*: it has Hatching"),
         (["train", "--styles", "Cubism"], "no style Cubism in .*: it has Bands"),
         (["train", *STYLE, "--batch-size", "7", "--accumulate", "2"], "multiple of"),
-        (["train", *STYLE, "--no-tiny", "--base", "{empty}"], "it is no folder in diffusers' layout"),
-        (
-            ["train", *STYLE, "--no-tiny", "--base", "nobody/nothing"],
-            "check the network",
-        ),
+        (["train", *STYLE, "--base", "{empty}"], "it is no folder in diffusers' layout"),
+        (["train", *STYLE, "--base", "nobody/nothing"], "check the network"),
         (["train", *STYLE, "--targets", "to_nothing"], "--targets to_nothing: "),
     ],
 )
 def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = [word for word in argv[:2] if not word.startswith("-")]
-    (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
+    (tmp_path / "tiny_base").symlink_to(tuned.base)
     run = tmp_path if argv[:1] == ["train"] else tuned.run
     flags = [flag.replace("{empty}", str(demo)) for flag in argv[len(words) :]]
-    with pytest.raises(runs.Problem, match=message) as problem:
+    with pytest.raises(UserError, match=message) as problem:
         lora.main([*words, *QUICK, "--data", str(demo), "--run", str(run), *flags])
     assert "\n" not in str(problem.value)
 
@@ -441,7 +472,7 @@ def test_a_base_that_does_not_load_gets_the_advice_of_its_reason(kind, advice, m
         raise kind("no", response=answer) if issubclass(kind, hub.HfHubHTTPError) else kind("no")
 
     monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", fail)  # diffusers hides it behind its own
-    with pytest.raises(runs.Problem, match=advice) as problem:
+    with pytest.raises(UserError, match=advice) as problem:
         diffusion.load("some/base", torch.device("cpu"))
     assert "\n" not in str(problem.value)
     assert kind is hub.GatedRepoError or "gated" not in str(problem.value)
@@ -451,15 +482,15 @@ def test_too_little_memory_gets_one_clear_line(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setitem(lora.ACTIONS, "train", full)
-    with pytest.raises(runs.Problem, match="--checkpointing"):
+    monkeypatch.setattr(lora, "train", full)
+    with pytest.raises(UserError, match="--checkpointing"):
         lora.main(["train", *QUICK])
 
     def small(*_, **__):
         torch.empty(1 << 60)  # PyTorch's own words on a CPU
 
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", small)
-    with pytest.raises(runs.Problem, match="too little memory"):
+    with pytest.raises(UserError, match="too little memory"):
         diffusion.load("some/base", torch.device("cpu"))
 
 
@@ -471,8 +502,8 @@ def test_the_precision_is_that_of_the_device(monkeypatch):
 
 
 def test_without_diffusers_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(diffusion, "diffusers", None)
-    with pytest.raises(runs.Problem, match="requirements-lora.txt"):
+    monkeypatch.setattr(lora, "diffusion", None)
+    with pytest.raises(UserError, match="requirements/lora.txt"):
         lora.main(["train", *QUICK])
 
 
@@ -501,9 +532,9 @@ def activations(unet, side: int, checkpointing: bool) -> int:
 
     def block(compute, *inputs):
         inside = {}
-        for each in inputs:
-            if isinstance(each, torch.Tensor):
-                keep(each)
+        for value in inputs:
+            if isinstance(value, torch.Tensor):
+                keep(value)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, inside), lambda tensor: tensor):
             out = compute(*inputs)
         blocks.append(sum(size for size, _ in inside.values()))
@@ -522,24 +553,21 @@ def activations(unet, side: int, checkpointing: bool) -> int:
 def autocast(monkeypatch):
     """On the meta device what torch.autocast does on a GPU: norms in float32, layers in their weights' precision."""
 
-    def floats(each):
-        return each.float() if isinstance(each, torch.Tensor) else each
+    def as_float(value):
+        return value.float() if isinstance(value, torch.Tensor) else value
 
     def in_float(compute):
-        return lambda *given, **named: compute(
-            *map(floats, given), **{key: floats(each) for key, each in named.items()}
-        )
+        def computed(*values, **options):
+            return compute(*map(as_float, values), **{key: as_float(value) for key, value in options.items()})
+
+        return computed
 
     def as_weights(compute):
         return lambda inputs, weight, *rest: compute(inputs.to(weight.dtype), weight, *rest)
 
     layers = torch.nn.functional
-    for name, cast in (
-        ("group_norm", in_float),
-        ("layer_norm", in_float),
-        ("linear", as_weights),
-        ("conv2d", as_weights),
-    ):
+    casts = {"group_norm": in_float, "layer_norm": in_float, "linear": as_weights, "conv2d": as_weights}
+    for name, cast in casts.items():
         monkeypatch.setattr(layers, name, cast(getattr(layers, name)))
     monkeypatch.setattr(layers, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
 
@@ -548,12 +576,10 @@ def test_the_readme_states_the_memory_that_stable_diffusion_takes(monkeypatch):
     autocast(monkeypatch)
     with torch.device("meta"):  # diffusers' defaults are the shapes of Stable Diffusion 1.5
         unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(torch.bfloat16).requires_grad_(False)
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=[128, 256, 512, 512], layers_per_block=2,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        )  # fmt: skip
-        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))  # fmt: skip
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        vae = diffusers.AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2, **blocks)
+        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
     million = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (unet, vae, text)]
     with torch.device("meta"):
         unet.add_adapter(peft.LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
