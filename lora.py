@@ -139,7 +139,7 @@ def train(config) -> None:
         facts = tiny_diffusion.make_base(run / TINY, data, side, config.seed, device, config.processes)
         add_facts(run, "lora", facts, merge=True)
     training = data.subset(np.isin(data.styles, styles))
-    if config.restart and rank() == 0:
+    if config.per_style and config.restart and rank() == 0:  # or an interrupted restart would find old ones finished
         for style in styles:
             (run / "lora" / style / NOTE).unlink(missing_ok=True)
     for name in styles if config.per_style else [""]:

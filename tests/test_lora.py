@@ -330,8 +330,9 @@ def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
     pipe, _ = lora.load_adapter(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
     loaded = next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name)
     assert torch.equal(loaded, next(iter(dots.values())))
-    train(demo, tmp_path, *base, "--styles", "Dots", "Bands", "--per-class", "8")
+    train(demo, tmp_path, *base, "--styles", "Dots", "Bands", "--per-class", "8", "--restart")
     both = tmp_path / "lora"
+    assert (both / "Dots" / lora.NOTE).exists()  # --restart discards nothing else
     assert lora.find_adapters(tmp_path) == {"Bands": both, "Dots": both, "Hatching": both / "Hatching"}
     assert "is finished" not in capsys.readouterr().out
     train(demo, tmp_path, *flags, "--rank", "2", "--restart")
