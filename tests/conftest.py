@@ -14,8 +14,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--seed", "0", "--device", "cpu", "--processes", "1"]
-TINY_SIZES = {"size": 32, "crop": 32, "width": 8, "epochs": 2, "batch-size": 16, "per-class": 12}
-TINY_TRAIN = [*TINY, *(word for key, value in TINY_SIZES.items() for word in (f"--{key}", str(value)))]
+
+
+def flags(**settings) -> list[str]:
+    """Flags of a script: flags(batch_size=16) gives ["--batch-size", "16"]."""
+    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+TINY_TRAIN = [*TINY, *flags(size=32, crop=32, width=8, epochs=2, batch_size=16, per_class=12)]
 
 
 def script(name, *arguments, **options):
@@ -28,7 +34,7 @@ def clear_line(process) -> str:
     """The one line of a failed script, after checking that it is one line and no traceback."""
     assert process.returncode not in (0, None)
     assert "Traceback" not in process.stderr
-    lines = [line for line in process.stderr.splitlines() if line.strip() and "picture" not in line]
+    lines = [line for line in process.stderr.splitlines() if line.strip() and "%|" not in line]  # progress bars
     assert len(lines) == 1, process.stderr
     return lines[0]
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, flags
 from PIL import Image
 
 import cluster
@@ -15,7 +15,7 @@ from common.crops import views
 from common.errors import UserError
 from common.run import load_checkpoint, save_checkpoint
 
-TINY_CODES = [*TINY, *"--size 32 --crop 32 --width 8 --code 48 --epochs 3 --batch-size 16".split()]
+TINY_CODES = [*TINY, *flags(size=32, crop=32, width=8, code=48, epochs=3, batch_size=16)]
 
 
 def planted(classes=5, each=30, seed=0):

@@ -109,9 +109,8 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, t
         train.main([*arguments, "--lr", "0.5"])
     train.main(arguments)
     assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
-    lines = [
-        [json.loads(line) for line in (run / "classifier.jsonl").read_text().splitlines()] for run in (trained, tmp_path)
-    ]
+    logs = [(folder / "classifier.jsonl").read_text().splitlines() for folder in (trained, tmp_path)]
+    lines = [[json.loads(line) for line in log] for log in logs]
     for whole_line, line in zip(*lines, strict=True):  # the second epoch too, if the first was kept
         assert [whole_line[key] for key in ("loss", "val_loss")] == [line[key] for key in ("loss", "val_loss")]
 
