@@ -15,8 +15,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 WIKIART ?=
-HOST ?= 127.0.0.1
-PORT ?= 7860
+HOST := 127.0.0.1
+PORT := 7860
 
 ifneq ($(words x$(WIKIART) x$(RUN)),2)
 $(error WIKIART and RUN must be paths without spaces; a link to the folder will do)

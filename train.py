@@ -165,6 +165,8 @@ def check_settings(config, training: WikiArt, validation: WikiArt, sampler) -> N
     check_batch_size(config.batch_size, training, validation)
     if config.batch_size > len(sampler):
         raise UserError(f"an epoch has only {len(sampler)} images: raise --per-class or lower --batch-size")
+    if config.model in MODELS and config.model not in ("CNN", "MLP"):
+        raise UserError(f"--model {config.model} is no classifier: give CNN, MLP or a classifier of torchvision.models")
     if not config.tta_scales:
         raise UserError("--tta-scales needs at least one number")
     if config.model == "MLP" and max(config.tta_scales) > 1:
@@ -185,9 +187,7 @@ def model_arguments(config, training: WikiArt, aux_classes: int) -> dict:
 
 def new_model(config, arguments: dict):
     """A network with the weights of --seed. Raises UserError for a torchvision model that does not fit --crop."""
-    torch.manual_seed(
-        config.seed
-    )  # here, because building the pixel cache draws random numbers and loading it does not
+    torch.manual_seed(config.seed)  # here: building the pixel cache draws random numbers, loading it does not
     model = make_model(config.model, arguments)
     if config.model not in MODELS:
         try:
@@ -215,7 +215,7 @@ def publishable(state: dict) -> dict:
 class ClassifierLoss:
     """Cross-entropy of the class, balanced by --balance, and auxiliary cross-entropies of artist and genre.
 
-    The auxiliary outputs are dropped after training. They keep the features from learning only what separates styles.
+    The auxiliary outputs are dropped after training.
     """
 
     def __init__(self, data: WikiArt, config):
@@ -233,13 +233,13 @@ class ClassifierLoss:
 
     def add_auxiliary(self, names, weight: float) -> None:
         """Add outputs for the known ones among the `names` (N,) of all training paintings; "" is unknown."""
-        known = sorted(set(names) - {""})
-        if weight and len(known) > 1:
-            label_of = {name: label for label, name in enumerate(known)}
+        known_names = sorted(set(names) - {""})
+        if weight and len(known_names) > 1:
+            label_of = {name: label for label, name in enumerate(known_names)}
             start = self.classes + self.aux_classes
             labels = torch.tensor([label_of.get(name, -1) for name in names])
-            self.auxiliary.append((start, start + len(known), weight, labels))
-            self.aux_classes += len(known)
+            self.auxiliary.append((start, start + len(known_names), weight, labels))
+            self.aux_classes += len(known_names)
 
     def __call__(self, outputs, labels, items):
         """The mean loss of a batch: outputs (B, classes + aux_classes), labels (B,), items (B,) of the training set."""
@@ -319,10 +319,9 @@ def evaluate(model, data: WikiArt, config, device) -> dict:
 
 
 def is_best(record: dict, history: list[dict]) -> bool:
-    """Is an epoch's balanced accuracy on the validation set at least as high as that of each earlier epoch?
+    """Whether an epoch's balanced accuracy on the validation set is at least as high as that of each earlier epoch.
 
-    The lowest loss would choose an earlier epoch: a network that grows more confident pays for its mistakes while it
-    makes fewer of them.
+    The lowest loss would choose an earlier epoch: overconfident mistakes raise it while accuracy still improves.
     """
     return all(record["val_balanced_accuracy"] >= earlier["val_balanced_accuracy"] for earlier in history)
 

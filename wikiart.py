@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from common.backbones import Pretrained
-from common.crops import mean_over_views, predict_probabilities, resize, views
+from common.crops import FEATURE_SCALES, mean_over_views, predict_probabilities, resize, views
 from common.errors import DataError, UserError
 from common.images import cache_folder, pixel_cache, read_image
 from common.layers import BatchNorm, Block, Dropout, FiLM, Normalise, Upsample, backbone, mean_std
@@ -34,6 +34,9 @@ from common.run import autocast, file_hash, load_checkpoint, pick_device
 from common.splits import connected_groups, hold_out
 
 # The data set ---------------------------------------------------------------------------------------------------------
+
+
+SPLITS = ("train/", "test/")
 
 
 class WikiArt(Dataset):
@@ -63,7 +66,7 @@ class WikiArt(Dataset):
         split_seed: int = 0,
         holdout: str = "none",
         target: str = "style",
-        min_images: int = 1,
+        min_images: int = 20,
         classes: list[str] | None = None,
         processes: int = 0,
     ):
@@ -91,7 +94,7 @@ class WikiArt(Dataset):
         paintings = [
             (row, path)
             for row, path in enumerate(index["files"])
-            if path not in index["broken"] and path.count("/") > level
+            if path not in index["broken"] and path.count("/") > level and (not level or path.startswith(SPLITS))
         ]
         if not paintings:
             raise DataError(f"{folder} holds no image")
@@ -123,10 +126,8 @@ class WikiArt(Dataset):
         self.labels = torch.tensor([label_of.get(value, -1) for value in values])
         self.left_out = int((self.labels < 0).sum())
         if self.left_out:
-            message = (
-                f"{self.left_out} of {len(self)} paintings in {folder} have none of the classes of {target}: left out"
-            )
-            print(message, file=sys.stderr)
+            counts = f"{self.left_out} of {len(self)} paintings in {folder}"
+            print(f"{counts} have none of the classes of {target}: left out", file=sys.stderr)
             self.keep((self.labels >= 0).numpy())
 
     def __len__(self):
@@ -181,7 +182,7 @@ class WikiArt(Dataset):
 
 
 def find_styles(root: Path) -> tuple[bool, list[str]]:
-    """Does a root have a folder train/, and its sorted style names. Raises DataError."""
+    """Whether a root has a folder train/, and its sorted style names. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"no folder {root}: give the folder that holds train/ and test/ with --data")
     has_splits = (root / "train").is_dir()
@@ -271,7 +272,7 @@ class CNN(nn.Module):
     In training, logits of `aux_classes` follow: artists and genres, which the network predicts as auxiliary tasks.
     """
 
-    def __init__(self, classes, width, depth, pooling, dropout=0.0, aux_classes=0, **normalisation):
+    def __init__(self, classes, width, depth, pooling, dropout, aux_classes=0, **normalisation):
         super().__init__()
         self.classes, self.std = classes, pooling == "mean_std"
         self.normalise = Normalise(**normalisation)
@@ -296,9 +297,9 @@ class CNN(nn.Module):
     def evidence(self, image, label: int):
         """How much each region of one image (1, 3, any, any) in [0, 1] contributed to a class's logit, float (h, w).
 
-        A class activation map (Zhou et al. 2016), relative to the mean of all classes and to the average painting. A
-        region's part of a map's standard deviation is its part of the variance, divided by the deviation; so the
-        regions add up to the logit, except for its bias.
+        A class activation map (Zhou et al. 2016), relative to the mean of all classes and to the average painting.
+        A map's standard deviation is distributed over positions by their squared deviations, so that regions sum to
+        the logit minus its bias.
         """
         maps = self.body(self.normalise(image))[0]  # (C, h, w)
         weights = self.out.weight[: self.classes]
@@ -462,7 +463,7 @@ def make_model(name: str, arguments: dict) -> nn.Module:
     from torchvision import models  # takes seconds to import, and only this needs it
 
     if name not in models.list_models(models):
-        raise UserError(f"no model {name}: give {', '.join(MODELS)} or a classifier of torchvision.models")
+        raise UserError(f"no model {name}: give CNN, MLP or a classifier of torchvision.models")
     normalise = Normalise(arguments["mean"], arguments["std"])
     return nn.Sequential(normalise, models.get_model(name, weights=None, num_classes=arguments["classes"]))
 
@@ -508,7 +509,12 @@ class Classifier:
         return cls(checkpoint, pick_device(device) if isinstance(device, str) else device, file_hash(path))
 
     def predict(self, images, calibrated: bool = True, batch_size: int = 64) -> torch.Tensor:
-        """Class probabilities, float (N, classes) on the CPU, of uint8 images (N, 3, any, any) or of N image files."""
+        """Class probabilities, float (N, classes) on the CPU, of uint8 images (N, 3, any, any) or of N image files.
+
+        Raises TypeError for other images, floats for example.
+        """
+        if isinstance(images, str) or (torch.is_tensor(images) and images.dtype != torch.uint8):
+            raise TypeError("images must be a uint8 tensor (N, 3, height, width) or a list of files")
         starts = range(0, len(images), batch_size)
         batches = [self.predict_batch(images[start : start + batch_size], calibrated) for start in starts]
         return torch.cat(batches) if batches else torch.zeros(0, len(self.classes))
@@ -544,7 +550,7 @@ class Classifier:
 
     def features(self, images) -> torch.Tensor:
         """Features (N, D) of images, averaged over views; as cluster.py compares them."""
-        return mean_over_views(self.model.features, self.prepare(images), self.crop, [1.0, 0.7]).cpu()
+        return mean_over_views(self.model.features, self.prepare(images), self.crop, FEATURE_SCALES).cpu()
 
     def evidence(self, image, label: int) -> np.ndarray:
         """How much each region of one image (1, 3, any, any) contributed to a class's logit, float (h, w). CNN only."""

@@ -1,7 +1,5 @@
 """Old names, so that settings files, checkpoints and facts written by earlier versions can still be read."""
 
-import sys
-
 SETTINGS = {  # (section, key): (section, key) today
     ("train", "smallest"): ("train", "min_crop_area"),
     ("train", "windows"): ("train", "tta_scales"),
@@ -63,23 +61,12 @@ def rename_settings(settings: dict) -> dict:
     renamed = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
     for (section, key), (new_section, new_key) in SETTINGS.items():
         if isinstance(renamed.get(section), dict) and key in renamed[section]:
-            value = renamed[section].pop(key)
             target = renamed.setdefault(new_section, {}) if new_section else renamed
-            target[new_key] = VALUES.get(value, value) if isinstance(value, str) else value
+            target[new_key] = renamed[section].pop(key)
     train = renamed.get("train")
     if isinstance(train, dict) and train.get("pooling") in VALUES:
         train["pooling"] = VALUES[train["pooling"]]
     return renamed
-
-
-def rename_flags(script: str, argv: list[str] | None) -> list[str]:
-    """Flags of one script (sys.argv without `argv`) under today's names."""
-    flags = {
-        f"--{key.replace('_', '-')}": f"--{new_key.replace('_', '-')}"
-        for (section, key), (_, new_key) in SETTINGS.items()
-        if section == script
-    }
-    return [flags.get(argument, argument) for argument in (sys.argv[1:] if argv is None else argv)]
 
 
 def rename_checkpoint(checkpoint: dict) -> dict:

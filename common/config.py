@@ -4,7 +4,7 @@
         "epochs": Setting(int, "[1, inf)", "passes over the training set"),
         "balance": Setting(str, ("none", "logit"), "how to treat class imbalance"),
     }
-    config = configure("train", __doc__, SETTINGS, shared=("data", "run"), argv)
+    config = configure("train", __doc__, SETTINGS, ("data", "run"), argv)
 
 This module does not import torch, so that `make` can compare settings quickly.
 """
@@ -15,10 +15,12 @@ import math
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
-from common.compat import rename_flags, rename_settings
+from common.compat import rename_settings
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+# Settings that do not change what a training computes, so they may differ when it is resumed.
+FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide")
 
 
 class Setting(NamedTuple):
@@ -57,7 +59,6 @@ def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple
     Raises UserError for unknown keys, wrong types and values out of range; argparse exits for wrong flags.
     """
     settings = {key: SHARED[key] for key in shared} | settings
-    argv = rename_flags(script, argv)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("-c", "--config", action="append", metavar="FILE")
     sections = read_settings(first.parse_known_args(argv)[0].config)
@@ -76,7 +77,7 @@ def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple
 
 
 def add_flag(parser, key: str, setting: Setting, default) -> None:
-    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default) or "none"
+    shown = (" ".join(map(str, default)) if isinstance(default, list) else str(default)) or "none"
     text = f"{setting.help} (default: {shown})".replace("%", "%%")
     options = {"default": default, "help": text}
     if setting.type is bool:
@@ -106,7 +107,7 @@ def check(key: str, value, setting: Setting) -> None:
 
 
 def in_interval(number: float, interval: str) -> bool:
-    """Is a number inside an interval such as "[0, 1)" or "(0, inf)"?"""
+    """Whether a number is inside an interval such as "[0, 1)" or "(0, inf)"."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = number > low or (number == low and interval[0] == "[")
     below = number < high or (number == high and interval[-1] == "]")
@@ -148,7 +149,7 @@ def override(base: dict, top: dict, path, section: str = "") -> None:
 
 
 def same_type(value, default) -> bool:
-    """May `value` replace `default`? An int may stand for a float; elements of lists are compared too."""
+    """Whether `value` may replace `default`. An int may stand for a float; elements of lists are compared too."""
     if isinstance(value, list) and isinstance(default, list):
         return all(same_type(element, default[0] if default else "") for element in value)
     return type(value) is type(default) or (isinstance(default, float) and type(value) is int)

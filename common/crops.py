@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+FEATURE_SCALES = (1.0, 0.7)  # of the views over which features of a classifier are averaged
+
 
 def random_crops(images, crop: int, random: torch.Tensor, min_area: float = 0.2) -> torch.Tensor:
     """Training: a different random crop of each image, flipped half of the time, with exposure and contrast jitter.

@@ -28,7 +28,7 @@ def classification_scores(truth, predictions, classes: int) -> tuple[float, floa
 def balanced_accuracy(truth, predictions) -> float:
     """The mean over classes of the fraction of each class that is predicted correctly; tensors or arrays (N,)."""
     truth, predictions = np.asarray(truth), np.asarray(predictions)
-    return class_balanced_mean((predictions == truth).astype(float), truth)
+    return float(classification_scores(truth, predictions, int(max(truth.max(), predictions.max())) + 1)[1])
 
 
 def class_balanced_mean(values, labels) -> float:
@@ -82,8 +82,8 @@ def calibrate(probabilities, temperature: float):
 def fit_temperature(probabilities, labels) -> float:
     """The temperature at which validation probabilities (N, classes) fit their labels (N,) best, by class-balanced NLL.
 
-    Labels are smoothed by 1 / (N + 2) (Platt 1999): a network without a mistake among N would otherwise be made
-    infinitely confident.
+    Labels are smoothed by 1 / (N + 2) (Platt 1999): without this, the best temperature of a network
+    without mistakes is 0.
     """
     log_probabilities, weights = probabilities.clamp_min(1e-9).log(), 1 / torch.bincount(labels)[labels]
 

@@ -53,18 +53,17 @@ def read_metadata(path: Path) -> dict[str, dict]:
 
 
 def hidden_parts(hide: list[str]) -> list[str]:
-    """Genres, and parts of file names, that no figure shows: `hide` with each text file replaced by its lines."""
+    """The parts of file names that no figure shows: the lines of the text files among `hide`. Raises DataError."""
     parts = []
-    for entry in hide:
-        if entry.endswith(".txt") and not Path(entry).is_file():
-            raise DataError(f"no file {entry}: --hide takes genres, and text files with a part of a file name a line")
-        parts += Path(entry).read_text().split() if entry.endswith(".txt") else [entry]
+    for path in (Path(entry) for entry in hide if entry.endswith(".txt")):
+        if not path.is_file():
+            raise DataError(f"no file {path}: --hide takes genres, and text files with a part of a file name a line")
+        parts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
     return parts
 
 
 def showable(genres, paths, hide: list[str]) -> np.ndarray:
-    """Which paintings figures may show, a mask (N,): those without a hidden genre or part of a path (N each)."""
+    """Which paintings figures may show, a mask (N,): those without a hidden genre or a hidden part in their path."""
     parts = hidden_parts(hide)
-    return np.array(
-        [not any(part == genre or part in path for part in parts) for genre, path in zip(genres, paths, strict=True)]
-    )
+    hidden = [genre in hide or any(part in path for part in parts) for genre, path in zip(genres, paths, strict=True)]
+    return ~np.array(hidden, bool)

@@ -26,10 +26,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from common.compat import rename_checkpoint
+from common.config import FREE_SETTINGS
 from common.errors import UserError
-
-# Settings that may differ when a training is resumed: they do not change the result.
-FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide")
 
 
 def run_script(main) -> None:
@@ -56,7 +54,7 @@ def pick_device(name: str = "auto") -> torch.device:
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+            raise UserError(f"the device {name!r} is not available: {str(error).splitlines()[0]}") from None
         return torch.device(name)
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
@@ -280,7 +278,7 @@ def interruptible(state: dict):
 
 
 class Timer:
-    """Seconds since it was made, as facts: {"seconds": wall time, "cpu_seconds": CPU time of this process}."""
+    """Time since construction, as facts: {"seconds": wall time, "cpu_seconds": CPU time of this process}."""
 
     def __init__(self):
         self.start = time.perf_counter(), time.process_time()
@@ -295,7 +293,7 @@ def save_epoch(run, stem: str, state: dict, record: dict, parts: dict) -> None:
     print(json.dumps(record), flush=True)
     state["resume"] = {name: part.state_dict() for name, part in parts.items()}
     save_checkpoint(Path(run) / f"{stem}.partial.pt", state | {"history": [*state["history"], record]})
-    state["history"].append(record)  # only now: the epochs that Ctrl-C speaks of are on the disk
+    state["history"].append(record)  # after saving, so that interruptible() counts saved epochs only
     write_log(run, stem, state["history"])
 
 
@@ -348,6 +346,6 @@ def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".facts.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = {key: value for key, value in read_facts(run).items() if key not in outdated}
-        facts = (known.get(name, {}) if merge else {}) | rounded(facts)
-        write_text(run / "facts.json", json.dumps(known | {name: facts}, indent=2) + "\n")
+        all_facts = {key: value for key, value in read_facts(run).items() if key not in outdated}
+        facts = (all_facts.get(name, {}) if merge else {}) | rounded(facts)
+        write_text(run / "facts.json", json.dumps(all_facts | {name: facts}, indent=2) + "\n")

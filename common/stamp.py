@@ -17,13 +17,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from common.config import ROOT, read_settings
+from common.config import FREE_SETTINGS, ROOT, read_settings
 from common.errors import UserError
 
 # The modules of common/ that determine results. Those OF_SOME scripts count only where a script itself imports them.
-SHARED_BY_ALL = ("crops", "images", "layers", "losses", "optim", "splits")
+SHARED_BY_ALL = ("crops", "images", "layers", "losses", "metrics", "names", "optim", "splits")
 OF_SOME = ("backbones", "baselines", "benchmarks", "codes", "diffusion", "painter", "tiny_diffusion")
-FREE_SETTINGS = ("data", "run", "device", "processes", "restart")  # do not change results
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +46,10 @@ def stamp(command: list[str]) -> str:
     options, flags = parser.parse_known_args(argv)
     tree = ast.parse((ROOT / script).read_text())
     sections = read_settings(options.config)
-    settings = {key: sections[key] for key in shared_settings(tree) if key not in FREE_SETTINGS}
+    shared = shared_settings(tree)
+    is_training = "restart" in shared  # of other scripts, the figures are results, too
+    free = FREE_SETTINGS if is_training else set(FREE_SETTINGS) - {"hide"}
+    settings = {key: sections[key] for key in shared if key not in free}
     settings |= sections[Path(script).stem]
     hashes = {script: code_hash(tree)} | module_hashes(tree)
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]

@@ -447,13 +447,13 @@ def test_artists_as_labels_leave_out_the_rare_ones(labelled_folder, capsys):
     data = load(labelled_folder, target="artist", min_images=2)
     assert (data.classes, len(data), data.left_out) == (["ann"], 3, 2)
     assert "2 of 5 paintings" in capsys.readouterr().err
-    test = load(labelled_folder, "test", target="artist", classes=["ann", "cyd"])
+    test = load(labelled_folder, "test", target="artist", min_images=1, classes=["ann", "cyd"])
     assert test.labels.tolist() == [0, 1]
     assert test.left_out == 1  # dan is nobody that was learned
 
 
 def test_genres_as_labels_leave_out_the_unknown(labelled_folder):
-    data = load(labelled_folder, target="genre")
+    data = load(labelled_folder, target="genre", min_images=1)
     assert data.classes == ["landscape", "portrait"]
     assert data.labels.tolist() == [1, 1, 0, 1]
     assert data.left_out == 1
@@ -470,6 +470,25 @@ def test_holding_out_artists_shares_none(tmp_path):
     assert not set(training.artists) & set(test.artists)
     assert {path.split("/")[0] for path in (*training.paths, *test.paths)} == {"train", "test"}
     assert all(test.counts() > 0)
+
+
+def test_holding_out_artists_ignores_folders_beside_train_and_test(tmp_path):
+    for number in range(40):
+        picture(tmp_path / ("test" if number % 4 == 0 else "train") / "S" / f"artist-{number % 9}_{number}.png", number)
+    picture(tmp_path / "extra" / "T" / "artist-1_x.png", 99)
+    picture(tmp_path / "extra" / "S" / "artist-1_y.png", 98)
+    paintings = [path for split in ("train", "test") for path in load(tmp_path, split, holdout="artists").paths]
+    assert len(paintings) == 40
+    assert {path.split("/")[0] for path in paintings} == {"train", "test"}
+
+
+def test_figures_hide_genres_and_the_parts_of_file_names_in_text_files(tmp_path):
+    genres, paths = ["portrait", "landscape", "landscape"], ["A/x_a.jpg", "A/x_a-portrait.jpg", "A/y_the-bath.jpg"]
+    assert names.showable(genres, paths, ["portrait"]).tolist() == [False, True, True]
+    (tmp_path / "parts.txt").write_text("the-bath\n\n")
+    assert names.showable(genres, paths, [str(tmp_path / "parts.txt")]).tolist() == [True, True, False]
+    with pytest.raises(DataError, match="no file missing.txt"):
+        names.showable(genres, paths, ["missing.txt"])
 
 
 def test_a_batch_comes_to_the_device_that_is_asked_for(folder):

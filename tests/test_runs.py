@@ -98,8 +98,8 @@ def test_the_settings_files_are_valid(path):
 def test_settings_flags_and_checkpoints_under_old_names_can_be_read(tmp_path):
     old = {"train": {"smallest": 0.3, "windows": [1.0], "average": 0.5, "pooling": "mean-deviation", "validation": 0.2}}
     (tmp_path / "old.json").write_text(json.dumps(old))
-    settings = configure("-c", str(tmp_path / "old.json"), "--average", "0.25")
-    assert (settings.min_crop_area, settings.tta_scales, settings.ema_decay) == (0.3, [1.0], 0.25)
+    settings = configure("-c", str(tmp_path / "old.json"))
+    assert (settings.min_crop_area, settings.tta_scales, settings.ema_decay) == (0.3, [1.0], 0.5)
     assert (settings.pooling, settings.validation) == ("mean_std", 0.2)
     arguments = {"classes": 2, "pooling": "mean-deviation", "extra": 3}
     checkpoint = compat.rename_checkpoint({"model": "CNN", "arguments": arguments, "windows": [1.0]})
@@ -118,7 +118,7 @@ def test_there_are_at_most_120_settings_and_every_one_belongs_to_a_script():
     assert shared == set(settings) - set(SCRIPTS)
 
 
-def test_the_ground_floor_stays_small():
+def test_the_top_level_stays_small():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout")

@@ -19,7 +19,7 @@ from common.run import load_checkpoint
 
 SETTINGS = {"model": "CNN", "target": "style", "balance": "none"}
 SETTINGS |= {"label_smoothing": 0.0, "artist_weight": 0.0, "genre_weight": 0.0}
-CNN = {"width": 8, "depth": 1, "pooling": "mean_std"}
+CNN = {"width": 8, "depth": 1, "pooling": "mean_std", "dropout": 0.5}
 
 
 class Eight:
@@ -68,7 +68,7 @@ def test_smoothing_spreads_alike_whatever_the_weights():
     assert loss(0.9, 0.1) < min(loss(0.8, 0.2), loss(0.95, 0.05))
 
 
-def test_artists_and_genres_are_named_beside_the_class():
+def test_artists_and_genres_are_auxiliary_outputs():
     both = criterion(artist_weight=0.5, genre_weight=0.25)
     assert both.aux_classes == 4
     outputs = torch.cat([LOGITS, torch.tensor([[1.0, 0, 0, 0], [0, 0, 3.0, 1.0]])], 1)
@@ -79,8 +79,8 @@ def test_artists_and_genres_are_named_beside_the_class():
     assert loss.item() == pytest.approx((style + 0.5 * artist + 0.25 * genre).item(), abs=1e-6)
 
 
-def test_the_extra_outputs_are_for_training_only():
-    model = wikiart.CNN(3, **CNN, dropout=0.5, aux_classes=5)
+def test_auxiliary_outputs_are_for_training_only():
+    model = wikiart.CNN(3, **CNN, aux_classes=5)
     images = torch.rand(2, 3, 40, 40)
     assert model.train()(images).shape == (2, 8)
     assert model.eval()(images).shape == (2, 3)
@@ -131,7 +131,7 @@ def test_crops_stay_inside_and_differ_between_pictures():
     assert spans.unique().numel() > 8
 
 
-def test_large_windows_are_averaged_not_skipped():
+def test_large_crops_are_averaged_not_subsampled():
     checks = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     checks[..., ::2] = 254  # one-pixel stripes: grid_sample alone would give black, white or moire
     numbers = torch.full((7, 1), 0.5)
@@ -139,7 +139,7 @@ def test_large_windows_are_averaged_not_skipped():
     assert crops.random_crops(checks, 16, numbers).std() < 0.02
 
 
-def test_a_gpu_sees_the_same_windows():
+def test_crops_on_a_gpu_are_the_same():
     noise = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(noise, (64, 64), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
     numbers = torch.rand(7, 8, generator=torch.Generator().manual_seed(1))
@@ -152,7 +152,7 @@ def test_a_gpu_sees_the_same_windows():
     assert (crops.random_crops(images, 32, numbers) - other).abs().mean() < 0.01
 
 
-def test_one_window_is_scaled_as_views_are():
+def test_batch_crop_is_scaled_as_views_are():
     images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     whole = torch.tensor([0.5, 0.5, 0.3, 0.3, 0.9])
     step = 1.2 / 255  # bytes are rounded, across and then down
@@ -209,6 +209,20 @@ def test_a_bug_in_a_network_of_this_project_is_not_reported_as_a_wrong_setting(d
     monkeypatch.setattr(train, "make_model", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
+
+
+@pytest.mark.parametrize("model", ["Autoencoder", "StyleAutoencoder", "Pretrained"])
+def test_a_network_that_is_no_classifier_gets_one_clear_line(demo, tmp_path, model):
+    with pytest.raises(UserError, match=f"{model} is no classifier: give CNN, MLP"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", model])
+
+
+def test_predictions_of_floats_are_refused(trained):
+    classifier = wikiart.Classifier.load(trained / "classifier.pt", "cpu")
+    assert classifier.predict(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 8)
+    for wrong in (torch.rand(1, 3, 32, 32), "a.jpg"):
+        with pytest.raises(TypeError, match="uint8"):
+            classifier.predict(wrong)
 
 
 # Several processes
