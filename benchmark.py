@@ -1,4 +1,4 @@
-"""Measure CPU time and memory beside torchvision's ImageFolder, a list of float images, and ResNet-18.
+"""Measure CPU time and memory, compared with torchvision's ImageFolder, a list of float images, and ResNet-18.
 
     python benchmark.py -c settings/cpu.json                             # everything; an hour with real paintings
     python benchmark.py -c settings/cpu.json --measures batches cache    # only these; the other results are kept
@@ -66,9 +66,9 @@ def main(argv=None):
         for name in sorted(set(config.measures), key=list(MEASURES).index):
             print(f"measuring {name}", flush=True)
             facts = merge_facts(run, MEASURES[name].function(bench), config.turns)
-            print(table_line(name, facts) if facts[name] is not None else f"{name}: never as good", flush=True)
+            print(table_line(name, facts) if facts[name] is not None else f"{name}: not reached", flush=True)
     facts = merge_facts(run, {"paper": estimate(facts)}, config.turns)
-    header = ["| measure | beside | ratio | range over turns | ours | theirs | in |", "|---" * 7 + "|"]
+    header = ["| measure | compared with | ratio | range over turns | ours | theirs | in |", "|---" * 7 + "|"]
     table = "\n".join([*header, *(table_line(name, facts) for name in MEASURES if facts.get(name) is not None)])
     write_text(run / "benchmark.md", table + "\n")
     plot(run / "benchmark.png", facts)
@@ -80,11 +80,13 @@ def main(argv=None):
 
 
 def merge_facts(run: Path, facts: dict, turns: int) -> dict:
-    """Add the facts of a measure to facts.json; returns all. Those that were measured in another way are discarded."""
-    way = {"turns": turns, "threads": torch.get_num_threads(), "side": SIDE, "batch_size": BATCH_SIZE}
-    way |= {"megapixels": round(WIDTH * HEIGHT / 1e6, 2), "memory_images": MEMORY_IMAGES, "few": FEW, "many": MANY}
+    """Add the facts of a measure to facts.json; returns all. Those measured under other conditions are discarded."""
+    conditions = {"turns": turns, "threads": torch.get_num_threads(), "side": SIDE, "batch_size": BATCH_SIZE}
+    conditions |= {"megapixels": round(WIDTH * HEIGHT / 1e6, 2), "memory_images": MEMORY_IMAGES}
+    conditions |= {"few": FEW, "many": MANY}
     earlier = read_facts(run).get("benchmark", {})
-    add_facts(run, "benchmark", way | facts, merge=all(earlier.get(key) == value for key, value in way.items()))
+    same = all(earlier.get(key) == value for key, value in conditions.items())
+    add_facts(run, "benchmark", conditions | facts, merge=same)
     return read_facts(run)["benchmark"]
 
 
@@ -97,10 +99,10 @@ def table_line(name: str, facts: dict) -> str:
 
 
 def plot(path: Path, facts: dict) -> None:
-    """Bars: CPU time or memory of each measure beside other software, in % of the other's."""
+    """Bars: CPU time or memory of each measure, compared with other software, in % of the other's."""
     measured = [name for name in PLOTTED if facts.get(name) is not None]
     heights = [100 * facts[f"{name}_ours"] / facts[f"{name}_theirs"] for name in measured]
-    names = [f"{MEASURES[name].ours}\nbeside {MEASURES[name].theirs}" for name in measured]
+    names = [f"{MEASURES[name].ours}\ncompared with {MEASURES[name].theirs}" for name in measured]
     labels = [f"{name}: {height:.1f} %" for name, height in zip(names, heights, strict=True)]
     if measured:
         title = "CPU time and memory, in % of other software's (dashed line)"
@@ -125,7 +127,7 @@ def estimate(facts: dict) -> dict:
 
 def operations(settings, crop: int) -> float:
     """Floating-point operations per image in training, forward and backward, without the optimizer."""
-    shape = {key: getattr(settings, key) for key in ("width", "depth", "pooling")}
+    shape = {key: getattr(settings, key) for key in ("width", "depth", "pooling", "dropout")}
     with torch.device("meta"):  # shapes without values
         model, images = make_model("CNN", {"classes": 27, **shape}), torch.zeros(2, 3, crop, crop)
         with FlopCounterMode(display=False) as counter:
@@ -151,8 +153,8 @@ class Bench:
         """Many small JPEGs: the cost of their cached pixels is that of large ones."""
         return benchmarks.write_images(self.scratch / f"small-{count}", count, 48, 48, self.config.seed)
 
-    def beside_image_folder(self, name: str, ours, epochs: int = 1) -> dict:
-        """The facts of ours(), `epochs` passes over the large images, beside an epoch of ImageFolder."""
+    def compare_with_image_folder(self, name: str, ours, epochs: int = 1) -> dict:
+        """The facts of ours(), `epochs` passes over the large images, compared with an epoch of ImageFolder."""
         theirs = partial(benchmarks.image_folder_epoch, self.large_images(), SIDE, BATCH_SIZE)
         seconds, images = in_turns(self.config.turns, {"ours": ours, "theirs": theirs}), self.config.images
         return compare(name, 1000 * seconds["ours"] / epochs / images, 1000 * seconds["theirs"] / images, speedup=True)
@@ -188,7 +190,7 @@ def batches(bench: Bench, name: str = "batches", prepare=common_crop) -> dict:
         for _ in range(epochs):
             cached_epoch(data, prepare)
 
-    return bench.beside_image_folder(name, ours, epochs)
+    return bench.compare_with_image_folder(name, ours, epochs)
 
 
 def batches_jitter(bench: Bench) -> dict:
@@ -200,7 +202,7 @@ def cache(bench: Bench) -> dict:
         pixel_cache(bench.large_images() / "train", bench.scratch / "cache", SIDE, "squash", 1)
         shutil.rmtree(bench.scratch / "cache")
 
-    return bench.beside_image_folder("cache", ours)
+    return bench.compare_with_image_folder("cache", ours)
 
 
 def open_and_batch(root: Path) -> None:
@@ -236,7 +238,7 @@ def growth(bench: Bench) -> dict:
 
 
 def resnet18_time(bench: Bench) -> dict:
-    """CPU time until our network is as good on validation paintings as ResNet-18 at its end, by that of ResNet-18."""
+    """CPU time to reach ResNet-18's final balanced accuracy, divided by ResNet-18's CPU time."""
     config, settings = bench.config, bench.train
     split = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     data = WikiArt(config.data, "train", processes=1, **split)
@@ -273,7 +275,7 @@ def train_cnn(bench: Bench, run: Path) -> list[dict]:
 
 
 def labelling(bench: Bench) -> dict:
-    """Images per CPU second of label.py on JPEGs, without its start, beside its network on decoded images."""
+    """Images per CPU second of label.py on JPEGs, without its start, compared with its network on decoded images."""
     root, single, table = bench.large_images(), bench.scratch / "single", bench.scratch / "labels.csv"
     classifier = Classifier.load(CLASSIFIER, CPU)
     data = WikiArt(root, size=classifier.size, resize=classifier.resize, processes=1)
@@ -293,7 +295,7 @@ def labelling(bench: Bench) -> dict:
 
 
 class Measure(NamedTuple):
-    """A line of the table: what is measured beside what, how the ratio is written, and the unit of both sides."""
+    """A line of the table: what is compared with what, how the ratio is written, and the unit of both sides."""
 
     function: Callable[[Bench], dict]
     ours: str
@@ -311,7 +313,7 @@ MEASURES = {
     "resnet18_time": Measure(resnet18_time, "CNN, until it is as good", "ResNet-18", ".2f", "CPU minutes"),
     "labelling": Measure(labelling, "labelling a folder", "the network alone", ".0%", "images per CPU second"),
 }
-PLOTTED = ("batches", "batches_jitter", "memory", "cache", "resnet18_time")  # those beside other software
+PLOTTED = ("batches", "batches_jitter", "memory", "cache", "resnet18_time")  # those compared with other software
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do art styles cluster? Cluster the codes of paintings without their labels, then compare the clusters with styles.
+"""Cluster codes of paintings without their labels, and compare the clusters with styles.
 
     python cluster.py                                  # codes of autoencoder.pt in the run folder
     python cluster.py --codes classifier pixels        # other sources
@@ -34,7 +34,7 @@ from common import figures
 from common.codes import SPLITS, codes_path, read_codes, write_codes
 from common.compat import rename_facts
 from common.config import Setting, configure
-from common.crops import mean_over_views, views
+from common.crops import FEATURE_SCALES, mean_over_views, views
 from common.errors import UserError
 from common.run import add_facts, autocast, file_hash, load_checkpoint, pick_device, read_facts, run_script, write_text
 from wikiart import Classifier, WikiArt, build_model
@@ -59,8 +59,6 @@ AGREEMENT = {
     "nmi": metrics.normalized_mutual_info_score,
     "ami": metrics.adjusted_mutual_info_score,
     "ari": metrics.adjusted_rand_score,
-    "homogeneity": metrics.homogeneity_score,
-    "completeness": metrics.completeness_score,
 }
 
 
@@ -82,8 +80,9 @@ def main(argv=None):
     if not results:
         raise UserError("--codes needs a source, or all")
     settings = {facts["setting"] for facts in results.values()}
-    known = rename_facts(read_facts(run)["cluster"])
-    write_table(run / "clusters.md", {name: facts for name, facts in known.items() if facts.get("setting") in settings})
+    all_facts = rename_facts(read_facts(run)["cluster"])
+    comparable = {name: facts for name, facts in all_facts.items() if facts.get("setting") in settings}
+    write_table(run / "clusters.md", comparable)
 
 
 # Codes ----------------------------------------------------------------------------------------------------------------
@@ -150,8 +149,9 @@ def make_encoder(source: str, checkpoint, training: WikiArt, device):
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     crop = checkpoint["crop"]
     if source == "contrastive":
-        return lambda images: mean_over_views(model.features, images.to(device), crop, [1.0, 0.7])
-    return lambda images: model.encode(views(images.to(device), crop)[0])  # of one view: a mean decodes to neither
+        return lambda images: mean_over_views(model.features, images.to(device), crop, FEATURE_SCALES)
+    # Codes of one view: the mean of two codes is the code of no image.
+    return lambda images: model.encode(views(images.to(device), crop)[0])
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
     codes = reduce.transform(table[config.split])
     clusters = kmeans(codes, count, config.seed)
     facts = {
-        "setting": f"KMeans, {count} clusters asked for, {len(labels)} {config.split} paintings, "
+        "setting": f"KMeans, {count} clusters requested, {len(labels)} {config.split} paintings, "
         f"{COMPONENTS} components, seed {config.seed}",
         "clusters": len(np.unique(clusters)),
         "numbers": table["train"].shape[1],
@@ -225,16 +225,16 @@ def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
 
 
 def agreement(labels, clusters) -> dict[str, float]:
-    """NMI, AMI, homogeneity, completeness and purity are 1 at best; 0 is chance for ARI and AMI."""
-    counts = contingency(labels, clusters)
+    """NMI, AMI, ARI and purity are 1 at best; 0 is chance for ARI and AMI."""
+    counts = contingency(labels, clusters, labels.max() + 1)
     facts = {name: score(labels, clusters) for name, score in AGREEMENT.items()}
     return facts | {"purity": counts.max(0).sum() / counts.sum()}
 
 
-def contingency(labels, clusters) -> np.ndarray:
-    """Paintings of each style in each cluster, int64 (styles, clusters)."""
+def contingency(labels, clusters, classes: int) -> np.ndarray:
+    """Paintings of each class in each cluster, int64 (classes, clusters); classes may have no paintings."""
     numbers = np.unique(clusters, return_inverse=True)[1]
-    counts = np.zeros((labels.max() + 1, numbers.max() + 1), int)
+    counts = np.zeros((classes, numbers.max() + 1), int)
     np.add.at(counts, (labels, numbers), 1)
     return counts
 
@@ -256,7 +256,7 @@ def probes(table: dict, reduce) -> dict[str, float]:
 
 def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt, config) -> None:
     """Write the figures of one source: its reduced codes (N, D), their labels and clusters."""
-    run, counts = Path(config.run), contingency(labels, clusters)
+    run, counts = Path(config.run), contingency(labels, clusters, len(classes))
     order = diagonal_order(counts)
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
     names = [f"cluster {number + 1}" for number in range(len(order))]
@@ -294,7 +294,7 @@ def diagonal_order(counts: np.ndarray) -> np.ndarray:
 def write_table(path: Path, results: dict) -> None:
     """Write the scores {source: facts} as a table in Markdown, best NMI first, and print it."""
     measures = (*AGREEMENT, "purity")
-    header = ["codes", "NMI", "AMI", "ARI", *measures[3:], "silhouette", "probe", "neighbours"]
+    header = ["codes", "NMI", "AMI", "ARI", "purity", "silhouette", "probe", "neighbours"]
     setting = next(iter(results.values()))["setting"]
     lines = [f"{setting}; in brackets the same with shuffled labels.", ""]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]

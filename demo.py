@@ -43,8 +43,8 @@ def main(argv=None):
         print(f"{data} is already there, made with the same settings")
         return
     if data.exists() and (data.is_file() or any(data.iterdir())):
-        origin = "made by demo.py with other settings" if (data / "demo.json").exists() else "not made by demo.py"
-        raise UserError(f"{data} is there already, {origin}: remove it, or give another --data")
+        origin = "was written with other settings" if (data / "demo.json").exists() else "was not written by demo.py"
+        raise UserError(f"{data} exists and {origin}: remove it, or give another --data")
 
     paintings, scenes = plan(config), defaultdict(list)
     for painting in paintings:

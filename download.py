@@ -81,7 +81,7 @@ def read_state(data: Path, settings: dict) -> dict:
         earlier = state["settings"]
     except FileNotFoundError:
         if data.exists() and any(not entry.name.startswith(".") for entry in data.iterdir()):
-            raise UserError(f"{data} is there already, not made by download.py: give another --data") from None
+            raise UserError(f"{data} exists and was not written by download.py: give another --data") from None
         return {"settings": settings, "row": 0, "metadata": 0, "broken": [], "stream": None, "done": False}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{data / 'download.json'} is damaged: remove {data}, or give another --data") from None

@@ -1,4 +1,4 @@
-"""How far do pre-trained features go? Classifiers of style, genre and artist on frozen backbones of timm.
+"""Train classifiers of style, genre and artist on features of frozen, pre-trained backbones of timm.
 
     python embed.py                                     # three backbones x style, genre, artist; weights from the hub
     python embed.py --backbone convnextv2_base.fcmae_ft_in22k_in1k --target style
@@ -48,12 +48,12 @@ from wikiart import WikiArt
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
 SETTINGS = {
     "backbone": Setting(list[str], None, "models of timm, by name"),
-    "weights": Setting(list[str], None, "a file of weights for each, safetensors or .pt; none: timm fetches them"),
+    "weights": Setting(list[str], None, "a weights file for each, safetensors or .pt; none: timm fetches them"),
     "target": Setting(list[str], None, "what to predict: style, genre, artist; unknown and rare ones are left out"),
-    "shrink": Setting(int, "[0, inf)", "side to shrink images to first, to judge images of that size; 0: none"),
+    "shrink": Setting(int, "[0, inf)", "resize images to this side before extracting features; 0: off"),
     "stages": Setting(int, "[0, inf)", "last stages whose maps' means and deviations are features as well"),
     "batch_size": Setting(int, "[1, inf)", "images per step"),
-    "balance": Setting(str, ("none", "weights", "logit"), "class weights or logit adjustment in the loss, as train.py"),
+    "balance": Setting(str, ("none", "weights", "logit"), "class weights or logit adjustment (strength 1) in the loss"),
     "epochs": Setting(int, "[1, inf)", "passes of the MLP over the features, at most"),
     "finetune": Setting(str, ("none", "last", "all"), "also train the backbone: its last stage, or all of it"),
 }
@@ -122,7 +122,7 @@ def load_paintings(config, split: str, **target) -> WikiArt:
 class Task:
     """One target on one backbone: its paintings, their features, and the loss that balances its classes.
 
-    parts: the paintings by name: training and validation (disjoint), all (both), test. model: the network with the
+    splits: the paintings by name: training and validation (disjoint), all (both), test. model: the network with the
     backbone; fit_linear puts the head in place from which fine-tuning starts.
     """
 
@@ -131,11 +131,11 @@ class Task:
         if not len(validation) or len(train.classes) < 2:
             raise UserError(f"{len(train)} paintings of {len(train.classes)} classes are too few to learn {target}")
         self.target, self.model, self.features, self.device = target, model, features, device
-        self.parts = {"all": train, "training": training, "validation": validation, "test": test}
-        self.rows = {name: torch.tensor([rows[path] for path in part.paths]) for name, part in self.parts.items()}
+        self.splits = {"all": train, "training": training, "validation": validation, "test": test}
+        self.rows = {name: torch.tensor([rows[path] for path in data.paths]) for name, data in self.splits.items()}
         log_prior = class_log_prior(train.labels, len(train.classes)).to(device)
         self.prior, self.weights = torch.zeros_like(log_prior), torch.ones_like(log_prior)
-        if config.balance == "logit":  # see ClassifierLoss in train.py
+        if config.balance == "logit":  # see ClassifierLoss in train.py; strength 1 here, 0.9 there
             self.prior = log_prior
         elif config.balance == "weights":
             self.weights = 1 / (log_prior.exp() * len(log_prior))
@@ -148,8 +148,8 @@ class Task:
         """Standardised features (B, features) of the paintings in these rows."""
         return self.model.standardise(torch.from_numpy(self.features[rows.numpy()]).to(self.device))
 
-    def batches(self, part: str):
-        for rows, labels in zip(self.rows[part].split(2048), self.parts[part].labels.split(2048), strict=True):
+    def batches(self, split: str):
+        for rows, labels in zip(self.rows[split].split(2048), self.splits[split].labels.split(2048), strict=True):
             yield self.inputs(rows), labels.to(self.device)
 
     def losses(self, logits, labels, smoothing: float = 0.0):
@@ -157,10 +157,10 @@ class Task:
         return losses * self.weights[labels]
 
     @torch.no_grad()
-    def predict(self, layers, part: str) -> torch.Tensor:
+    def predict(self, layers, split: str) -> torch.Tensor:
         """Class probabilities (N, classes), by a head on the features."""
         layers.eval()
-        return torch.cat([layers(inputs).float().softmax(1).cpu() for inputs, _ in self.batches(part)])
+        return torch.cat([layers(inputs).float().softmax(1).cpu() for inputs, _ in self.batches(split)])
 
     def predict_test(self, layers):
         """The likeliest classes, int64 (N,), of the test paintings."""
@@ -168,10 +168,10 @@ class Task:
 
     def score(self, probabilities) -> float:
         """Balanced accuracy of probabilities (N, classes) of the validation paintings."""
-        return balanced_accuracy(self.parts["validation"].labels, probabilities.argmax(1))
+        return balanced_accuracy(self.splits["validation"].labels, probabilities.argmax(1))
 
     def temperature(self, probabilities) -> float:
-        return fit_temperature(probabilities, self.parts["validation"].labels)
+        return fit_temperature(probabilities, self.splits["validation"].labels)
 
 
 def fit_classifiers(task: Task, path: Path, config) -> tuple[Pretrained, dict]:
@@ -179,7 +179,7 @@ def fit_classifiers(task: Task, path: Path, config) -> tuple[Pretrained, dict]:
 
     Returns the network of the best one on validation paintings; and its scores, followed by those of each.
     """
-    training, test = task.parts["all"], task.parts["test"]
+    training, test = task.splits["all"], task.splits["test"]
     truth, classes = test.labels.numpy(), training.classes
     fits = {"linear": fit_linear, "mlp": fit_mlp, "neighbours": predict_neighbours}
     fits |= {"finetuned": finetune} if config.finetune != "none" else {}
@@ -216,7 +216,7 @@ def fit_linear(task: Task, config):
     return replace_modules(task.model, head=layer), task.predict_test(layer), best
 
 
-def fit_logistic_regression(task: Task, layer, part: str, weight_decay: float) -> None:
+def fit_logistic_regression(task: Task, layer, split: str, weight_decay: float) -> None:
     """Minimise mean loss + weight_decay / 2 * squared weights by L-BFGS, with all paintings in every step."""
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=60, tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
@@ -224,8 +224,8 @@ def fit_logistic_regression(task: Task, layer, part: str, weight_decay: float) -
         optimizer.zero_grad()
         total = weight_decay / 2 * layer.weight.square().sum()
         total.backward()
-        for inputs, labels in task.batches(part):
-            loss = task.losses(layer(inputs), labels).sum() / len(task.rows[part])
+        for inputs, labels in task.batches(split):
+            loss = task.losses(layer(inputs), labels).sum() / len(task.rows[split])
             loss.backward()
             total = total.detach() + loss.detach()
         return total
@@ -243,7 +243,7 @@ def fit_mlp(task: Task, config):
 
 def finetune(task: Task, config):
     """Train the backbone and the linear classifier on random crops of the cached images."""
-    model, training = copy.deepcopy(task.model), task.parts["training"]
+    model, training = copy.deepcopy(task.model), task.splits["training"]
     names = [name for name, _ in model.backbone.named_parameters()]
     last_stage = model.backbone.feature_info[-1]["module"]  # of a transformer its last block
     first = next(number for number, name in enumerate(names) if name.startswith(last_stage))
@@ -255,10 +255,10 @@ def finetune(task: Task, config):
         images = random_crops(images, model.size, torch.rand(7, len(items)), 0.5)
         return images.contiguous(memory_format=torch.channels_last)
 
-    def predict(model, part):
+    def predict(model, split):
         model.eval()
-        batches = torch.arange(len(task.parts[part])).split(config.batch_size)
-        images = (task.parts[part].batch(items, task.device)[0] for items in batches)
+        batches = torch.arange(len(task.splits[split])).split(config.batch_size)
+        images = (task.splits[split].batch(items, task.device)[0] for items in batches)
         return torch.cat([predict_probabilities(model, batch, model.size).cpu() for batch in images])
 
     recipe = {"epochs": FINETUNE_EPOCHS, "batch_size": config.batch_size, "lr": FINETUNE_LR}
@@ -271,7 +271,7 @@ def train_network(task: Task, model, inputs, predict, epochs: int, batch_size: i
 
     Training ends after PATIENCE epochs without progress.
     """
-    labels, best = task.parts["training"].labels, {"val_balanced_accuracy": -1.0, "epoch": 0}
+    labels, best = task.splits["training"].labels, {"val_balanced_accuracy": -1.0, "epoch": 0}
     optimizers = Optimizers(model, lr, WEIGHT_DECAY, epochs * -(-len(labels) // batch_size), muon=False)
     for epoch in tqdm(range(1, epochs + 1), "epochs", leave=False):
         model.train()
@@ -302,8 +302,8 @@ def predict_neighbours(task: Task, config):
     for inputs, _ in task.batches("test"):
         similarity = inputs.new_empty(len(inputs), 0)
         classes = torch.empty(len(inputs), 0, dtype=torch.long, device=task.device)
-        for others, labels in task.batches("all"):  # so that memory does not grow with the paintings
-            similarity = torch.cat([similarity, F.normalize(inputs) @ F.normalize(others).T], 1)
+        for train_inputs, labels in task.batches("all"):  # so that memory does not grow with the paintings
+            similarity = torch.cat([similarity, F.normalize(inputs) @ F.normalize(train_inputs).T], 1)
             similarity, nearest = similarity.topk(min(5, similarity.shape[1]))
             classes = torch.cat([classes, labels.expand(len(inputs), -1)], 1).gather(1, nearest)
         predictions.append(classes.mode(1).values.cpu())
@@ -315,7 +315,7 @@ def predict_neighbours(task: Task, config):
 
 def save(path: Path, model: Pretrained, task: Task, temperature, arguments: dict, weights_id: str, config) -> None:
     """Write the classifier as a checkpoint for Classifier.load, with the backbone's weights in half precision."""
-    data = task.parts["all"]
+    data = task.splits["all"]
     hidden = 0 if isinstance(model.head, torch.nn.Linear) else HIDDEN
     settings = {key: getattr(config, key) for key in (*DATA_SETTINGS, "min_images")}
     state = {

@@ -4,7 +4,7 @@
     python label.py paintings/ --sort sorted            # and a copy of each in a folder named after its style
     python label.py --serve                             # a page and an HTTP API, at http://127.0.0.1:7860
     python label.py --export /scratch/wikiart/train     # labels confirmed on the page, as <Style>/<name>, to train with
-    python label.py paintings/ --measure                # throughput, beside that of decoding and of the network alone
+    python label.py paintings/ --measure                # throughput, compared with the network alone
 
 Needs classifier.pt in the run folder, or --checkpoint report/classifier.pt. The table has a row for each file; the
 column `problem` says why a file could not be read. An interrupted run continues when the same command is run again.
@@ -108,9 +108,9 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     columns = [f"{classifier.target}_{place + 1}" for place in range(min(TOP, len(classifier.classes)))]
     columns += ["artist"] if artist_classifier else []
     cells = [cell for column in columns for cell in (column, f"{column}_probability")]
-    with open_table(out, ["path", *cells, "problem", "model"], model) as (file, done):
-        remaining, broken, start = [path for path in files if path not in done], [], time.perf_counter()
-        if done:
+    with open_table(out, ["path", *cells, "problem", "model"], model) as (file, labelled_paths):
+        remaining, broken, start = [path for path in files if path not in labelled_paths], [], time.perf_counter()
+        if labelled_paths:
             print(f"{len(files) - len(remaining)} of {len(files)} files are in {out} already")
         writer, paths = csv.writer(file), iter(remaining)
         decoder = Decoder(folder, remaining, classifier.size, classifier.resize)

@@ -89,7 +89,7 @@ SETTINGS = {
     "guidance": Setting(float, "[0, inf)", "scale of classifier-free guidance; up to 1: none"),
     "prompts": Setting(list[str], None, "prompts of the grid; the first is also sampled after each epoch"),
 }
-# Settings that do not change an adapter
+# Flags that do not change an adapter; its own styles are compared in place of --styles, see fit_adapter
 FREE_SETTINGS = ("styles", "per_style", "accumulate", "checkpointing", "style", "image", "strength", "out", "steps")
 FREE_SETTINGS += ("guidance", "prompts")
 TINY, JUDGE = "tiny_base", "judge"  # folders in the run folder

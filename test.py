@@ -6,8 +6,8 @@
     python test.py --run runs/wikiart --data /scratch/wikiart
 
 Writes into the run folder: report.txt and report.csv (scores of each class), samples.png (paintings of each class),
-regions.png (evidence for their class), confusion.png, confusion_counts.png, roc.png, mistakes.png, predictions.csv and
-facts.json. With --split train the names end in _train.
+regions.png (evidence for their class), confusion.png, roc.png, mistakes.png, predictions.csv and facts.json. With
+--split train the names end in _train.
 """
 
 import csv
@@ -21,6 +21,7 @@ from sklearn.metrics import auc, precision_recall_fscore_support, roc_curve
 from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
+from common.images import highlight
 from common.metrics import (
     METRICS,
     bootstrap_scores,
@@ -159,12 +160,11 @@ def write_csv(path, header, rows) -> None:
 
 
 def plot_scores(run, suffix: str, data: WikiArt, probabilities) -> float:
-    """Write confusion matrices and ROC curves; returns the mean area under the curves."""
+    """Write the confusion matrix and ROC curves; returns the mean area under the curves."""
     truth, classes = data.labels.numpy(), data.classes
     counts = confusion_counts(truth, probabilities.argmax(1), len(classes))
     title = f"{len(data)} {data.split} paintings"
-    figures.confusion(run / f"confusion{suffix}.png", counts, classes, f"Confusion in %: {title}", True)
-    figures.confusion(run / f"confusion_counts{suffix}.png", counts, classes, f"Confusion: {title}", False)
+    figures.confusion(run / f"confusion{suffix}.png", counts, classes, f"Confusion in %: {title}")
 
     curves = {}
     for label, name in enumerate(classes):
@@ -204,7 +204,7 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
         for row in rows:
             pixels = data.pixels[data.rows[row]]
             evidence = classifier.evidence(torch.from_numpy(pixels[None].copy()), truth[row])
-            highlighted = figures.highlight(Image.fromarray(pixels.transpose(1, 2, 0)), evidence)
+            highlighted = highlight(Image.fromarray(pixels.transpose(1, 2, 0)), evidence)
             images += [pixels, np.asarray(highlighted).transpose(2, 0, 1)]
             captions += [artist_over_title(data, row), f"evidence: {classes[truth[row]]}\n{predicted(row)}"]
         title = "Orange: evidence for the painting's class"

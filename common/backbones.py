@@ -32,7 +32,7 @@ def import_timm():
     try:
         import timm
     except ImportError:
-        raise UserError("no timm here: pip install -r requirements/embed.txt") from None
+        raise UserError("timm is not installed: pip install -r requirements/embed.txt") from None
     return timm
 
 
@@ -132,9 +132,9 @@ def read_weights(path: str, expected: dict) -> dict:
     try:
         weights = import_timm().models.load_state_dict(path, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no file of weights {path}") from None
+        raise UserError(f"no weights file {path}") from None
     except Exception as error:  # torch and safetensors raise many types here
-        raise UserError(f"{path} is no file of weights ({type(error).__name__})") from None
+        raise UserError(f"{path} is not a weights file ({type(error).__name__})") from None
     kinds = [[name.rpartition(".")[2] for name in names] for names in (weights, expected)]
     if weights.keys() != expected.keys() and kinds[0] == kinds[1]:
         weights = dict(zip(expected, weights.values(), strict=True))
@@ -163,14 +163,14 @@ def extract(model, path: Path, weights_id: str, sets: dict, config, device) -> t
         flat.unlink(missing_ok=True)
         write_text(note, json.dumps(progress))
     with open(flat, "ab") as file:
-        done = file.tell() // (4 * width)
-        done -= done % config.batch_size if done < len(files) else 0
-        if done == len(files) and not progress["speed"]:  # killed before the speed was written
-            done = max(0, done - config.batch_size)
-        if done < len(files):
-            file.truncate(4 * width * done)
+        rows_done = file.tell() // (4 * width)
+        rows_done -= rows_done % config.batch_size if rows_done < len(files) else 0
+        if rows_done == len(files) and not progress["speed"]:  # killed before the speed was written
+            rows_done = max(0, rows_done - config.batch_size)
+        if rows_done < len(files):
+            file.truncate(4 * width * rows_done)
             codes.unlink(missing_ok=True)
-            progress["speed"] = append_features(file, model, files[done:], config, device)
+            progress["speed"] = append_features(file, model, files[rows_done:], config, device)
             write_text(note, json.dumps(progress))
     features = np.memmap(flat, np.float32, "r", shape=(len(files), width))
     first = len(sets["train"])

@@ -1,4 +1,4 @@
-"""What benchmark.py measures with, on and against: CPU time and memory, synthetic JPEGs, and other software."""
+"""Timers, synthetic JPEGs and reference implementations for benchmark.py."""
 
 import contextlib
 import multiprocessing
@@ -126,7 +126,7 @@ def image_folder_epoch(root: Path, side: int, batch_size: int) -> None:
 
 
 def load_as_floats(paths: list[str], side: int) -> None:
-    """The course's pattern: a list of all images as floats."""
+    """A list of all images as floats."""
     images = []
     for path in paths:
         images.append(resize(read_image(path).float(), [side, side], antialias=True))

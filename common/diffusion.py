@@ -79,7 +79,7 @@ def loading_advice(base, error: Exception) -> str:
         return "neither a folder nor a name on the hub: check it; if it is private, `hf auth login`"
     if caused_by(hub.RemoteEntryNotFoundError):
         return "the hub has it, but not in diffusers' layout"
-    return "no network and no copy here: check the network and the name, or give a folder"
+    return "not cached and no network: check the network and the name, or give a folder"
 
 
 def networks(pipe) -> list[torch.nn.Module]:

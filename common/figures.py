@@ -1,4 +1,4 @@
-"""How results look: one style for every figure, colours for 27 classes, and the handful of plots that scripts share."""
+"""The plots that scripts share, and their matplotlib style and class colours."""
 
 import matplotlib
 
@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common.names import display_name  # noqa: E402
+from common.run import atomic_write  # noqa: E402
 
 plt.rcParams.update(
     {
@@ -44,17 +45,15 @@ def class_style(number: int) -> dict:
 
 
 def save(figure, path) -> None:
-    """Write a PNG beside `path` and rename it, so that a reader never sees half a figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    for colours in (None, 256, 128, 64):  # many paintings: packed better, then fewer colours, for a web page
-        if temporary.stat().st_size > 480_000:
-            with Image.open(temporary) as picture:
-                picture = picture.convert("RGB")
-            (picture.quantize(colours) if colours else picture).save(temporary, format="png", optimize=True)
-    temporary.replace(path)
+    """Write a PNG, completely or not at all, and close the figure."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
+        plt.close(figure)
+        for colours in (None, 256, 128, 64):  # many paintings: packed better, then fewer colours, for a web page
+            if temporary.stat().st_size > 480_000:
+                with Image.open(temporary) as picture:
+                    picture = picture.convert("RGB")
+                (picture.quantize(colours) if colours else picture).save(temporary, format="png", optimize=True)
 
 
 def curves(path, history: list[dict], panels: dict, best=None, levels=None, logarithmic=()) -> None:
@@ -83,13 +82,12 @@ def curves(path, history: list[dict], panels: dict, best=None, levels=None, loga
     save(figure, path)
 
 
-def confusion(path, counts: np.ndarray, classes: list[str], title: str, normalise: bool) -> None:
-    """Confusion matrix (true x predicted); normalised rows are shares of the true class, in per cent."""
-    shown = 100 * counts / counts.sum(1, keepdims=True).clip(1) if normalise else counts
+def confusion(path, counts: np.ndarray, classes: list[str], title: str) -> None:
+    """Confusion matrix from counts (true, predicted); each row is shown in per cent of its true class."""
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     names = [display_name(name) for name in classes]
     rows = [f"{name} ({total})" for name, total in zip(names, counts.sum(1), strict=True)]
-    label = "% of the true class" if normalise else "pictures"
-    heat(path, shown, rows, names, title, label, ("predicted", "true (pictures)"))
+    heat(path, percent, rows, names, title, "% of the true class", ("predicted", "true (pictures)"))
 
 
 def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: str, unit: str, axes=("", "")) -> None:
@@ -180,13 +178,6 @@ def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, t
     save(figure, path)
 
 
-def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
-    """The picture in grey, tinted orange where the evidence (h, w) is positive."""
-    share = Image.fromarray((170 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
-    share = share.resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(Image.new("RGB", image.size, HUES[1]), image.convert("L").convert("RGB"), share)
-
-
 def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None = None, title: str = "") -> None:
     """A table of pictures uint8 (rows, columns, 3, S, S) with column titles, and row titles where given."""
     height, width = pictures.shape[:2]
@@ -208,25 +199,3 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
     axis.grid(False)
     axis.set_title(title, pad=10)
     save(figure, path)
-
-
-def front(path, panels: dict[str, object]) -> None:
-    """Four finished figures on one picture, two above each other on the left, two on the right: {title: PNG file}."""
-    pictures = [Image.open(file).convert("RGB") for file in panels.values()]
-    pictures = [upper_panel(picture) for picture in pictures]
-    heights = [picture.height / picture.width + 0.1 for picture in pictures]
-    figure = plt.figure(figsize=(8.8, 7.2), layout="constrained")  # as wide as a page of GitHub
-    for number, half in enumerate(figure.subfigures(1, 2)):
-        pair = slice(2 * number, 2 * number + 2)
-        axes = half.subplots(2, 1, height_ratios=heights[pair])
-        for axis, title, picture in zip(axes, list(panels)[pair], pictures[pair], strict=True):
-            axis.imshow(picture)
-            axis.set_title(title, fontsize=12, pad=6)
-            axis.axis("off")
-    save(figure, path)
-
-
-def upper_panel(picture: Image.Image) -> Image.Image:
-    """The first panel of a figure with two panels above each other; a wide figure stays as it is."""
-    wide = picture.height <= 1.1 * picture.width
-    return picture if wide else picture.crop((0, 0, picture.width, round(0.69 * picture.width)))

@@ -1,6 +1,6 @@
 """A small latent diffusion model with the parts of Stable Diffusion, trained here where there is no network or no GPU.
 
-    make_base(Path("runs/demo/tiny_base"), data, side=32, seed=0, device)    # a folder in diffusers' layout
+    make_base(Path("runs/demo/tiny_base"), data, 32, 0, device)    # side, seed; writes a folder in diffusers' layout
 
 It learns from paintings and their genres, without words for styles, which LoRA then adds.
 """

@@ -2,7 +2,7 @@
 
     python report/build.py --run runs/demo                # writes runs/demo/report.md
     python report/build.py --run runs/wikiart --publish   # renews report/, its weights, and the README's results
-    python report/build.py --check                        # are they what the templates and report/facts.json give?
+    python report/build.py --check                        # exits with 1 if the documents are not up to date
 
 A template holds {script.fact} or {script.fact:format}, e.g. {test.accuracy:.1%}, for every number; a fact that the run
 does not have is an error. {mlp.train.epochs} is a fact of the run in the run's folder mlp/. Figures have the names of
@@ -109,14 +109,38 @@ def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
     texts = documents(facts)  # first: a missing fact ends the program before anything is overwritten
     for name, path in figures.items():
         shutil.copyfile(path, REPORT / name)
-    from common.figures import front  # matplotlib, which --check does not need
-
-    front(REPORT / "front.png", {title: run / name for title, name in FRONT.items()})
+    plot_front(REPORT / "front.png", {title: run / name for title, name in FRONT.items()})
     (REPORT / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
         shutil.copyfile(run / name, REPORT / name)
     for path, text in texts.items():
         path.write_text(text)
+
+
+def plot_front(path: Path, panels: dict[str, Path]) -> None:
+    """Four finished figures on one picture, two above each other on the left, two on the right: {title: PNG file}."""
+    from PIL import Image
+
+    from common.figures import plt, save  # here, because --check works without matplotlib
+
+    pictures = [Image.open(file).convert("RGB") for file in panels.values()]
+    pictures = [upper_panel(picture) for picture in pictures]
+    heights = [picture.height / picture.width + 0.1 for picture in pictures]
+    figure = plt.figure(figsize=(8.8, 7.2), layout="constrained")  # as wide as a page of GitHub
+    for number, half in enumerate(figure.subfigures(1, 2)):
+        pair = slice(2 * number, 2 * number + 2)
+        axes = half.subplots(2, 1, height_ratios=heights[pair])
+        for axis, title, picture in zip(axes, list(panels)[pair], pictures[pair], strict=True):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=12, pad=6)
+            axis.axis("off")
+    save(figure, path)
+
+
+def upper_panel(picture):
+    """The first panel of a figure with two panels above each other; a wide figure stays as it is."""
+    wide = picture.height <= 1.1 * picture.width
+    return picture if wide else picture.crop((0, 0, picture.width, round(0.69 * picture.width)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from common.errors import UserError  # noqa: E402
-from common.figures import highlight  # noqa: E402
+from common.images import highlight  # noqa: E402
 from common.names import display_name  # noqa: E402
 from serve import panels, uploads  # noqa: E402
 
@@ -43,9 +43,9 @@ class Page:
     file: what Gradio's clients send for an upload; state: token, guess and probability of a tab's image, or None.
     """
 
-    def __init__(self, classifier, artist_classifier, corrections, held: uploads.Uploads, config):
+    def __init__(self, classifier, artist_classifier, corrections, upload_store: uploads.Uploads, config):
         self.classifier, self.artist_classifier = classifier, artist_classifier
-        self.corrections, self.uploads = corrections, held
+        self.corrections, self.uploads = corrections, upload_store
         self.nearest = panels.NearestPaintings(classifier, config)
         self.repainter = panels.Repainter(config.run, classifier.device)
         self.slots = threading.BoundedSemaphore(CONCURRENT)  # bounds the memory for decoded images
@@ -204,9 +204,9 @@ async def identity(resource):
 @contextlib.contextmanager
 def running(classifier, artist_classifier, corrections, config):
     """Serve the page and the API during this block; yields the address. Raises UserError where it cannot listen."""
-    held = uploads.Uploads()
-    blocks = Page(classifier, artist_classifier, corrections, held, config).blocks()
-    routes = uploads.upload_routes(held, gr.utils.get_upload_folder())
+    upload_store = uploads.Uploads()
+    blocks = Page(classifier, artist_classifier, corrections, upload_store, config).blocks()
+    routes = uploads.upload_routes(upload_store, gr.utils.get_upload_folder())
     os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1", "localhost"]))
     try:
         _, address, _ = blocks.launch(

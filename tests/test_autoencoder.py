@@ -111,7 +111,7 @@ def test_it_starts_where_pca_ends():
         assert codes.square().mean() == pytest.approx(1, rel=0.05)
 
 
-def test_crops_of_one_painting_are_told_from_others():
+def test_crops_of_one_painting_are_distinguished_from_others():
     near = torch.eye(4).expand(2, 4, 4)
     assert losses.nt_xent(near) < losses.nt_xent(torch.stack([near[0], near[0].roll(1, 0)]))
     projections = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [0, 1]]])

@@ -101,7 +101,7 @@ def test_figures_of_other_measures_are_kept(run, flags):
     assert len((run / "benchmark.md").read_text().splitlines()) == 2 + len(QUICK)
 
 
-def test_figures_that_were_measured_in_another_way_are_not_kept(tmp_path):
+def test_facts_measured_under_other_conditions_are_not_kept(tmp_path):
     benchmark.merge_facts(tmp_path, {"cache": 1.5}, turns=5)
     assert benchmark.merge_facts(tmp_path, {"memory": 0.5}, turns=5)["cache"] == 1.5
     facts = benchmark.merge_facts(tmp_path, {"memory": 0.5}, turns=1)
@@ -109,7 +109,7 @@ def test_figures_that_were_measured_in_another_way_are_not_kept(tmp_path):
     assert facts["turns"] == 1
 
 
-def test_the_course_keeps_every_image_as_floats_and_we_do_not(tmp_path):
+def test_memory_is_below_that_of_a_list_of_float_images(tmp_path):
     root = benchmarks.write_images(tmp_path / "many", 1200, 48, 48, seed=0)
     assert len(benchmark.open_cached(root)) == 1200  # decoded before
     floats = 1200 * 3 * 64**2 * 4 / 1e6

@@ -265,9 +265,9 @@ def test_copies_stay_on_one_side(tmp_path):
     assert splits[:30].count("test") == 6
 
 
-def test_a_folder_that_is_not_ours(source, tmp_path):
+def test_a_folder_that_download_did_not_write(source, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="is there already, not made by download.py: give another --data"):
+    with pytest.raises(UserError, match="exists and was not written by download.py: give another --data"):
         fetch(source, tmp_path)
     assert files(tmp_path) == {"mine.txt": b"precious"}
 

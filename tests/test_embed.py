@@ -46,7 +46,7 @@ def embedded(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Two files of weights of a small backbone, and flags for the first."""
+    """Two weights files of a small backbone, and flags for the first."""
     files = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -223,8 +223,8 @@ def test_a_target_without_labels_is_left_out(small, folder, tmp_path, capsys):
     [
         (["--backbone", "nosuchnet", "--weights", "{small}"], "Unknown model"),
         (["--backbone", "convnextv2_atto", "--weights", "{small}"], "--backbone convnextv2_atto with --weights"),
-        (["--backbone", SMALL, "--weights", "{garbage}"], "is no file of weights"),
-        (["--backbone", SMALL, "--weights", "missing.pt"], "no file of weights missing.pt"),
+        (["--backbone", SMALL, "--weights", "{garbage}"], "is not a weights file"),
+        (["--backbone", SMALL, "--weights", "missing.pt"], "no weights file missing.pt"),
         (["--backbone", SMALL, SMALL, "--weights", "{small}"], "1 --weights for 2 --backbone"),
         (["--target", "colour"], "give some of style, genre, artist"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from common import figures
+from common.images import highlight
 
 # What protanopes, deuteranopes and tritanopes see, as maps of linear RGB (Machado, Oliveira and Fernandes 2009).
 SIGHTS = [
@@ -29,7 +30,7 @@ def difference(first: str, second: str) -> float:
     return np.linalg.norm(in_lab(first) - in_lab(second), axis=1).min()
 
 
-def test_27_classes_can_be_told_apart_by_the_colour_blind_too():
+def test_27_classes_are_distinguishable_with_colour_vision_deficiency():
     styles = [figures.class_style(number) for number in range(27)]
     assert len({(style["color"], style["marker"]) for style in styles}) == 27
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 27
@@ -42,6 +43,6 @@ def test_evidence_is_tinted_and_the_rest_is_grey():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     evidence = np.full((2, 2), -1.0)
     evidence[0, 0] = 1
-    lit = np.asarray(figures.highlight(picture, evidence)).astype(int)
+    lit = np.asarray(highlight(picture, evidence)).astype(int)
     assert np.ptp(lit[-4:, -4:], axis=2).max() == 0
     assert (lit[:8, :8, 0] > lit[:8, :8, 2] + 40).all()

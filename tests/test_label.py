@@ -52,12 +52,12 @@ def classifier(run):
 
 def page_caller(classifier, run, demo, artist_classifier=None):
     """Calls a function of the page, by its name, with the content of an upload; without a server."""
-    held = uploads.Uploads()
+    upload_store = uploads.Uploads()
     config = SimpleNamespace(run=str(run), data=str(demo), hide=[])
     store = corrections.Corrections(run / "corrections.sqlite")
-    blocks = page.Page(classifier, artist_classifier, store, held, config).blocks()
+    blocks = page.Page(classifier, artist_classifier, store, upload_store, config).blocks()
     functions = {function.name: function.fn for function in blocks.fns.values()}
-    return lambda name, data: functions[name]({"path": held.put("a.png", data)})
+    return lambda name, data: functions[name]({"path": upload_store.put("a.png", data)})
 
 
 @pytest.fixture(scope="module")
