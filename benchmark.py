@@ -102,7 +102,7 @@ def plot(path: Path, facts: dict) -> None:
     """Bars: CPU time or memory of each measure, compared with other software, in % of the other's."""
     measured = [name for name in PLOTTED if facts.get(name) is not None]
     heights = [100 * facts[f"{name}_ours"] / facts[f"{name}_theirs"] for name in measured]
-    names = [f"{MEASURES[name].ours}\ncompared with {MEASURES[name].theirs}" for name in measured]
+    names = [f"{MEASURES[name].ours}\nvs {MEASURES[name].theirs}" for name in measured]
     labels = [f"{name}: {height:.1f} %" for name, height in zip(names, heights, strict=True)]
     if measured:
         title = "CPU time and memory, in % of other software's (dashed line)"
