@@ -180,7 +180,7 @@ def test_a_reversed_gradient():
 
 
 def test_the_feature_network_stays_as_it_is_and_is_no_part_of_the_checkpoint(model):
-    network = wikiart.CNN(3, width=8, depth=1, pooling="mean_std", **GREY).eval()
+    network = wikiart.CNN(3, width=8, depth=1, pooling="mean_std", dropout=0.0, **GREY).eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     weights = dict.fromkeys(losses.StyleLoss.WEIGHTS, 0.1)
     criterion = losses.StyleLoss(model, network, SimpleNamespace(**weights), 0.1)
