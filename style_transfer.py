@@ -1,18 +1,20 @@
-"""Repaint paintings in other styles, and measure how well that works.
+"""Repaint pictures in other styles, and measure how well that works.
 
-    python style_transfer.py                                          # test paintings x styles, and the scores
-    python style_transfer.py --image my.jpg --style Ukiyo_e --strength 0.7
-    python style_transfer.py --image my.jpg                           # in every style
+    python style_transfer.py --image my.jpg --style ukiyo-e                # the style of the picture is found out
+    python style_transfer.py --image my.jpg --style Ukiyo_e=0.7 Fauvism=0.3 --strength 0.8
+    python style_transfer.py --image my.jpg                                # in every style
     python style_transfer.py --image my.jpg --style Rococo Cubism --steps 7    # from one style to the other
-    python style_transfer.py --image holiday/ --style Pointillism     # a folder
-    python style_transfer.py --method adain                           # a method to compare with
+    python style_transfer.py --image holiday/ --style Pointillism --from-style Impressionism
+    python style_transfer.py                                               # test paintings x styles, and the scores
+    python style_transfer.py --method adain                                # a method to compare with
 
-Needs style.pt of train_style.py; adain and wct need autoencoder.pt, whose feature maps they give the mean statistics of
-a style, and magenta (pip install -r requirements/magenta.txt) imitates a painting of the style. Writes style_grid.png,
-style_hits.png and style_strength.png into the run folder (style_grid_adain.png, ... for another method), and the scores
-into facts.json. With --image, <name>_<style>.png go to --out, and neither paintings nor a judge are needed.
+Needs style.pt of train_style.py and classifier.pt of train.py. With --image, <name>_<style>.png go to --out, at the
+picture's own size up to --longest pixels; styles with weights are mixed, others are painted one by one. Without, test
+paintings are repainted at the training size; scores go into facts.json, and style_grid.png, style_hits.png,
+style_strength.png and style_triptych.png into the run folder (style_grid_adain.png, ... for another method).
 """
 
+import time
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -20,136 +22,91 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from common import figures
-from common.baselines import Magenta, add_transplants
+from common.baselines import Magenta, Transplant
 from common.config import Setting, configure
-from common.crops import resize, views
 from common.errors import UserError
-from common.images import open_rgb, read_image
-from common.metrics import layout, ssim
+from common.metrics import (
+    balanced_accuracy,
+    frechet_distance,
+    layout,
+    position_deviation,
+    principal_directions,
+    psnr,
+    ssim,
+)
 from common.names import display_name, title_of
-from common.reconstruction import mean_squared_error, whole_images
+from common.repaint import Repainter, check_model, find_style, open_picture, read_mixture
 from common.run import add_facts, atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 SETTINGS = {
-    "checkpoint": Setting(str, None, "the model; none: style.pt of the run folder, for other methods autoencoder.pt"),
+    "checkpoint": Setting(
+        str, None, "the model of train_style.py, with classifier.pt beside it: a file of the run folder, or a path"
+    ),
     "method": Setting(str, ("model", "adain", "wct", "magenta"), "the trained model, or one to compare it with"),
-    "image": Setting(str, None, "an image, or a folder of them, to repaint; none: the test paintings, with scores"),
-    "style": Setting(list[str], None, "target styles, or the columns of the grid; none: all"),
-    "strength": Setting(float, "[0, 1]", "0: the image's own style, 1: the target style; between: a mixture"),
-    "steps": Setting(int, "[0, inf)", "images on the way from the first of two styles to the second; 0: none"),
-    "detail": Setting(bool, None, "add only the change of style to the image, which stays sharp"),
+    "image": Setting(str, None, "a picture, or a folder of them, to repaint; none: the test paintings, with scores"),
+    "style": Setting(list[str], None, "target styles, or one mixture: Ukiyo_e=0.7 Fauvism=0.3; none: all"),
+    "from_style": Setting(str, None, "the style that the pictures are in; none: what the classifier says"),
+    "strength": Setting(float, "[0, 2]", "0: the picture's own style, 1: the target style; above 1: exaggerated"),
+    "steps": Setting(int, "[0, inf)", "pictures on the way from the first of two styles to the second; 0: none"),
+    "longest": Setting(int, "[32, inf)", "pixels of the longer side of the results, at most"),
     "out": Setting(str, None, "folder for the results of --image"),
-    "judges": Setting(list[str], None, "one or two classifiers that had no part in training, for the scores"),
-    "paintings": Setting(int, "[1, inf)", "test paintings to repaint and score, at most"),
+    "judges": Setting(list[str], None, "two classifiers that had no part in training, for the scores"),
+    "paintings": Setting(int, "[2, inf)", "test paintings to repaint and score, at most"),
     "name": Setting(str, None, "name of these scores in facts and figures; none: the method"),
 }
-LONGEST = 1024  # pixels of the longer side of images in --out, at most
-BATCH_SIZE = 64
-ROWS, COLUMNS = 8, 8  # of style_grid.png, at most
+BATCH_SIZE = 16
 GALLERY = 500  # test paintings among which `source_found` looks for the source
+DIRECTIONS = 64  # of the second judge's features for the Fréchet distance: a style has only 100 to 200 test paintings
 
 
 def main(argv=None):
     config = configure("style_transfer", __doc__, SETTINGS, SHARED, argv)
     if config.steps and len(config.style) != 2:
         raise UserError("--steps needs two styles: --style Rococo Cubism")
-    if not config.image and (config.steps or config.detail or config.strength < 1):
-        raise UserError("--strength, --steps and --detail need --image")
-    repainter = Repainter(config, pick_device(config.device))
+    if not config.image and (config.steps or config.from_style):
+        raise UserError("--steps and --from-style need --image")
+    device = pick_device(config.device)
+    path = checkpoint_path(config.run, config.checkpoint)
+    checkpoint = load_checkpoint(path, "StyleAutoencoder")
+    check_model(checkpoint, path)
+    known = config.image and config.from_style
+    classifier = None if known else Classifier.load(path.parent / "classifier.pt", device)
+    repainter = Repainter(build_model(checkpoint), checkpoint["classes"], classifier, device)
     if config.image:
         repaint_files(repainter, config)
     else:
-        evaluate(repainter, config)
-
-
-class Repainter:
-    """The model of --method with what it needs: styles `classes`, input size, settings of its images.
-
-    side: of the images that are scored; Magenta repaints images of full size. Raises UserError.
-    """
-
-    def __init__(self, config, device):
-        self.device, self.conditioned = device, config.method == "model"
-        path = checkpoint_path(config.run, config.checkpoint or ("style.pt" if self.conditioned else "autoencoder.pt"))
-        checkpoint = load_checkpoint(path, "StyleAutoencoder" if self.conditioned else "Autoencoder")
-        self.classes, self.data_settings = checkpoint["classes"], checkpoint["data"]
-        self.crop = self.side = checkpoint["crop"]
-        for style in config.style:
-            if style not in self.classes:
-                raise UserError(f"no style {style} in {path}: it has {', '.join(self.classes)}")
-        self.model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-        if config.method == "magenta":
-            self.model, self.crop = Magenta(self.paintings("train", config), config.seed), self.data_settings["size"]
-        elif not self.conditioned:
-            paintings = self.paintings("train", config)
-            add_transplants(self.model, paintings, self.crop, config.method, BATCH_SIZE, device)
-
-    def paintings(self, split: str, config) -> WikiArt:
-        return WikiArt(config.data, split, classes=self.classes, processes=config.processes, **self.data_settings)
-
-    @torch.no_grad()
-    def repaint(self, pixels, source, target, strength: float = 1.0):
-        """Images uint8 (B, 3, S, S) in the target styles, float (B, 3, crop, crop) in [0, 1].
-
-        source, target: weights (B, styles); source None: the styles that the model predicts for the images.
-        """
-        images = views(pixels, self.crop)[0].contiguous(memory_format=torch.channels_last)
-        if not self.conditioned:
-            return self.model.decode(self.model.encode(images), strength * target).float().clamp(0, 1)
-        source = self.model.style_probabilities(images) if source is None else source
-        mixture = (1 - strength) * source + strength * target
-        return self.model.decode(self.model.encode(images), mixture, source).float().clamp(0, 1)
-
-    def repaint_dataset(self, data: WikiArt, source, target, strength: float = 1.0):
-        """All paintings in the target styles (N, styles), float (N, 3, side, side) in [0, 1], on the CPU."""
-        results = []
-        for items in torch.arange(len(data)).split(BATCH_SIZE):
-            weights = [None if styles is None else styles[items].to(self.device) for styles in (source, target)]
-            images = self.repaint(data.batch(items, self.device)[0], *weights, strength).cpu()
-            results.append(images if self.crop == self.side else resize(images, self.side))
-        return torch.cat(results)
-
-    def repaint_in_each_style(self, data: WikiArt, source) -> list[torch.Tensor]:
-        targets = torch.eye(len(self.classes))[:, None].expand(-1, len(data), -1)
-        return [self.repaint_dataset(data, source, target) for target in tqdm(targets, "styles", leave=False)]
+        evaluate(repainter, checkpoint["data"], config)
 
 
 # Image files ----------------------------------------------------------------------------------------------------------
 
 
 def repaint_files(repainter: Repainter, config) -> None:
-    """Write each image of --image in each style of --style, in its own proportions."""
-    source, broken = Path(config.image), []
-    files = list_images(source)
-    names, target = target_styles(config, repainter)
+    """Write each picture of --image in each target."""
+    source, broken, classes = Path(config.image), [], repainter.classes
+    files, targets = list_images(source), target_styles(config, classes)
+    own = {find_style(config.from_style, classes): 1.0} if config.from_style else None
     for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
         try:
-            image, pixels = open_image(path, **repainter.data_settings)
-        except Exception as error:  # whatever is wrong with one of many files, the others are repainted
-            broken.append(f"{path}: {error}")
+            image = open_picture(path, config.longest)
+        except (OSError, ValueError, UserError, SyntaxError, Image.DecompressionBombError) as error:
+            broken.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
             continue
-        pixels = pixels.to(repainter.device).expand(len(target), -1, -1, -1)
-        results = repainter.repaint(pixels, None, target, config.strength)
-        if config.detail:
-            results = results - repainter.repaint(pixels[:1], None, target[:1], 0.0)
-        results = F.interpolate(results, image.size[::-1], mode="bicubic", align_corners=False).cpu()
-        if config.detail:
-            results = results + torch.from_numpy(np.asarray(image) / np.float32(255)).permute(2, 0, 1)
         # In a folder, a.jpg and a.png may lie side by side.
         stem = path.relative_to(source) if source.is_dir() else path.stem
-        for name, result in zip(names, to_bytes(results.clamp(0, 1)), strict=True):
+        for name, target in targets.items():
             with atomic_write(Path(config.out) / f"{stem}_{name}.png") as temporary:
-                Image.fromarray(result.transpose(1, 2, 0)).save(temporary)
+                repainter.repaint(image, target, own, config.strength).save(temporary)
     done = len(files) - len(broken)
     if broken:
         raise UserError(f"{done} of {len(files)} files repainted; not {'; '.join(broken[:3])}")
-    print(f"{done * len(names)} pictures in {config.out}")
+    print(f"{done * len(targets)} pictures in {config.out}")
 
 
 def list_images(source: Path) -> list[Path]:
@@ -161,79 +118,76 @@ def list_images(source: Path) -> list[Path]:
     return files
 
 
-def target_styles(config, repainter: Repainter):
-    """Names and weights (N, styles) of what each image is repainted in: styles, or --steps between two."""
-    names = config.style or repainter.classes
-    weights = torch.eye(len(repainter.classes))[[repainter.classes.index(style) for style in names]]
+def target_styles(config, classes: list[str]) -> dict[str, dict[str, float]]:
+    """What each picture is repainted in, {name: {style: weight}}: styles, a mixture, or --steps between two styles."""
+    mixture = read_mixture(config.style or classes, classes)
     if config.steps:
-        shares = torch.linspace(0, 1, config.steps)[:, None]
-        weights = (1 - shares) * weights[:1] + shares * weights[1:]
-        names = [f"{names[0]}_to_{names[1]}_{step + 1}" for step in range(config.steps)]
-    return names, weights.to(repainter.device)
-
-
-def open_image(path, size: int, resize: str, **_):
-    """A file as an image of at most LONGEST pixels a side, and as the model sees it, uint8 (3, size, size)."""
-    pixels = read_image(path, size, resize).copy()  # torch needs writable memory
-    image = open_rgb(path, LONGEST)
-    if resize == "crop":
-        image = ImageOps.fit(image, (min(image.size),) * 2)
-    image.thumbnail((LONGEST, LONGEST))
-    return image, torch.from_numpy(pixels)
-
-
-def to_bytes(images) -> np.ndarray:
-    return (255 * images).round().byte().numpy()
+        first, second = (find_style(name, classes) for name in config.style)
+        shares = np.linspace(0, 1, config.steps).tolist()
+        return {
+            f"{first}_to_{second}_{step}": {first: 1 - share, second: share} for step, share in enumerate(shares, 1)
+        }
+    if any("=" in text for text in config.style):
+        return {"_".join(mixture): mixture}
+    return {style: {style: 1.0} for style in mixture}
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(repainter: Repainter, config) -> None:
+def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     """Repaint test paintings in every style; score and plot the results."""
-    run, classes, data = Path(config.run), repainter.classes, repainter.paintings("test", config)
-    judges = load_judges(config, classes, repainter.device)
-    chosen = np.linspace(0, len(data) - 1, min(config.paintings, len(data))).round().astype(int)
-    others = np.setdiff1d(np.arange(len(data)), chosen)[: max(0, GALLERY - len(chosen))]
-    gallery = all_images(data.subset(np.concatenate([chosen, others])), repainter.side)
-    data, originals = data.subset(chosen), gallery[: len(chosen)]
-    labels, source, rows = data.labels, F.one_hot(data.labels, len(classes)).float(), rows_to_show(data, config.hide)
-    own_style = repainter.repaint_dataset(data, source, source, 0.0)
-    repainted = repainter.repaint_in_each_style(data, source)
+    run, classes, device = Path(config.run), repainter.classes, repainter.device
+    settings = data_settings | {"classes": classes, "processes": config.processes}
+    training, test = (WikiArt(config.data, split, **settings) for split in ("train", "test"))
+    judges = load_judges(config, classes, device)
+    method = repainter
+    if config.method == "magenta":
+        method = Magenta(training, config.seed)
+    elif config.method != "model":
+        method = Transplant(repainter.model, training, config.method, device)
+    chosen = np.linspace(0, len(test) - 1, min(config.paintings, len(test))).round().astype(int)
+    data, eye = test.subset(chosen), torch.eye(len(classes))
+    originals, source = all_images(data), eye[data.labels]
 
-    facts = {"paintings": len(data), "shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
-    facts |= {"strength": 1.0, "own_mse": F.mse_loss(own_style, originals).item()}
-    hits = [predict_hits(judge, repainted) for judge in judges]
-    facts |= judge_facts(judges[0], hits[0], "", "", labels, originals, own_style)
-    facts["hits"] = {name: hits[0][style][labels != style].float().mean() for style, name in enumerate(classes)}
-    for judge, judge_hits in zip(judges[1:], hits[1:], strict=True):
-        facts |= judge_facts(judge, judge_hits, "second_", "second_judge_", labels, originals, own_style)
-    if repainter.conditioned:
-        blind_hits = predict_hits(judges[0], repainter.repaint_in_each_style(data, None))
-        facts["own_unknown_hit_rate"] = mean_over_pairs(blind_hits, labels)
-        facts |= reconstruction_ratio(run / "autoencoder.pt", repainter, data, facts["own_mse"])
-    layouts, sources = layout(gallery), torch.arange(len(data))
-    found = [(layout(images) @ layouts.T).argmax(1) == sources for images in repainted]
-    facts["source_found"] = mean_over_pairs(found, labels)
-    facts["ssim"] = mean_over_pairs([ssim(originals, images) for images in repainted], labels)
-    facts |= true_image_facts([title_of(path) for path in data.paths], labels, originals, repainted)
+    def repaint(target, source=source):
+        """The originals, in the target styles (N, styles), from the source styles (N, styles)."""
+        batches = zip(originals.split(BATCH_SIZE), target.split(BATCH_SIZE), source.split(BATCH_SIZE), strict=True)
+        return torch.cat([method.paint(*batch) for batch in batches])
 
-    name = config.name or ("" if repainter.conditioned else config.method)
-    suffix = f"_{name}.png" if name else ".png"
-    plot_hits(run / f"style_hits{suffix}", hits[0], labels, classes)
-    plot_grid(run / f"style_grid{suffix}", data, rows, originals, own_style, repainted, config.style)
-    plot_strengths(run / f"style_strength{suffix}", repainter, data.subset(rows[:5]))
+    started = time.perf_counter()
+    repainted = [repaint(row.expand_as(source)) for row in tqdm(eye, "styles", leave=False)]
+    megapixels = len(classes) * len(data) * originals.shape[-1] * originals.shape[-2] / 1e6
+    facts = {"paintings": len(data), "seconds_per_megapixel": (time.perf_counter() - started) / megapixels}
+    own_style = repaint(source)
+    facts |= {"directions": DIRECTIONS, "own_psnr": psnr(F.mse_loss(own_style, originals).item())}
+    facts |= judge_facts(judges, data.labels, originals, own_style, repainted)
+    facts |= picture_facts(judges[-1], test, data, originals, repainted)
+    facts |= true_image_facts([title_of(path) for path in data.paths], data.labels, originals, repainted)
+    if config.method == "model":
+        guessed = repainter.classifier.predict((255 * originals).round().byte())
+        facts |= {
+            "source_balanced_accuracy": balanced_accuracy(data.labels, guessed.argmax(1)),
+            "source_majority": 1 / len(classes),
+            "unknown_source_hit_rate": hit_rate(
+                judges[0], [repaint(row.expand_as(source), guessed) for row in eye], data.labels
+            ),
+        }
+    rows = rows_to_show(data, config.hide)
+    facts |= {"shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
+    name = config.name or ("" if config.method == "model" else config.method)
+    plot(run, f"_{name}" if name else "", data, rows, originals, repainted, repainter, config)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
     print(
-        f"the judge, right on {facts['judge_accuracy']:.1%} of the originals, predicts the target style for "
-        f"{facts['hit_rate']:.1%} (for the originals {facts['originals_rate']:.1%}); "
-        f"source found first for {facts['source_found']:.1%}, SSIM {facts['ssim']:.3f}"
+        f"target style: {facts['hit_rate']:.1%} and {facts['second_hit_rate']:.1%} (originals "
+        f"{facts['second_originals_rate']:.1%}); Fréchet distance {facts['fid']:.1f} (originals "
+        f"{facts['fid_originals']:.1f}); SSIM {facts['ssim']:.3f}; source found {facts['source_found']:.1%}"
     )
 
 
 def load_judges(config, classes: list[str], device) -> list[Classifier]:
     if len(config.judges) not in (1, 2):
-        raise UserError("--judges needs one or two classifiers: the first gives hit_rate")
+        raise UserError("--judges needs two classifiers: the first gives hit_rate, the second also distances")
     judges = [Classifier.load(checkpoint_path(config.run, name), device) for name in config.judges]
     for judge, name in zip(judges, config.judges, strict=True):
         if judge.classes != classes:
@@ -241,21 +195,18 @@ def load_judges(config, classes: list[str], device) -> list[Classifier]:
     return judges
 
 
-def all_images(data: WikiArt, side: int):
-    """All paintings of a data set, float (N, 3, side, side) in [0, 1]."""
-    batches = torch.arange(len(data)).split(BATCH_SIZE)
-    return torch.cat([whole_images(data, items, side, torch.device("cpu"))[0] for items in batches])
+def all_images(data: WikiArt):
+    """All paintings of a data set, float (N, 3, size, size) in [0, 1], on the CPU."""
+    return torch.from_numpy(data.pixels[data.rows]).float() / 255
+
+
+def to_bytes(images):
+    return (255 * images).round().byte()
 
 
 def predict_styles(judge: Classifier, images):
-    """The styles (N,) that a judge predicts for float images (N, 3, any, any) in [0, 1]."""
-    pixels = [(255 * resize(batch, judge.size).clamp(0, 1)).round().byte() for batch in images.split(BATCH_SIZE)]
-    return judge.predict(torch.cat(pixels), calibrated=False).argmax(1)
-
-
-def predict_hits(judge: Classifier, repainted) -> list[torch.Tensor]:
-    """For each target style: does the judge predict it for the images (N, 3, side, side)? (N,)"""
-    return [predict_styles(judge, images) == style for style, images in enumerate(repainted)]
+    """The styles (N,) that a judge predicts for float images (N, 3, S, S) in [0, 1]."""
+    return judge.predict(to_bytes(images), calibrated=False).argmax(1)
 
 
 def mean_over_pairs(values, labels) -> float:
@@ -263,24 +214,58 @@ def mean_over_pairs(values, labels) -> float:
     return float(torch.cat([row[labels != style] for style, row in enumerate(values)]).float().mean())
 
 
-def judge_facts(judge: Classifier, hits, prefix: str, hit_prefix: str, labels, originals, own_style) -> dict:
-    predictions = predict_styles(judge, originals)
+def hit_rate(judge: Classifier, repainted, labels) -> float:
+    return mean_over_pairs([predict_styles(judge, images) == style for style, images in enumerate(repainted)], labels)
+
+
+def judge_facts(judges, labels, originals, own_style, repainted) -> dict:
+    """What the judges predict: of repaintings the target style, of the rest the own style."""
+    facts = {}
+    for judge, prefix in zip([judges[0], judges[-1]], ("", "second_"), strict=True):
+        before = predict_styles(judge, originals)
+        hits = [predict_styles(judge, images) == style for style, images in enumerate(repainted)]
+        facts |= {
+            f"{prefix}hit_rate": mean_over_pairs(hits, labels),
+            f"{prefix}judge_accuracy": (before == labels).float().mean().item(),
+            f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
+            f"{prefix}own_kept": (predict_styles(judge, own_style) == labels).float().mean().item(),
+            f"{prefix}hits": [
+                [row[labels == source].float().mean().item() for row in hits] for source in labels.unique()
+            ],
+        }
+    return facts
+
+
+def picture_facts(judge: Classifier, test: WikiArt, data: WikiArt, originals, repainted) -> dict:
+    """How near repaintings are to real paintings of the style, and how much of the source is left."""
+
+    def features(images):
+        batches = (to_bytes(batch) for batch in images.split(BATCH_SIZE))
+        return torch.cat([judge.model.features(judge.prepare(batch).float() / 255).cpu().detach() for batch in batches])
+
+    labels, real = data.labels, features(all_images(test))
+    mean, directions = principal_directions(real, DIRECTIONS)
+    before, after = features(originals), [features(images) for images in repainted]
+    distances = []
+    for style, made in enumerate(after):
+        other = labels != style
+        target = (real[test.labels == style] - mean) @ directions
+        distances.append([frechet_distance((x[other] - mean) @ directions, target) for x in (made, before)])
+    fid, fid_originals = np.mean(distances, 0).tolist()
+    others = np.setdiff1d(test.rows, data.rows)[: max(0, GALLERY - len(data))]
+    gallery = torch.cat([layout(originals), layout(torch.from_numpy(test.pixels[others]).float() / 255)])
+    found = [(layout(images) @ gallery.T).argmax(1) == torch.arange(len(data)) for images in repainted]
+    positions = [position_deviation(images[labels != k], originals[labels != k]) for k, images in enumerate(repainted)]
     return {
-        f"{prefix}judge_accuracy": (predictions == labels).float().mean(),
-        f"{hit_prefix}hit_rate": mean_over_pairs(hits, labels),
-        f"{prefix}originals_rate": mean_over_pairs([predictions == style for style in range(len(hits))], labels),
-        f"{prefix}own_kept": (predict_styles(judge, own_style) == labels).float().mean(),
+        "fid": fid,
+        "fid_originals": fid_originals,
+        "fid_ratio": fid / fid_originals,
+        "fids": {name: pair for name, pair in zip(test.classes, distances, strict=True)},
+        "ssim": mean_over_pairs([ssim(originals, images) for images in repainted], labels),
+        "perceptual": mean_over_pairs([1 - F.cosine_similarity(before, made) for made in after], labels),
+        "source_found": mean_over_pairs(found, labels),
+        "position": float(np.mean(positions)),
     }
-
-
-def reconstruction_ratio(path: Path, repainter: Repainter, data: WikiArt, own_mse: float) -> dict:
-    """The error in the own style relative to that of the plain autoencoder, if there is one with the same code size."""
-    plain = load_checkpoint(path, "Autoencoder") if path.exists() else None
-    if not plain or plain["crop"] != repainter.side or plain["arguments"]["code"] != len(repainter.model.scales):
-        return {}
-    model = build_model(plain).to(repainter.device)
-    mse = mean_squared_error(lambda images, _: model(images), data, repainter.side, BATCH_SIZE, repainter.device)
-    return {"reconstruction_ratio": own_mse / mse}
 
 
 def true_image_facts(titles: list[str], labels, originals, repainted) -> dict:
@@ -309,38 +294,40 @@ def true_image_facts(titles: list[str], labels, originals, repainted) -> dict:
 
 
 def rows_to_show(data: WikiArt, hide: list[str]) -> list[int]:
-    """ROWS paintings that figures may show, of as many different styles as possible, sorted by style."""
+    """Eight paintings that figures may show, of as many different styles as possible, sorted by style."""
     rows, labels = np.flatnonzero(data.showable(hide)), data.labels
     if not len(rows):
         raise UserError("--hide leaves no painting to show")
     occurrence = {row: int((labels[rows[:place]] == labels[row]).sum()) for place, row in enumerate(rows)}
-    chosen = sorted(rows, key=lambda row: (occurrence[row], labels[row]))[:ROWS]
+    chosen = sorted(rows, key=lambda row: (occurrence[row], labels[row]))[:8]
     return sorted(chosen, key=lambda row: labels[row])
 
 
-def plot_hits(path, hits, labels, classes: list[str]) -> None:
-    rates = np.array([[row[labels == source].float().mean() for row in hits] for source in range(len(classes))])
-    title, axes = "How often the judge predicts the target style", ("target style", "style of the painting")
-    figures.heat(path, 100 * rates, classes, classes, title, "% of the paintings", axes)
-
-
-def plot_grid(path, data: WikiArt, rows, originals, own_style, repainted, styles: list[str]) -> None:
-    labels = [data.classes.index(style) for style in styles] or range(len(data.classes))[:COLUMNS]
-    images = torch.stack([originals[rows], own_style[rows], *(repainted[label][rows] for label in labels)], 1)
-    columns = ["original", "own style", *(display_name(data.classes[label]) for label in labels)]
-    row_titles = [display_name(data.classes[label]) for label in data.labels[rows]]
-    figures.grid(path, to_bytes(images), columns, row_titles, "Test paintings, repainted")
-
-
-def plot_strengths(path, repainter: Repainter, data: WikiArt) -> None:
-    """Paintings on the way from their own style to another."""
-    names, strengths = [display_name(name) for name in data.classes], (0.0, 0.25, 0.5, 0.75, 1.0)
-    labels = (data.labels + 1 + torch.arange(len(data)) % (len(names) - 1)) % len(names)
-    source, target = (F.one_hot(values, len(names)).float() for values in (data.labels, labels))
-    images = [repainter.repaint_dataset(data, source, target, strength) for strength in strengths]
-    rows = [f"{names[start]} to {names[end]}" for start, end in zip(data.labels, labels, strict=True)]
-    columns = [f"{strength:.0%}" for strength in strengths]
-    figures.grid(path, to_bytes(torch.stack(images, 1)), columns, rows, "Strength of the style")
+def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, repainter, config) -> None:
+    """Write style_grid.png, and of the trained model style_strength.png and style_triptych.png."""
+    names, labels, eye = [display_name(name) for name in data.classes], data.labels[rows], torch.eye(len(data.classes))
+    shown = [find_style(style, data.classes) for style in config.style] or data.classes[:8]
+    columns = [data.classes.index(style) for style in shown]
+    cells = torch.stack([originals[rows], *(repainted[column][rows] for column in columns)], 1)
+    titles = ["original", *(names[column] for column in columns)]
+    figures.picture_grid(run / f"style_grid{suffix}.png", to_bytes(cells).numpy(), titles, [names[k] for k in labels])
+    if config.method != "model":
+        return
+    rows, labels, strengths = rows[:5], labels[:5], (0.0, 0.25, 0.5, 0.75, 1.0)
+    targets = (labels + 1 + torch.arange(len(rows)) % (len(names) - 1)) % len(names)
+    source = eye[labels]
+    steps = [
+        repainter.paint(originals[rows], source + strength * (eye[targets] - source), source) for strength in strengths
+    ]
+    ways = [f"{names[start]} to {names[end]}" for start, end in zip(labels, targets, strict=True)]
+    path = run / f"style_strength{suffix}.png"
+    figures.picture_grid(path, to_bytes(torch.stack(steps, 1)).numpy(), [f"{s:.0%}" for s in strengths], ways)
+    image = open_picture(data.root / data.paths[rows[0]], 640)
+    targets = [data.classes[k] for k in range(len(names)) if k != labels[0]][-2:]
+    results = [image, *(repainter.repaint(image, {target: 1.0}, {data.classes[labels[0]]: 1.0}) for target in targets)]
+    cells = np.stack([np.asarray(result).transpose(2, 0, 1) for result in results])[None]
+    titles = ["original", *(display_name(target) for target in targets)]
+    figures.picture_grid(run / f"style_triptych{suffix}.png", cells, titles, [names[labels[0]]], max(image.size))
 
 
 if __name__ == "__main__":

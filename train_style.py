@@ -1,49 +1,48 @@
-"""Train an autoencoder whose decoder is conditioned on style, for style_transfer.py.
+"""Train an autoencoder that repaints paintings in other styles, for style_transfer.py.
 
-    python train_style.py                                      # settings from config.json
-    python train_style.py -c settings/cpu.json --epochs 5      # smaller settings for a machine without a GPU
-    torchrun --nproc-per-node=2 -- train_style.py              # several GPUs: the same result
+    python train_style.py                                    # settings from config.json; needs <run>/classifier.pt
+    python train_style.py -c settings/cpu.json --epochs 40   # smaller settings for a machine without a GPU
+    python train_style.py --features tf_efficientnet_lite0 --weights lite0.pth    # features of timm, an extra
+    torchrun --nproc-per-node=2 -- train_style.py            # several GPUs: the same result
 
-Starts from the autoencoder of train_autoencoder.py; the classifier of train.py provides the losses for the target
-style. The last epoch is kept. A training that was interrupted resumes after its last finished epoch when the same
-command is run again; --restart starts anew. Writes into the run folder: style.pt (style.partial.pt until training has
-finished), style.jsonl with one line per epoch, style_curves.png, repaintings.png and facts.json.
+In its own style a painting has to come back; in another, its feature maps in a frozen network have to look like those
+of real paintings of that style, to statistics and to a critic, while the composition stays. The moving average of the
+weights is kept. A training that was interrupted resumes after its last finished epoch when the same command is run
+again; --restart starts anew. Writes into the run folder: style.pt (style.partial.pt until training has finished),
+style.jsonl with one line per epoch, style_samples.png, renewed every few epochs, style_curves.png and facts.json.
 """
 
-from functools import partial
+import copy
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import figures
+from common import backbones, figures, losses
 from common.config import Setting, configure
-from common.crops import batch_crop, views
+from common.crops import resize, windows
 from common.errors import UserError
 from common.layers import parameter_count
-from common.losses import StyleLoss
 from common.metrics import psnr
 from common.names import display_name
 from common.optim import Optimizers
-from common.reconstruction import items_to_show, mean_squared_error, plot_reconstructions, whole_images
 from common.run import (
     Timer,
     add_facts,
     autocast,
+    average_gradients,
     check_batch_size,
     check_finite,
     checkpoint_path,
     claim,
-    data_parallel,
     finish,
     fixed_settings,
-    half_precision,
     interruptible,
     join_processes,
     leave_processes,
-    load_checkpoint,
     local_share,
     pick_device,
     rank,
@@ -52,28 +51,41 @@ from common.run import (
     run_script,
     save_epoch,
     sum_over_processes,
+    world_size,
 )
-from wikiart import WikiArt, build_model, make_model
+from wikiart import BalancedSampler, Classifier, StyleAutoencoder, WikiArt, channel_statistics
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
 SETTINGS = {
-    "start": Setting(str, None, "the autoencoder to start from: a file of the run folder, or a path"),
-    "features": Setting(str, None, "the classifier that the losses use, a CNN: a file of the run folder, or a path"),
-    "epochs": Setting(int, "[1, inf)", "passes over the training set"),
-    "batch_size": Setting(int, "[2, inf)", "images per step, over all processes"),
+    "features": Setting(str, None, "frozen network of the losses: a classifier of train.py, or a backbone of timm"),
+    "weights": Setting(str, None, "file with the weights of a backbone of timm; none: from the hub"),
+    "epochs": Setting(int, "[1, inf)", "epochs of --per-class paintings of each style"),
+    "per_class": Setting(int, "[1, inf)", "paintings of each style per epoch"),
+    "batch_size": Setting(int, "[2, inf)", "paintings per step, over all processes"),
+    "crop": Setting(int, "[64, inf)", "side of the training crops in pixels, a multiple of 4"),
+    "width": Setting(int, "[4, inf)", "channels of the networks at that size; a multiple of 4"),
     "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW; Muon's is ten times as high"),
-    "embed": Setting(str, ("learned", "means"), "style embeddings: learned, or from the classifier's mean features"),
     "condition": Setting(
         str, ("change", "style"), "what the decoder is conditioned on: target minus source style, or the target alone"
     ),
-    "style_ce_weight": Setting(float, "[0, inf)", "weight of the classifier's cross-entropy for the target style"),
-    "style_stat_weight": Setting(float, "[0, inf)", "weight of the statistics of feature maps"),
-    "critic_weight": Setting(float, "[0, inf)", "weight of the critic of feature maps and pixels"),
-    "layout_weight": Setting(float, "[0, inf)", "weight of keeping the coarse luminance"),
-    "adversary_weight": Setting(float, "[0, inf)", "weight of the adversary that predicts the source style from codes"),
+    "style_weight": Setting(float, "[0, inf)", "weight of all losses of repainted images; 0: reconstruction alone"),
 }
-EMBEDDING = 64  # dimensions of a style embedding
-MIN_CROP_AREA = 0.5  # of training crops, as a fraction of the image
+WEIGHTS = {
+    "mse": 3.0,  # in the own style
+    "range": 1.0,
+    "style_stat": 10.0,
+    "palette": 1.0,
+    "critic": 4.0,
+    "style_ce": 0.5,
+    "content": 0.05,
+    "layout": 0.3,
+}
+PIXEL_VARIANCE = 0.06  # of paintings
+CONTENT_LEVEL = 2  # of the feature maps: an eighth of the image's side for this project's classifier
+CANDIDATES = 4  # real paintings, of which the nearest is the target of a repainting
+EMA_DECAY = 0.99
+BETAS = (0.5, 0.99)  # of AdamW: networks that train against each other need a short memory (Radford et al. 2016)
+SAMPLE_EPOCHS = 4  # between two sheets of samples
 
 
 def main(argv=None):
@@ -85,178 +97,267 @@ def main(argv=None):
     # Data
     data_settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     data = WikiArt(config.data, "train", processes=config.processes, **data_settings)
-    test = WikiArt(config.data, "test", classes=data.classes, processes=config.processes, **data_settings)
     training, validation = data.split_off(config.validation, config.split_seed)
-    check_batch_size(config.batch_size, training, validation)
+    check_settings(config, training, validation)
+    sampler = BalancedSampler(training.labels, "resample", config.per_class, config.seed)
     training.move_to(device)
 
-    # Model, loss and optimizers
-    criterion, arguments = new_model_and_loss(config, training, device)
-    model = criterion.to(device, memory_format=torch.channels_last).model
-    optimizers = Optimizers(criterion, config.lr, 0.0, config.epochs * (len(training) // config.batch_size))
+    # Networks, losses and optimizers
+    features = load_features(config, training, device)
+    steps = config.epochs * (len(sampler) // config.batch_size)
+    arguments, parts = new_networks(features, training, steps, config, device)
     state = {
         "model": "StyleAutoencoder",
         "arguments": arguments,
         "classes": data.classes,
         "data": data_settings,
-        "crop": arguments["crop"],
         "config": fixed_settings(config),
         "fingerprint": data.fingerprint,
         "history": [],
     }
-    parts = {"criterion": criterion, "optimizers": optimizers}
     state = resume(config, "style", state, parts)
+    averaged = parts["averaged"].module
     if rank() == 0:
-        print(f"StyleAutoencoder: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
+        print(f"StyleAutoencoder: {parameter_count(averaged) / 1e6:.2f} million parameters, {steps} steps on {device}")
 
     # Train, evaluate, save
-    parallel = data_parallel(criterion)
     with interruptible(state):
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             timer = Timer()
-            mse = train_epoch(parallel, training, optimizers, epoch, config, arguments["crop"], device)
+            record = train_epoch(parts, features, training, sampler, epoch, config, device)
             if rank() == 0:
-                record = {"mse": mse, "psnr": psnr(mse)} | timer.seconds()
-                record |= evaluate(criterion, validation, config, arguments["crop"], device)
+                record |= evaluate(averaged, features, validation, config, device) | timer.seconds()
+                state["weights"] = copy.deepcopy(averaged).cpu().state_dict()
                 save_epoch(config.run, "style", state, {"epoch": epoch} | record, parts)
-                if epoch < 3 or epoch % 5 == 0:
-                    plot(Path(config.run), state, model, validation, config, device, f"after epoch {epoch}")
+                if epoch % SAMPLE_EPOCHS == 0 or epoch == config.epochs:
+                    plot_samples(averaged, validation, config, device)
     if rank() == 0:
-        state["weights"] = half_precision(model.state_dict())
-        model.load_state_dict(state["weights"])
-        report(Path(config.run), state, model, (training, validation, test), config, device)
+        report(Path(config.run), state, steps, len(training), config)
         print(f"{finish(config.run, 'style', state)}: epoch {config.epochs} kept")
         lock.close()
     leave_processes()
 
 
-# Model and loss -------------------------------------------------------------------------------------------------------
+# Settings, data and networks ------------------------------------------------------------------------------------------
 
 
-def new_model_and_loss(config, training: WikiArt, device) -> tuple[StyleLoss, dict]:
-    """The loss, with a StyleAutoencoder inside that starts as --start, and the model's arguments. Raises UserError."""
-    start = load_checkpoint(checkpoint_path(config.run, config.start), "Autoencoder")
-    checkpoint = load_checkpoint(checkpoint_path(config.run, config.features), "CNN")
-    if checkpoint["classes"] != training.classes:
-        raise UserError(f"{config.features} has other styles than these paintings: train it on them")
+def check_settings(config, training: WikiArt, validation: WikiArt) -> None:
+    """Raise UserError for settings that do not fit together, or do not fit the paintings."""
+    check_batch_size(config.batch_size, training, validation)
     if len(training.classes) < 2:
         raise UserError("the paintings have one style only: there is no other to repaint them in")
-    torch.manual_seed(config.seed)  # here, because building the pixel cache draws random numbers
-    feature_net = build_model(checkpoint)
-    sizes = {"styles": len(training.classes), "embedding": EMBEDDING, "projection_dim": 0}
-    arguments = start["arguments"] | sizes | {"relative": config.condition == "change"}
-    weights = start["weights"]
-    if config.embed == "means":
-        weights = weights | {"style_features": mean_features(feature_net, training, checkpoint["crop"], config)}
-        arguments["style_features"] = weights["style_features"].shape[1]
-    model = make_model("StyleAutoencoder", arguments)
-    model.load_state_dict(weights, strict=False)  # layers for styles are new, a projection head is left out
-    feature_net = feature_net.to(device, memory_format=torch.channels_last)
-    return StyleLoss(model, feature_net, config, float(np.mean(np.square(arguments["std"])))), arguments
+    if config.crop % StyleAutoencoder.STRIDE or config.crop > config.size or config.width % 4:
+        raise UserError(f"--crop {config.crop} must be a multiple of 4, at most --size; --width a multiple of 4")
+    if config.batch_size > config.per_class * len(training.classes):
+        raise UserError("an epoch has fewer paintings than a batch: raise --per-class or lower --batch-size")
+
+
+def load_features(config, training: WikiArt, device) -> losses.FeatureMaps:
+    """The frozen network that shows in which features styles differ. Raises UserError."""
+    if config.features.endswith(".pt"):
+        classifier = Classifier.load(checkpoint_path(config.run, config.features), device)
+        if classifier.model_name != "CNN":
+            raise UserError(f"{config.features} holds a {classifier.model_name}, but a CNN is needed here")
+        if classifier.classes != training.classes:
+            raise UserError(f"{config.features} has other styles than these paintings: train it on them")
+        network = classifier.model
+    else:
+        network = backbones.load(config.features, config.weights, 0)[0].to(device)
+    items = torch.linspace(0, len(training) - 1, min(96, len(training))).long()
+    return losses.FeatureMaps(network, centre_crops(training, items, config.crop, device)[0])
+
+
+def centre_crops(data: WikiArt, items, crop: int, device):
+    """The centres of paintings, (B, 3, crop, crop) in [0, 1], and their labels."""
+    pixels, labels = data.batch(items, device)
+    return windows(pixels, crop, (0.5, 0.5), torch.full((2, len(items)), 0.5)), labels
+
+
+def new_networks(features, training: WikiArt, steps: int, config, device) -> tuple[dict, dict]:
+    """The model's arguments, and all that training changes: {name: network, moving average, queue or optimizers}."""
+    torch.manual_seed(config.seed)
+    styles, (mean, std) = len(training.classes), channel_statistics(training)
+    relative = config.condition == "change"
+    arguments = {"styles": styles, "width": config.width, "relative": relative}
+    arguments |= {"mean": mean, "std": std}
+    model = StyleAutoencoder(**arguments).to(device, memory_format=torch.channels_last)
+    critic = losses.Critic(features.channels, styles).to(device, memory_format=torch.channels_last)
+    return arguments, {
+        "model": model,
+        "critic": critic,
+        "style_stat": losses.StyleStatLoss(styles, features.channels).to(device),
+        "palette": losses.PaletteLoss(styles, config.crop).to(device),
+        "averaged": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True),
+        "optimizers": Optimizers(model, config.lr, 0.0, steps, betas=BETAS),
+        "critic_optimizers": Optimizers(critic, config.lr, 1e-3, steps, betas=BETAS, momentum=0.5),
+    }
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(parts: dict, features, data: WikiArt, sampler, epoch: int, config, device) -> dict:
+    """One pass over --per-class paintings of each style, each in another style; returns the mean losses."""
+    parts["model"].train()
+    sampler.set_epoch(epoch)
+    torch.manual_seed(config.seed * 1_000_003 + epoch)  # for each epoch, so that a resumed training draws the same
+    members = [torch.nonzero(data.labels == label).flatten() for label in range(len(data.classes))]
+    batches = torch.tensor(list(sampler)).split(config.batch_size)
+    batches = [batch for batch in batches if len(batch) == config.batch_size]  # so that processes have equal shares
+    total, share = 0, local_share()
+    for step, items in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
+        sources = data.labels[items]
+        targets = (sources + torch.randint(1, len(members), sources.shape)) % len(members)
+        style_items = torch.stack([members[target][torch.randint(len(members[target]), ())] for target in targets])
+        scales, places, picks = torch.rand(2, 2), torch.rand(2, 2, len(items)), torch.rand(len(items), CANDIDATES)
+        random = torch.rand(3).tolist()
+        pixels, sources = data.batch(items[share], device)
+        images = windows(pixels, config.crop, scales[0], places[0][:, share])
+        pixels, targets = data.batch(style_items[share], device)
+        style_images = windows(pixels, config.crop, scales[1], places[1][:, share])
+        record = train_step(parts, features, images, style_images, sources, targets, picks[share], random, config)
+        values = torch.stack(list(record.values())).double().cpu()
+        check_finite(values[0], step, epoch)
+        total = total + values
+    means = sum_over_processes(total) / len(batches) / world_size()
+    return dict(zip(record, means.tolist(), strict=True))
+
+
+def train_step(parts: dict, features, images, style_images, sources, targets, picks, random, config) -> dict:
+    """One step of the model, then one of the critic; returns the losses.
+
+    images (B, 3, crop, crop) of the styles `sources` (B,); style_images: real paintings of the styles `targets` (B,);
+    picks (B, CANDIDATES) and random (3,) are uniform numbers in [0, 1).
+    """
+    model, critic, half = parts["model"], parts["critic"], -(-len(images) // 2)
+    source, target = (F.one_hot(labels, model.styles).float() for labels in (sources, targets))
+    with autocast(images.device, cpu=True):
+        codes = model.encode(images)
+        codes = torch.cat([codes[:half], codes])  # half of the images in their own style, too
+        decoded = model.decode(codes, torch.cat([source[:half], target]), torch.cat([source[:half], source]))
+    same, repainted = decoded.split([half, len(images)])
+
+    seen, style_seen, original_seen = (view(batch, *random) for batch in (repainted, style_images, images))
+    with autocast(images.device, cpu=True):
+        maps, logits = features(seen)
+        with torch.no_grad():
+            style_maps, original_maps = features(style_seen)[0], features(original_seen)[0]
+        critic.requires_grad_(False)
+        scores = critic(seen, maps, target)
+    statistics, style_statistics = losses.style_statistics(seen, maps), losses.style_statistics(style_seen, style_maps)
+    terms = {
+        "mse": F.mse_loss(same, images[:half]) / PIXEL_VARIANCE,
+        "range": losses.range_loss(repainted),
+        "style_stat": parts["style_stat"](statistics, style_statistics, targets, picks),
+        "palette": parts["palette"](repainted, style_images, targets, picks),
+        "critic": losses.generator_loss(scores),
+        "content": losses.content_loss(maps[CONTENT_LEVEL], original_maps[CONTENT_LEVEL]),
+        "layout": losses.layout_loss(repainted, images),
+    }
+    if logits is not None:
+        terms["style_ce"] = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    weights = {name: weight * (1 if name == "mse" else config.style_weight) for name, weight in WEIGHTS.items()}
+    loss = sum(weights[name] * term for name, term in terms.items())
+    update(model, parts["optimizers"], loss, max_norm=5.0)
+    parts["averaged"].update_parameters(model)
+
+    critic.requires_grad_(True)
+    with autocast(images.device, cpu=True):
+        real, mismatched = critic(style_seen, style_maps, target), critic(original_seen, original_maps, target)
+        fake = critic(seen.detach(), [values.detach() for values in maps], target)
+    critic_error = losses.critic_loss(real, fake, mismatched)
+    update(critic, parts["critic_optimizers"], critic_error)
+    return {"loss": loss.detach(), "critic_error": critic_error.detach()} | {k: v.detach() for k, v in terms.items()}
+
+
+def view(images, zoom: float, top: float, left: float):
+    """The part of images (B, 3, crop, crop) that losses see; zoom, top and left are uniform numbers in [0, 1).
+
+    Edges, near which the networks see reflections, are cut off. Shifts and scales vary: with a fixed view, the model
+    learns reliefs of 4 pixels, the stride of the classifier's stem, and patterns that fool this network and no other.
+    """
+    if zoom < 0.5:
+        images = resize(images, max(64, 4 * round(images.shape[-1] * (0.75 + 1.2 * zoom) / 4)))
+    top, left = 6 + int(4 * top), 6 + int(4 * left)
+    return images[:, :, top : top - 16, left : left - 16]
+
+
+def update(network, optimizers, loss, max_norm: float = torch.inf) -> None:
+    optimizers.zero_grad()
+    loss.backward()
+    average_gradients(network)
+    nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    optimizers.step()
+
+
+# Evaluation and report ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def mean_features(feature_net, data: WikiArt, crop: int, config):
-    """Mean features of each style, (styles, features), with mean 0 and standard deviation 1."""
-    batches = (data.batch(items, torch.device("cpu"))[0] for items in torch.arange(len(data)).split(config.batch_size))
-    features = torch.cat([feature_net.features(views(pixels, crop)[0]) for pixels in batches])
-    means = torch.stack([features[data.labels == style].mean(0) for style in range(len(data.classes))])
-    return (means - means.mean(0)) / means.std()
+def evaluate(model, features, data: WikiArt, config, device) -> dict:
+    """On up to 64 validation paintings: PSNR in the own style, and how often the classifier predicts another target.
 
-
-# Training and evaluation ----------------------------------------------------------------------------------------------
-
-
-def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, crop: int, device) -> float:
-    """One pass over the training set; returns the mean squared error of reconstructions of its crops."""
-    criterion.train()
-    torch.manual_seed(config.seed * 1_000_003 + epoch)  # for each epoch, so that a resumed training draws the same
-    batches = torch.randperm(len(data))[: len(data) // config.batch_size * config.batch_size].split(config.batch_size)
-    styles = len(data.classes)
-    members = [torch.nonzero(data.labels == label).flatten() for label in range(styles)]
-    total = torch.zeros(1, dtype=torch.float64)
-    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
-        random_crop, random = torch.rand(5), torch.rand(7, len(batch))
-        targets = (data.labels[batch] + 1 + (random[0] * (styles - 1)).long()) % styles
-        pairs = zip(targets, random[1], strict=True)
-        style_items = torch.stack([members[style][int(number * len(members[style]))] for style, number in pairs])
-        pixels, labels = data.batch(batch[local_share()], device)
-        images = batch_crop(pixels, crop, random_crop, MIN_CROP_AREA).contiguous(memory_format=torch.channels_last)
-        style_pixels, targets = data.batch(style_items[local_share()], device)
-        style_images = batch_crop(style_pixels, crop, torch.rand(5), MIN_CROP_AREA)
-        with autocast(device):
-            loss, mse = criterion(images, labels, targets, style_images, torch.rand(6))
-        check_finite(loss, step, epoch)
-        optimizers.zero_grad()
-        loss.backward()
-        optimizers.step()
-        total += mse.item() * len(labels)
-    return sum_over_processes(total).item() / (len(batches) * config.batch_size)
-
-
-def repaint(model, images, labels, targets=None):
-    """Images (B, 3, crop, crop) of styles `labels` (B,), repainted in `targets`: (B,), one for all, or their own."""
-    targets = labels if targets is None else targets.expand_as(labels)
-    source, target = (F.one_hot(styles, model.style_head.out_features).float() for styles in (labels, targets))
-    return model.decode(model.encode(images), target, source)
-
-
-def evaluate(criterion, data: WikiArt, config, crop: int, device) -> dict:
-    """Error in the own style, and how often the classifier predicts the target style, on whole validation paintings."""
-    model = criterion.eval().model
-    mse = mean_squared_error(partial(repaint, model), data, crop, config.batch_size, device)
-    hits, styles = 0, len(data.classes)
-    for items in torch.arange(len(data)).split(config.batch_size):
-        images, labels = whole_images(data, items, crop, device)
-        targets = (labels + 1 + items.to(device) % (styles - 1)) % styles  # one other style for each painting
-        with torch.no_grad(), autocast(device):
-            _, logits = criterion.feature_maps(repaint(model, images, labels, targets))
-        hits += (logits.argmax(1) == targets).sum().item()
-    return {"val_mse": mse, "val_psnr": psnr(mse), "val_hit_rate": hits / len(data)}
-
-
-# Report ---------------------------------------------------------------------------------------------------------------
-
-
-def plot(run: Path, state: dict, model, data: WikiArt, config, device, when: str) -> None:
-    """Write style_curves.png, and repaintings.png with paintings above what the model makes of them."""
-    panels = {
-        "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
-        "fraction in the target style": {"predicted by the classifier, validation": "val_hit_rate"},
-    }
-    figures.curves(run / "style_curves.png", state["history"], panels)
+    Training fools that classifier, so its hit rate says little: style_transfer.py asks others.
+    """
     model.eval()
-    functions = {"own style": partial(repaint, model)}
-    for style, name in enumerate(data.classes[:8]):
-        functions[display_name(name)] = partial(repaint, model, targets=torch.tensor(style, device=device))
-    path, title = run / "repaintings.png", f"Repaintings {when}"
-    plot_reconstructions(path, functions, data, config.hide, state["crop"], device, title)
+    items = torch.linspace(0, len(data) - 1, min(64, len(data))).long()
+    errors, hits = [], []
+    for batch in items.split(config.batch_size):
+        images, labels = centre_crops(data, batch, config.crop, device)
+        targets = (labels + 1 + torch.arange(len(batch), device=device) % (model.styles - 1)) % model.styles
+        source, target = (F.one_hot(styles, model.styles).float() for styles in (labels, targets))
+        with autocast(device, cpu=True):
+            same, repainted = (model(images, style, source).clamp(0, 1) for style in (source, target))
+            logits = features(repainted)[1]
+        errors.append((same - images).square().mean((1, 2, 3)))
+        if logits is not None:
+            hits.append(logits.argmax(1) == targets)
+    facts = {"val_psnr": psnr(torch.cat(errors).mean().item())}
+    return facts | ({"val_hit_rate": torch.cat(hits).float().mean().item()} if hits else {})
 
 
-def report(run: Path, state: dict, model, splits: tuple[WikiArt, ...], config, device) -> None:
-    """Write the figures and facts of a finished training."""
-    training, validation, test = splits
-    plot(run, state, model, test, config, device, "of test paintings")
-    mse = mean_squared_error(partial(repaint, model), test, state["crop"], config.batch_size, device)
+@torch.no_grad()
+def plot_samples(model, data: WikiArt, config, device) -> None:
+    """style_samples.png: a validation painting of each style, in every style."""
+    model.eval()
+    shown = torch.from_numpy(data.showable(config.hide)).nonzero().flatten()
+    labels = data.labels[shown]
+    items = torch.stack([shown[labels == label][0] for label in labels.unique()])
+    pixels, labels = data.batch(items, device)
+    eye, images = torch.eye(model.styles, device=device), pixels.float() / 255
+    columns = [images]
+    for target in eye:
+        with autocast(device, cpu=True):
+            columns.append(model(images, target.expand_as(eye[labels]), eye[labels]).clamp(0, 1))
+    names = [display_name(name) for name in data.classes]
+    cells = (255 * torch.stack(columns, 1)).round().byte().cpu().numpy()
+    rows = [names[label] for label in labels.tolist()]
+    path, title = Path(config.run) / "style_samples.png", "Validation paintings, repainted in each style"
+    figures.painting_grid(path, cells, ["original", *names], rows, title)
+
+
+def report(run: Path, state: dict, steps: int, images: int, config) -> None:
+    """Write style_curves.png and the facts of a finished training."""
     history = state["history"]
+    panels = {
+        "PSNR in the own style, dB": {"validation": "val_psnr"},
+        "losses in another style": {
+            name.replace("_", " "): name for name in ("style_stat", "palette", "content", "layout")
+        },
+    }
+    figures.curves(run / "style_curves.png", history, panels)
     facts = {
         "epochs": len(history),
-        "epoch_kept": len(history),
-        "parameters": parameter_count(model),
-        "training_images": len(training),
-        "validation_images": len(validation),
-        "test_images": len(test),
-        **{key: history[-1][key] for key in ("val_mse", "val_psnr", "val_hit_rate")},
-        "mse": mse,
-        "psnr": psnr(mse),
+        "steps": steps,
+        "training_images": images,
+        "parameters": parameter_count(StyleAutoencoder(**state["arguments"])),
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
         "minutes": sum(record["seconds"] for record in history) / 60,
-        **{key: state["arguments"][key] for key in ("crop", "code")},
-        **{key: getattr(config, key) for key in ("batch_size", "seed", "embed", "condition", *StyleLoss.WEIGHTS)},
-        "shown": test.captions(items_to_show(test, config.hide)),
+        **{key: value for key, value in history[-1].items() if key.startswith("val_")},
+        **{key: getattr(config, key) for key in SETTINGS if key not in ("weights", "epochs")},
+        "seed": config.seed,
     }
     add_facts(run, "train_style", facts, outdated=("style_transfer",))
-    print(f"test paintings: {facts['psnr']:.2f} dB")
 
 
 if __name__ == "__main__":

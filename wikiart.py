@@ -27,7 +27,7 @@ from common.backbones import Pretrained
 from common.crops import FEATURE_SCALES, mean_over_views, predict_probabilities, resize, views
 from common.errors import DataError, UserError
 from common.images import cache_folder, pixel_cache, read_image
-from common.layers import BatchNorm, Block, Dropout, FiLM, Normalise, Upsample, backbone, mean_std
+from common.layers import BatchNorm, Block, ConvNorm, Dropout, FiLMBlock, Normalise, Upsample, backbone, mean_std
 from common.metrics import calibrate
 from common.names import artist_and_title, artist_of, read_metadata, showable, stem_of
 from common.run import autocast, file_hash, load_checkpoint, pick_device
@@ -334,7 +334,6 @@ class Autoencoder(nn.Module):
         self.join = nn.Sequential(Block(2 * width, 2 * width), Upsample(), Block(2 * width, width))
         blocks, to_pixels = (Block(width, width), Block(width, width)), nn.Conv2d(width, 3 * 4 * 4, 3, padding=1)
         self.paint = nn.Sequential(*blocks, to_pixels, nn.PixelShuffle(4))
-        self.films = nn.ModuleList()  # conditions each step of the decoder: see StyleAutoencoder
         if projection_dim:  # only for the contrastive loss in training
             layers = [BatchNorm(2 * deep), nn.Conv2d(2 * deep, 256, 1, bias=False), BatchNorm(256), nn.ReLU()]
             self.projection_head = nn.Sequential(*layers, nn.Conv2d(256, projection_dim, 1))
@@ -363,27 +362,13 @@ class Autoencoder(nn.Module):
         maps = self.body(images)
         return self.reduce(images) @ self.components.T / self.scales + self.add(maps.flatten(1)), maps
 
-    def decode(self, codes, embedding=None):
-        """Images (B, 3, crop, crop) of codes (B, code); `embedding` (B, D) conditions each step."""
-        films = iter(self.films)
-
-        def film(maps):
-            return maps if embedding is None else next(films)(maps, embedding)
-
-        codes = film(codes)
+    def decode(self, codes):
+        """Images (B, 3, crop, crop) of codes (B, code)."""
         linear = (codes * self.scales @ self.components).view(-1, 3, self.half, self.half)
         linear = F.interpolate(linear, scale_factor=2, mode="bilinear")
-        fine = film(self.fine(linear))
-        coarse = film(self.coarse(fine) + self.expand(codes))
-        inner, upsample, outer = self.join
-        maps = film(fine + outer(upsample(film(inner(coarse)))))
-        first, second, *_ = self.paint
-        maps = film(second(film(first(maps))))
-        return self.normalise.inverse(linear + self.residual(maps, film))
-
-    def residual(self, maps, film):
-        """What the last maps add to the linear reconstruction, in tiles of 4 x 4 pixels."""
-        return self.paint[2:](maps)
+        fine = self.fine(linear)
+        maps = fine + self.join(self.coarse(fine) + self.expand(codes))
+        return self.normalise.inverse(linear + self.paint(maps))
 
     def forward(self, images, second_views=None):
         """Reconstructions; with other crops of the same paintings, also the projections (2 * B, projection_dim)."""
@@ -398,53 +383,59 @@ class Autoencoder(nn.Module):
         return mean_std(self.body(self.normalise(images))).flatten(1)
 
 
-class StyleAutoencoder(Autoencoder):
-    """An autoencoder whose decoder is conditioned on style: FiLM scales and shifts the maps of each step.
+class StyleAutoencoder(nn.Module):
+    """Repaints images (B, 3, H, W) of any size, in their own or another style, through codes (B, code, H / 4, W / 4).
 
-    Styles are weights (B, styles), one-hot or mixtures. With `relative`, the condition is the change from the source
-    style to the target style, otherwise the target alone. Embeddings are learned, or made from `style_features`
-    (styles, features), the mean features of a classifier.
+    Every layer is a convolution, so that none can learn where in the picture it is. FiLM conditions each layer of the
+    decoder on the change of style, target minus source, which is zero where a picture keeps its style; with
+    `relative` false, on the target style alone. Styles are weights (B, styles), one-hot or mixtures.
     """
 
-    def __init__(self, styles: int, embedding: int = 64, style_features: int = 0, relative: bool = True, **plain):
-        super().__init__(**plain)
-        code, width = plain["code"], plain["width"]
-        self.relative = relative
-        channels = (code, width, 2 * width, 2 * width, width, width, width, width)
-        self.films.extend(FiLM(embedding, count) for count in channels)
-        if style_features:
-            self.register_buffer("style_features", torch.zeros(styles, style_features))
-        self.embedding = nn.Linear(style_features or styles, embedding, bias=False)
-        self.paint = self.paint[:2]
-        self.strokes = nn.Sequential(Upsample(), nn.Conv2d(width, width, 3, padding=1))
-        self.pixels = nn.Sequential(nn.ReLU(), Upsample(), nn.Conv2d(width, 3, 5, padding=2))
-        nn.init.zeros_(self.pixels[-1].weight)
-        nn.init.zeros_(self.pixels[-1].bias)
-        self.style_head = nn.Linear(8 * width, styles)  # predicts the source style of an image
+    STRIDE = 4  # pixels per position of the code map
+    MARGIN = 16  # pixels of reflection around an image, so that its own pixels are far from edges
 
-    def embed(self, styles):
-        return self.embedding(styles @ self.style_features if hasattr(self, "style_features") else styles)
+    def __init__(self, styles: int, width: int, code: int = 24, embedding: int = 64, relative=True, **normalisation):
+        super().__init__()
+        half, quarter = width // 2, width // 4
+        self.styles, self.relative = styles, relative
+        self.normalise = Normalise(**normalisation)
+        self.encoder = nn.Sequential(
+            *(ConvNorm(3, quarter, 5), nn.ReLU()),
+            *(ConvNorm(quarter, half, 4, stride=2), nn.ReLU()),
+            *(ConvNorm(half, width, 4, stride=2), nn.ReLU()),
+            *(ConvNorm(width, width), nn.ReLU()),
+            *(ConvNorm(width, width), nn.ReLU()),
+            ConvNorm(width, code, 1),
+        )
+        self.embedding = nn.Linear(styles, embedding, bias=False)
+        self.from_code = ConvNorm(code, width, 1, embedding=embedding)
+        self.blocks = nn.ModuleList(FiLMBlock(width, embedding) for _ in range(4))
+        self.middle = ConvNorm(width, half, embedding=embedding)
+        self.fine = ConvNorm(half, quarter, embedding=embedding)
+        self.to_pixels = nn.Conv2d(quarter, 3, 7, padding=3, padding_mode="reflect")
+
+    def encode(self, images):
+        """Code maps (B, code, H / 4, W / 4) of images whose H and W are multiples of STRIDE."""
+        return self.encoder(self.normalise(images))
 
     def decode(self, codes, target, source):
-        """Images (B, 3, crop, crop) of codes (B, code), from the source style to the target style, (B, styles) each."""
-        return super().decode(codes, self.embed(target - source if self.relative else target))
+        """Images (B, 3, H, W), about in [0, 1], of codes and the target and source styles (B, styles)."""
+        embedding = self.embedding(target - source if self.relative else target)
+        maps = F.relu(self.from_code(codes, embedding))
+        for block in self.blocks:
+            maps = block(maps, embedding)
+        # Resized, then convolved: transposed convolutions and pixel shuffle leave grids (Odena et al. 2016).
+        for layer in (self.middle, self.fine):
+            maps = F.relu(layer(F.interpolate(maps, scale_factor=2, mode="nearest"), embedding))
+        return self.normalise.inverse(self.to_pixels(maps).float())
 
-    def residual(self, maps, film):
-        """Upsampled step by step: tiles would leave seams where styles have strong contrasts (Odena et al. 2016)."""
-        return self.pixels(film(self.strokes(maps)))
-
-    def forward(self, images, source, target, reconstructed: int):
-        """For training: codes, reconstructions of the first images, repaintings of all images, and style logits."""
-        codes, maps = self.encode_with_maps(images)
-        targets = torch.cat([source[:reconstructed], target])
-        sources = torch.cat([source[:reconstructed], source])
-        decoded = self.decode(torch.cat([codes[:reconstructed], codes]), targets, sources)
-        reconstructions, repainted = decoded.split([reconstructed, len(images)])
-        return codes, reconstructions, repainted, self.style_head(mean_std(maps).flatten(1).detach())
-
-    def style_probabilities(self, images):
-        """The encoder's prediction of the images' source styles, (B, styles)."""
-        return self.style_head(self.features(images)).softmax(1)
+    def forward(self, images, target, source):
+        """Images (B, 3, H, W) of any size, repainted at that size."""
+        height, width = images.shape[-2:]
+        right, bottom = (self.MARGIN + -length % self.STRIDE for length in (width, height))
+        padded = F.pad(images, (self.MARGIN, right, self.MARGIN, bottom), mode="reflect")
+        repainted = self.decode(self.encode(padded), target, source)
+        return repainted[:, :, self.MARGIN : self.MARGIN + height, self.MARGIN : self.MARGIN + width]
 
 
 MODELS = {

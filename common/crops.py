@@ -83,6 +83,23 @@ def batch_crop(images, crop: int, random: torch.Tensor, min_area: float = 0.5) -
     return resize(box, crop).float().div_(255)
 
 
+def windows(images, crop: int, scale, places: torch.Tensor, zoom: float = 1.6) -> torch.Tensor:
+    """Training where brushwork matters: windows of one scale for all images of a batch, each at its own place.
+
+    images: uint8 (B, 3, S, S); scale: two uniform numbers in [0, 1), for a size between `crop` and `zoom` times that,
+    and for a flip; places (2, B): for top and left. Returns float (B, 3, crop, crop) in [0, 1].
+    """
+    size, flip = map(float, scale)
+    side = round(crop + (min(zoom * crop, images.shape[-1]) - crop) * size)
+    tops, lefts = (places * (images.shape[-1] - side + 1)).long().tolist()
+    places = zip(images, tops, lefts, strict=True)
+    boxes = torch.stack([image[:, top : top + side, left : left + side] for image, top, left in places])
+    boxes = boxes.flip(3) if flip < 0.5 else boxes
+    boxes = boxes if boxes.device.type == "cpu" else boxes.float()
+    boxes = resize(boxes, crop) if side != crop else boxes
+    return boxes.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
 def resize(images, side: int) -> torch.Tensor:
     """Images (B, 3, H, W) at another size, (B, 3, side, side)."""
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)

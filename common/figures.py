@@ -7,7 +7,7 @@ matplotlib.use("Agg")  # files only: GPU servers have no screen
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from common.names import display_name  # noqa: E402
 from common.run import atomic_write  # noqa: E402
@@ -199,3 +199,24 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
     axis.grid(False)
     axis.set_title(title, pad=10)
     save(figure, path)
+
+
+def painting_grid(path, pictures: np.ndarray, columns: list[str], rows: list[str], title: str, side: int = 160) -> None:
+    """A table of pictures uint8 (rows, columns, 3, H, W) in true colours and real pixels, at most `side` a cell."""
+    height, width = pictures.shape[-2:]
+    height, width = (max(1, round(length * side / max(pictures.shape[-2:]))) for length in (height, width))
+    gap, top, left = 4, 56, 24
+    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    draw.text((canvas.width / 2, 16), title, "black", ImageFont.load_default(17), anchor="mm")
+    for column, name in enumerate(columns):
+        draw.text((left + column * (width + gap) + width / 2, 42), name, "black", font, anchor="mm")
+    for row, name in enumerate(rows):
+        label = Image.new("RGB", (height, left), "white")
+        ImageDraw.Draw(label).text((height / 2, left / 2), name, "black", font, anchor="mm")
+        canvas.paste(label.rotate(90, expand=True), (0, top + row * (height + gap)))
+        for column, picture in enumerate(pictures[row]):
+            cell = Image.fromarray(picture.transpose(1, 2, 0)).resize((width, height), Image.Resampling.LANCZOS)
+            canvas.paste(cell, (left + column * (width + gap), top + row * (height + gap)))
+    with atomic_write(path) as temporary:
+        canvas.save(temporary, format="png", optimize=True)

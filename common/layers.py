@@ -118,10 +118,7 @@ class Upsample(nn.Upsample):
 
 
 class FiLM(nn.Module):
-    """Scales and shifts maps (B, C, H, W), or codes (B, C), by an embedding (B, D) (Perez et al. 2018).
-
-    It starts as the identity.
-    """
+    """Scales and shifts maps (B, C, H, W) by an embedding (B, D) (Perez et al. 2018). It starts as the identity."""
 
     def __init__(self, embedding: int, channels: int):
         super().__init__()
@@ -130,8 +127,38 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.to_gamma_beta.bias)
 
     def forward(self, maps, embedding):
-        gamma, beta = self.to_gamma_beta(embedding).view(len(maps), 2, -1, *[1] * (maps.ndim - 2)).unbind(1)
-        return maps * (1 + gamma) + beta
+        gamma, beta = self.to_gamma_beta(embedding)[:, :, None, None].to(maps.dtype).chunk(2, 1)
+        return torch.addcmul(beta, maps, 1 + gamma)
+
+
+class ConvNorm(nn.Module):
+    """Convolution with reflection at the edges, and batch norm; with an `embedding`, also FiLM.
+
+    Zeros at the edges would tell the layers where they are.
+    """
+
+    def __init__(self, channels_in: int, channels: int, kernel: int = 3, stride: int = 1, embedding: int = 0):
+        super().__init__()
+        padding = {"padding": (kernel - stride + 1) // 2, "padding_mode": "reflect"}
+        self.conv = nn.Conv2d(channels_in, channels, kernel, stride, bias=False, **padding)
+        self.norm = BatchNorm(channels)
+        self.film = FiLM(embedding, channels) if embedding else None
+
+    def forward(self, x, embedding=None):
+        x = self.norm(self.conv(x))
+        return self.film(x, embedding) if self.film else x
+
+
+class FiLMBlock(nn.Module):
+    """Residual block of two 3 x 3 convolutions, both conditioned on an embedding (B, D)."""
+
+    def __init__(self, channels: int, embedding: int):
+        super().__init__()
+        self.conv1 = ConvNorm(channels, channels, embedding=embedding)
+        self.conv2 = ConvNorm(channels, channels, embedding=embedding)
+
+    def forward(self, x, embedding):
+        return x + self.conv2(F.relu(self.conv1(x, embedding)), embedding)
 
 
 def parameter_count(model) -> int:

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_gather
 
-from common.crops import batch_crop
 from common.layers import Block, mean_std
 from common.metrics import layout
 
@@ -54,128 +53,176 @@ def nt_xent(projections, temperature: float = 0.2):
 # Style transfer -------------------------------------------------------------------------------------------------------
 
 
-class GradientReversal(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by -weight: trains against an adversary (Ganin, Lempitsky 2015)."""
+class FeatureMaps(nn.Module):
+    """Frozen maps in which styles differ, standardised by channel over `images` (B, 3, S, S); and class logits.
 
-    @staticmethod
-    def forward(context, values, weight):
-        context.weight = weight
-        return values.view_as(values)
+    network: a CNN, or a Pretrained backbone of timm, which has no logits of styles.
+    """
 
-    @staticmethod
-    def backward(context, gradient):
-        return -context.weight * gradient, None
+    def __init__(self, network, images):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        with torch.no_grad():
+            levels = self.levels(images)[0]
+        self.channels = [maps.shape[1] for maps in levels]
+        self.moments = [torch.std_mean(maps.float(), (0, 2, 3), keepdim=True) for maps in levels]
+
+    def levels(self, images):
+        images = self.network.normalise(images)
+        if hasattr(self.network, "backbone"):
+            first = range(len(self.network.backbone.feature_info))[:4]
+            return self.network.backbone.forward_intermediates(images, list(first), intermediates_only=True), None
+        levels, maps = [], images
+        for layer in self.network.body:
+            maps = layer(maps)
+            if isinstance(layer, nn.ReLU | Block):
+                levels.append(maps)
+        return levels, self.network.out(self.network.pool(maps))[:, : self.network.classes].float()
+
+    def forward(self, images):
+        """Maps [(B, C, H, W), ...] from fine to coarse, and logits (B, classes) or None, of images (B, 3, S, S)."""
+        levels, logits = self.levels(images)
+        pairs = zip(levels, self.moments, strict=True)
+        return [(maps.float() - mean) / (std + 1e-4) for maps, (std, mean) in pairs], logits
 
 
 class Critic(nn.Module):
     """A projection discriminator (Miyato and Koyama 2018): is an image a real painting of a style?
 
-    It sees frozen feature maps with the given channels, which makes it quick to train (Sauer et al. 2021, "Projected
-    GANs Converge Faster"), and those of a small network on the pixels.
+    It judges patches of the pixels and of frozen feature maps with the given channels, which makes it quick to train
+    (Sauer et al. 2021, "Projected GANs Converge Faster").
     """
 
     def __init__(self, channels: list[int], styles: int, width: int = 64):
         super().__init__()
-        layers = [nn.Conv2d(3, width // 2, 4, 2), nn.LeakyReLU(0.2), nn.Conv2d(width // 2, width, 4, 2)]
-        self.pixel_net = nn.Sequential(*layers)
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2))
-            for c in (width, *channels)
+        sizes = ((3, width // 2), (width // 2, width), (width, width))
+        pixels = nn.Sequential(
+            *(layer for c_in, c_out in sizes for layer in (nn.Conv2d(c_in, c_out, 4, 2), nn.LeakyReLU(0.2)))
         )
+        levels = [
+            nn.Sequential(nn.Conv2d(c, width, 3), nn.LeakyReLU(0.2), nn.Conv2d(width, width, 1), nn.LeakyReLU(0.2))
+            for c in channels
+        ]
+        self.heads = nn.ModuleList([pixels, *levels])
         self.class_projections = nn.ModuleList(nn.Linear(styles, width) for _ in self.heads)
 
     def forward(self, images, maps, styles):
-        """Scores (B, positions); images float (B, 3, S, S), maps [(B, C, H, W), ...], styles one-hot (B, styles)."""
+        """Scores [(B, H, W), ...], one per level; images (B, 3, S, S) in [0, 1], styles one-hot (B, styles)."""
         scores = []
-        maps = [self.pixel_net(2 * images - 1), *maps]
-        for features, head, project in zip(maps, self.heads, self.class_projections, strict=True):
-            scores.append(torch.einsum("bhwc,bc->bhw", head(features.movedim(1, 3)), project(styles)).flatten(1))
-        return torch.cat(scores, 1)
+        levels = zip(self.heads, self.class_projections, [4 * images - 2, *maps], strict=True)
+        for head, project, x in levels:
+            x = head(x)
+            scores.append((x * project(styles)[:, :, None, None]).sum(1).float() / x.shape[1] ** 0.5)
+        return scores
 
 
-class StyleLoss(nn.Module):
-    """Trains a StyleAutoencoder to reconstruct images in their own style and to repaint them in a target style.
+def generator_loss(scores: list):
+    """Minus the critic's mean score of repainted images; each level has the same weight."""
+    return -sum(score.mean() for score in scores) / len(scores)
 
-    Terms: mean squared error over `variance`; cross-entropy of the style head; and, by weights of the config, 0: off:
-    cross-entropy (style_ce_weight) and feature statistics (style_stat_weight) of a frozen CNN, `feature_net`, a critic
-    of its maps (critic_weight), the correlation of coarse luminance with the input (layout_weight), and an adversary
-    that predicts the source style from the code (adversary_weight).
 
-    The CNN sees crops of random position and scale: with a fixed view, the decoder learned patterns that fool this
-    classifier and no other.
+def critic_loss(real: list, repainted: list, mismatched: list):
+    """Hinge loss of the critic for its scores of real paintings, repainted ones, and real ones of another style.
+
+    Without the last (Reed et al. 2016), the critic would learn the model's faults, but little about styles.
     """
+    losses = [
+        F.relu(1 - x).mean() + 0.7 * F.relu(1 + y).mean() + 0.3 * F.relu(1 + z).mean()
+        for x, y, z in zip(real, repainted, mismatched, strict=True)
+    ]
+    return sum(losses) / len(losses)
 
-    WEIGHTS = ("style_ce_weight", "style_stat_weight", "critic_weight", "layout_weight", "adversary_weight")
 
-    def __init__(self, model, feature_net, config, variance: float):
+class StyleQueue(nn.Module):
+    """The last `length` rows of each style; a row has shape `shape`."""
+
+    def __init__(self, styles: int, length: int, *shape: int):
         super().__init__()
-        self.model, self.config, self.variance = model, config, variance
-        self.frozen = [feature_net.requires_grad_(False)]  # in a list, so that it is not part of the state dict
-        self.styles = model.style_head.out_features
-        if config.critic_weight:
-            blocks = [layer for layer in feature_net.body if isinstance(layer, Block)]
-            self.critic = Critic([3, *(block.conv2.out_channels for block in blocks)], self.styles)
-        if config.adversary_weight:
-            layers = [nn.Linear(len(model.scales), 256), nn.ReLU(), nn.Linear(256, self.styles)]
-            self.adversary = nn.Sequential(*layers)
+        self.register_buffer("rows", torch.zeros(styles, length, *shape))
+        self.register_buffer("counts", torch.zeros(styles, dtype=torch.long))
 
-    def forward(self, images, labels, targets, style_images, random):
-        """The loss, and the mean squared error of the reconstructions.
+    @torch.no_grad()
+    def add(self, rows, labels) -> None:
+        """Add rows (B, ...) of styles `labels` (B,), from all processes, in the order that one process would use."""
+        rows, labels = (gather(x).unflatten(0, (-1, len(x))).transpose(0, 1).flatten(0, 1) for x in (rows, labels))
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            self.rows[label, self.counts[label] % self.rows.shape[1]] = row
+            self.counts[label] += 1
 
-        images: float (B, 3, crop, crop), with labels (B,); targets: the styles to repaint them in (B,); style_images:
-        paintings of those styles (B, 3, crop, crop); random: uniform numbers in [0, 1), (6,), for the feature crop.
-        """
-        config, half = self.config, -(-len(images) // 2)  # half of the reconstructions are enough
-        source, target = (F.one_hot(numbers, self.styles).float() for numbers in (labels, targets))
-        codes, reconstructions, repainted, style_logits = self.model(images, source, target, half)
-        mse = F.mse_loss(reconstructions.float(), images[:half])
-        loss = mse / self.variance + F.cross_entropy(style_logits.float(), labels)
-        if config.layout_weight:
-            correlation = (layout(repainted.float()) * layout(images)).sum(1).mean()
-            loss = loss + config.layout_weight * (1 - correlation)
-        if config.adversary_weight:
-            logits = self.adversary(GradientReversal.apply(codes, config.adversary_weight))
-            loss = loss + F.cross_entropy(logits.float(), labels)
-        if config.style_ce_weight or config.style_stat_weight or config.critic_weight:
-            loss = loss + self.feature_loss(repainted, style_images, targets, target, random)
-        return loss, mse
-
-    def feature_loss(self, repainted, style_images, targets, target, random):
-        """The terms that compare repainted images with paintings of the target style: `targets` (B,), one-hot too."""
-        config = self.config
-        side = 4 * round((0.7 + 0.7 * float(random[5])) * repainted.shape[-1] / 4)
-        repainted, style_images = (batch_crop(images, side, random, 0.5) for images in (repainted, style_images))
-        maps, logits = self.feature_maps(repainted)
-        with torch.no_grad():
-            style_maps, _ = self.feature_maps(style_images)
-        loss = config.style_ce_weight * F.cross_entropy(logits.float(), targets)
-        loss = loss + config.style_stat_weight * style_stat_loss(maps, style_maps)
-        if config.critic_weight:
-            repainted, *maps = (GradientReversal.apply(values, config.critic_weight) for values in (repainted, *maps))
-            real, fake = self.critic(style_images, style_maps, target), self.critic(repainted, maps, target)
-            loss = loss + F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        return loss
-
-    def feature_maps(self, images):
-        """The classifier's coarse input and its maps after each block, [(B, C, H, W), ...]; its logits (B, styles)."""
-        feature_net = self.frozen[0]
-        maps = feature_net.normalise(images)
-        levels = [F.avg_pool2d(maps, 4)]  # colours, at the resolution of the first maps
-        for layer in feature_net.body:
-            maps = layer(maps)
-            if isinstance(layer, Block):
-                levels.append(maps)
-        return levels, feature_net.out(feature_net.pool(maps))[:, : feature_net.classes]
+    def sample(self, labels, random):
+        """Rows (B, n, ...) of styles `labels` (B,), for uniform numbers `random` (B, n)."""
+        counts = self.counts[labels].clamp(1, self.rows.shape[1])
+        return self.rows[labels[:, None], (random.to(labels.device) * counts[:, None]).long()]
 
 
-def style_stat_loss(maps, style_maps):
-    """Distance of the mean and standard deviation of feature maps to those of others, [(B, C, H, W), ...]; a scalar.
+def style_statistics(images, maps):
+    """Statistics of style (B, D): mean and standard deviation of each map; those of coarse colours, and correlations.
 
-    In units of their standard deviation over the batch of all processes, by a smooth L1 loss.
+    images (B, 3, S, S) in [0, 1]; maps [(B, C, H, W), ...].
     """
-    distances = []
-    for values, style_values in zip(maps, style_maps, strict=True):
-        statistics, style_statistics = (mean_std(v.float()).flatten(1) for v in (values, style_values))
-        std = gather(style_statistics).std(0) + 0.05
-        distances.append(F.smooth_l1_loss(statistics / std, style_statistics / std))
-    return sum(distances) / len(distances)
+    colours = F.avg_pool2d(4 * images - 2, 4).flatten(2)
+    mean = colours.mean(2)
+    centred = colours - mean[:, :, None]
+    covariance = centred @ centred.mT / colours.shape[2]
+    std = (covariance.diagonal(dim1=1, dim2=2) + 1e-4).sqrt()
+    correlation = (covariance / std[:, :, None] / std[:, None])[:, [0, 0, 1], [1, 2, 2]]
+    return torch.cat([*(mean_std(values).flatten(1) for values in maps), mean, std, correlation], 1)
+
+
+class StyleStatLoss(nn.Module):
+    """Distance of style statistics to those of the nearest of a few real paintings of the style.
+
+    A style has many modes: the statistics of one random painting would ask for their mean.
+    """
+
+    def __init__(self, styles: int, channels: list[int]):
+        super().__init__()
+        self.sizes = [*(2 * count for count in channels), 9]  # of the statistics of each level
+        self.queue = StyleQueue(styles, 48, sum(self.sizes))
+
+    def forward(self, statistics, style_statistics, targets, random):
+        """Statistics (B, D) of repainted images and of real paintings in the styles `targets` (B,)."""
+        self.queue.add(style_statistics, targets)
+        candidates = self.queue.sample(targets, random)
+        nearest = (candidates - statistics.detach()[:, None]).square().sum(2).argmin(1)
+        wanted = candidates[torch.arange(len(nearest)), nearest]
+        pairs = zip(statistics.split(self.sizes, 1), wanted.split(self.sizes, 1), strict=True)
+        return sum(F.smooth_l1_loss(x, target) for x, target in pairs) / len(self.sizes)
+
+
+class PaletteLoss(nn.Module):
+    """Distance of an image's coarse colours to those of the nearest of a few real paintings of the style.
+
+    Sliced Wasserstein: the colours are compared in their order along random directions (Rabin et al. 2012).
+    """
+
+    def __init__(self, styles: int, crop: int):
+        super().__init__()
+        self.queue = StyleQueue(styles, 16, (crop // 4) ** 2, 3)
+
+    @staticmethod
+    def colours(images):
+        return F.avg_pool2d(4 * images - 2, 4).flatten(2).mT  # (B, positions, 3)
+
+    def forward(self, images, style_images, targets, random):
+        """Repainted images and real paintings (B, 3, crop, crop) of the styles `targets` (B,)."""
+        self.queue.add(self.colours(style_images), targets)
+        directions = F.normalize(torch.randn(3, 16), dim=0).to(images.device)
+        candidates = (self.queue.sample(targets, random) @ directions).sort(2).values
+        values = (self.colours(images) @ directions).sort(1).values[:, None]
+        return (values - candidates).abs().mean((2, 3)).amin(1).mean()
+
+
+def content_loss(maps, originals):
+    """Distance of maps (B, C, H, W) without the mean and deviation of each, which are style (Ulyanov et al. 2016)."""
+    return F.mse_loss(F.instance_norm(maps), F.instance_norm(originals))
+
+
+def layout_loss(images, originals):
+    """1 minus the correlation of coarse luminance."""
+    return 1 - (layout(images) * layout(originals)).sum(1).mean()
+
+
+def range_loss(images):
+    """How far pixels lie outside [0, 1]."""
+    return (F.relu(images - 1) + F.relu(-images)).mean()

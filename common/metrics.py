@@ -129,3 +129,27 @@ def ssim(x, y):
     mean_x, mean_y, xx, yy, xy = (F.conv2d(maps, kernel) for maps in (x, y, x * x, y * y, x * y))
     contrast = (2 * (xy - mean_x * mean_y) + 0.03**2) / (xx - mean_x**2 + yy - mean_y**2 + 0.03**2)
     return (contrast * (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)).mean((1, 2, 3))
+
+
+def position_deviation(images, originals, side: int = 8) -> float:
+    """Do images of one style have the same colours in the same places? The mean over positions of a coarse grid of how
+    far the mean change there, over all images, is from the mean change anywhere; in [0, 1]."""
+    change = F.adaptive_avg_pool2d(images - originals, side).mean(0)
+    return (change - change.mean((1, 2), keepdim=True)).abs().mean().item()
+
+
+def principal_directions(features, count: int = 64):
+    """Mean (D,) and the `count` directions (D, count) of largest variance of features (N, D)."""
+    mean = features.mean(0)
+    _, vectors = torch.linalg.eigh((features - mean).T.double() @ (features - mean).double())
+    return mean, vectors[:, -count:].to(features.dtype)
+
+
+def frechet_distance(x, y) -> float:
+    """Fréchet distance of Gaussians fitted to features (N, D) and (M, D) (Heusel et al. 2017)."""
+    x, y = x.double(), y.double()
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross).item()

@@ -51,14 +51,16 @@ class Optimizers:
     Muon's learning rate is ten times AdamW's, in all recipes of this project.
     """
 
-    def __init__(self, model, lr: float, weight_decay: float, steps: int, muon: bool = True):
+    def __init__(
+        self, model, lr: float, weight_decay: float, steps: int, muon: bool = True, betas=(0.9, 0.999), momentum=0.9
+    ):
         convolutions = [p for p in model.parameters() if p.ndim == 4 and muon]
         matrices = [p for p in model.parameters() if p.ndim > 1 and not (p.ndim == 4 and muon)]
         vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizers = [torch.optim.AdamW(groups, lr)]
+        self.optimizers = [torch.optim.AdamW(groups, lr, betas)]
         if convolutions:
-            self.optimizers.append(Muon(convolutions, 10 * lr, weight_decay=weight_decay))
+            self.optimizers.append(Muon(convolutions, 10 * lr, momentum, weight_decay))
         self.schedules = [linear_warmup_decay(optimizer, steps) for optimizer in self.optimizers]
 
     def zero_grad(self):

@@ -47,7 +47,7 @@ class Page:
         self.classifier, self.artist_classifier = classifier, artist_classifier
         self.corrections, self.uploads = corrections, upload_store
         self.nearest = panels.NearestPaintings(classifier, config)
-        self.repainter = panels.Repainter(config.run, classifier.device)
+        self.repainter = panels.load_repainter(config.run, classifier)
         self.slots = threading.BoundedSemaphore(CONCURRENT)  # bounds the memory for decoded images
         self.collection = panels.collection_html(config)
 
@@ -138,11 +138,10 @@ class Page:
 
     def repaint(self, state, style) -> str:
         with request_errors(), self.slots:
-            if style not in self.repainter.styles:
+            if style not in self.repainter.classes:
                 raise UserError("choose one of the styles first")
-            words = f"The painting in the style {display_name(style)}"
             _, data = self.uploads.get((state or {}).get("token"))
-            return panels.figure_html(self.repainter.repaint(data, style), words, words)
+            return panels.repaint_html(self.repainter, data, style)
 
     def clear(self, state):
         self.uploads.drop((state or {}).get("token"))
@@ -175,8 +174,8 @@ class Page:
             button, saved = gr.Button("Save this label", variant="primary"), gr.HTML()
             button.click(self.save, [state, choice], saved, **private)
             painted = gr.HTML(render=False)
-            if self.repainter.styles:
-                styles = [(display_name(name), name) for name in self.repainter.styles]
+            if self.repainter:
+                styles = [(display_name(name), name) for name in self.repainter.classes]
                 style = gr.Dropdown(styles, label="Repaint it as")
                 gr.Button("Repaint").click(self.repaint, [state, style], painted, **private)
             painted.render()

@@ -8,13 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from common.codes import codes_path, read_codes
-from common.crops import views
-from common.images import FORMATS, open_rgb, read_image
+from common.images import FORMATS, open_rgb
 from common.names import artist_and_title, display_name, read_metadata, showable
+from common.repaint import Repainter, check_model, open_picture
 from common.run import load_checkpoint, read_facts
 from wikiart import build_model
 
@@ -108,29 +107,22 @@ class NearestPaintings:
         return f'<div class="pictures small">{"".join(figures)}</div>'
 
 
-class Repainter:
-    """Repaints images with the StyleAutoencoder in the run folder's style.pt; without one, `styles` is empty."""
+def load_repainter(run, classifier) -> Repainter | None:
+    """What repaints uploads, where the run folder has a style.pt for the classifier's styles. Raises UserError."""
+    path = Path(run) / "style.pt"
+    if not path.exists():
+        return None
+    checkpoint = load_checkpoint(path, "StyleAutoencoder")
+    check_model(checkpoint, path)
+    if checkpoint["classes"] != classifier.classes:
+        return None
+    return Repainter(build_model(checkpoint), checkpoint["classes"], classifier, classifier.device)
 
-    def __init__(self, run, device):
-        path = Path(run) / "style.pt"
-        self.styles, self.device = [], device
-        if path.exists():
-            checkpoint = load_checkpoint(path, "StyleAutoencoder")
-            self.model = build_model(checkpoint).to(device)
-            self.styles, self.crop = checkpoint["classes"], checkpoint["crop"]
-            self.size, self.resize = checkpoint["data"]["size"], checkpoint["data"]["resize"]
 
-    @torch.no_grad()
-    def repaint(self, data: bytes, style: str) -> Image.Image:
-        """An uploaded file in a style, in its own proportions."""
-        pixels = read_image(io.BytesIO(data), self.size, self.resize, FORMATS).copy()
-        images = views(torch.from_numpy(pixels)[None].to(self.device), self.crop)[0]
-        target = torch.eye(len(self.styles), device=self.device)[[self.styles.index(style)]]
-        source = self.model.style_probabilities(images)
-        painted = self.model.decode(self.model.encode(images), target, source)[0].clamp(0, 1)
-        painted = Image.fromarray((255 * painted).round().byte().permute(1, 2, 0).cpu().numpy())
-        shape = thumbnail(data, SIDE, self.resize).size
-        return painted.resize(shape, Image.Resampling.BICUBIC)
+def repaint_html(repainter: Repainter, data: bytes, style: str) -> str:
+    """An uploaded file in a style, in its own proportions."""
+    words = f"The painting in the style {display_name(style)}"
+    return figure_html(repainter.repaint(open_picture(data, SIDE), {style: 1.0}), words, words)
 
 
 def collection_html(config) -> str:

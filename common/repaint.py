@@ -1,0 +1,128 @@
+"""Repaint a picture of any size: what style_transfer.py and the page share.
+
+repainter = Repainter(model, classifier, device)
+painted = repainter.repaint(open_picture("my.jpg", 1024), {"Ukiyo_e": 0.7, "Fauvism": 0.3})    # a PIL image
+"""
+
+import io
+import unicodedata
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.images import FORMATS, open_rgb
+from common.run import autocast
+
+SMALLEST = 32  # pixels of a picture's shorter side
+LARGEST = 100e6  # pixels of a picture
+TILE, MARGIN = 768, 80  # pixels; no output pixel depends on input pixels further away than the margin
+
+
+def open_picture(source, longest: int) -> Image.Image:
+    """A picture in RGB, reduced to at most `longest` pixels a side. Raises UserError where it is too small or large.
+
+    source: a file's path, or the content of an upload (bytes), for which only the decoders of FORMATS are used.
+    """
+    upload = isinstance(source, bytes)
+    name, formats = ("the picture", FORMATS) if upload else (source, None)
+    with Image.open(io.BytesIO(source) if upload else source, formats=formats) as image:
+        width, height = image.size
+    if width * height > LARGEST:
+        raise UserError(f"{name} has {width} x {height} pixels: more than {LARGEST / 1e6:.0f} megapixels")
+    image = open_rgb(io.BytesIO(source) if upload else source, longest, formats)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    if min(image.size) < SMALLEST:
+        raise UserError(f"{name} has {image.width} x {image.height} pixels: {SMALLEST} a side are needed")
+    return image
+
+
+def plain_name(name: str) -> str:
+    """A style's name without case, accents, hyphens and underscores: "Ukiyo-e" and "ukiyo_e" are the same."""
+    letters = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(letter for letter in letters if letter.isalnum())
+
+
+def find_style(name: str, classes: list[str]) -> str:
+    """The class that a user means. Raises UserError."""
+    found = [each for each in classes if plain_name(each) == plain_name(name)]
+    if len(found) != 1:
+        raise UserError(f"no style {name}: give one of {', '.join(classes)}")
+    return found[0]
+
+
+def read_mixture(texts: list[str], classes: list[str]) -> dict[str, float]:
+    """["ukiyo-e=0.7", "Fauvism=0.3"] as weights {class: weight} that add up to 1. Raises UserError."""
+    weights = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            weight = float(number or 1)
+        except ValueError:
+            weight = -1.0
+        if not 0 < weight < 1e6:
+            raise UserError(f"{text}: the weight of a style must be a positive number")
+        style = find_style(name, classes)
+        weights[style] = weights.get(style, 0) + weight
+    return {style: weight / sum(weights.values()) for style, weight in weights.items()}
+
+
+def check_model(checkpoint: dict, path) -> None:
+    """Raise UserError for a checkpoint of the repainter before this one, whose code was a vector."""
+    if "crop" in checkpoint["arguments"]:  # before, it was made for one size of image
+        raise UserError(f"{path} holds a StyleAutoencoder of an earlier version: train again with train_style.py")
+
+
+class Repainter:
+    """A trained StyleAutoencoder, and the classifier that tells it which style a picture is in.
+
+    model: StyleAutoencoder, in evaluation mode; classifier: Classifier of the same classes, or None where callers give
+    the source style.
+    """
+
+    def __init__(self, model, classes: list[str], classifier, device):
+        if classifier is not None and classifier.classes != classes:
+            raise UserError("the classifier knows other styles than the model that repaints: give another")
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.classes, self.classifier, self.device = classes, classifier, device
+
+    def vector(self, weights: dict[str, float]) -> torch.Tensor:
+        """Style weights {name: weight} as a tensor (styles,)."""
+        return torch.tensor([weights.get(name, 0.0) for name in self.classes])
+
+    def source(self, image: Image.Image) -> torch.Tensor:
+        """The classifier's calibrated probabilities of a picture's own style, (styles,)."""
+        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+        return self.classifier.predict(pixels[None])[0]
+
+    def repaint(self, image, target: dict, source: dict | None = None, strength: float = 1.0) -> Image.Image:
+        """A picture in the mixture of styles `target`, at its own size; strength 0 gives it back.
+
+        The own style is `source`, or what the classifier says.
+        """
+        own = self.source(image) if source is None else self.vector(source)
+        target = own + strength * (self.vector(target) - own)
+        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None].float() / 255
+        painted = self.paint(pixels, target[None], own[None])[0]
+        return Image.fromarray((255 * painted).round().byte().permute(1, 2, 0).numpy())
+
+    @torch.inference_mode()
+    def paint(self, images, target, source, tile: int = TILE) -> torch.Tensor:
+        """Images float (B, 3, H, W) in [0, 1] in the target instead of the source styles (B, styles), on the CPU.
+
+        Large ones are painted in tiles with margins as wide as the receptive field, so that there are no seams.
+        """
+        styles = target.to(self.device), source.to(self.device)
+        height, width = images.shape[-2:]
+        painted = torch.empty_like(images, device="cpu")
+        for top in range(0, height, tile):
+            for left in range(0, width, tile):
+                above, before = min(top, MARGIN), min(left, MARGIN)
+                bottom, right = min(top + tile, height), min(left + tile, width)
+                box = images[:, :, top - above : bottom + MARGIN, left - before : right + MARGIN].to(self.device)
+                with autocast(self.device, cpu=True):
+                    result = self.model(box.contiguous(memory_format=torch.channels_last), *styles)
+                result = result[:, :, above : above + bottom - top, before : before + right - left]
+                painted[:, :, top:bottom, left:right] = result.clamp(0, 1).cpu()
+        return painted
