@@ -58,7 +58,7 @@ contrastive := train_autoencoder.py --run $(RUN)/contrastive --contrastive-weigh
 style := train_style.py
 test := test.py
 clusters := cluster.py --codes all
-repaint := style_transfer.py --judges judge $(notdir $(wildcard $(RUN)/embed_*_64.pt))
+repaint := style_transfer.py --judges judge $(notdir $(wildcard $(RUN)/embed_*_224.pt))
 lora = lora.py $(LORA)
 benchmark := benchmark.py -c settings/cpu.json $(DEMO)
 run = $(PY) $(firstword $($(1))) $(2) $(FLAGS) $(wordlist 2,99,$($(1)))
@@ -94,7 +94,7 @@ $(RUN)/autoencoder.pt: $(RUN)/stamps/autoencoder $(RUN)/paintings.txt
 	$(call train,autoencoder)
 $(RUN)/contrastive/autoencoder.pt: $(RUN)/stamps/contrastive $(RUN)/paintings.txt
 	$(call train,contrastive)
-$(RUN)/style.pt: $(RUN)/stamps/style $(RUN)/autoencoder.pt $(RUN)/classifier.pt
+$(RUN)/style.pt: $(RUN)/stamps/style $(RUN)/classifier.pt
 	$(call train,style)
 
 $(RUN)/report.txt: $(RUN)/stamps/test common/figures.py common/metrics.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
@@ -103,7 +103,7 @@ $(RUN)/clusters.md: $(RUN)/stamps/clusters common/figures.py $(RUN)/autoencoder.
     $(RUN)/classifier.pt $(wildcard $(RUN)/embed_*.pt)
 	$(call run,clusters)
 $(RUN)/style_grid.png: $(RUN)/stamps/repaint common/figures.py common/metrics.py $(RUN)/style.pt \
-    $(RUN)/judge/classifier.pt $(wildcard $(RUN)/embed_*_64.pt)
+    $(RUN)/judge/classifier.pt $(wildcard $(RUN)/embed_*_224.pt)
 	$(call run,repaint) --method adain
 	$(call run,repaint) --method wct
 	$(call run,repaint)

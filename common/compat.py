@@ -10,45 +10,23 @@ SETTINGS = {  # (section, key): (section, key) today
     ("train_autoencoder", "manner_weight"): ("train_autoencoder", "contrastive_weight"),
     ("train_autoencoder", "glimpse"): ("train_autoencoder", "contrastive_min_area"),
     ("train_autoencoder", "validation"): ("", "validation"),
-    ("train_autoencoder", "start"): ("train_style", "start"),
     ("train_autoencoder", "guide"): ("train_style", "features"),
-    ("train_autoencoder", "embed"): ("train_style", "embed"),
     ("train_autoencoder", "told"): ("train_style", "condition"),
-    ("train_autoencoder", "hit_weight"): ("train_style", "style_ce_weight"),
-    ("train_autoencoder", "texture_weight"): ("train_style", "style_stat_weight"),
-    ("train_autoencoder", "critic_weight"): ("train_style", "critic_weight"),
-    ("train_autoencoder", "layout_weight"): ("train_style", "layout_weight"),
-    ("train_autoencoder", "spy_weight"): ("train_style", "adversary_weight"),
     ("embed", "validation"): ("", "validation"),
     ("embed", "min_images"): ("", "min_images"),
     ("lora", "heldout"): ("lora", "eval_images"),
 }
 VALUES = {"mean-deviation": "mean_std"}  # of train.pooling, and in checkpoints
-CHECKPOINT = {"windows": "tta_scales", "extra": "aux_classes", "points": "projection_dim", "given": "style_features"}
-WEIGHTS = {  # by model: beginnings and parts of names in the state dict
+CHECKPOINT = {"windows": "tta_scales", "extra": "aux_classes", "points": "projection_dim"}
+WEIGHTS = {  # by model: beginnings of names in the state dict
     "Autoencoder": {"spread.": "expand.", "head.": "projection_head."},
-    "StyleAutoencoder": {
-        "spread.": "expand.",
-        "reader.": "style_head.",
-        "given": "style_features",
-        ".ask.": ".to_gamma_beta.",
-    },
     "Pretrained": {"centre": "feature_mean", "spread": "feature_std"},
 }
 FACTS = {
     "manner": "contrastive",
     "manner_weight": "contrastive_weight",
     "told": "condition",
-    "hit_weight": "style_ce_weight",
-    "texture_weight": "style_stat_weight",
-    "spy_weight": "adversary_weight",
     "val_hits": "val_hit_rate",
-    "style_hit": "style_ce",
-    "style_texture": "style_stat",
-    "style_spy": "style_adversary",
-    "hit": "ce",
-    "texture": "stat",
-    "spy": "adversary",
     "no_names": "no_aux",
     "no_deviation": "no_std",
     "no_views": "no_tta",
@@ -84,8 +62,6 @@ def rename_checkpoint(checkpoint: dict) -> dict:
 
 
 def rename_weight(name: str, old: str, new: str) -> str:
-    if old.startswith("."):
-        return name.replace(old, new)
     return new + name.removeprefix(old) if name.startswith(old) else name
 
 

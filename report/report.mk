@@ -9,10 +9,10 @@ hide := HIDE='-c report/settings.json'
 report: $(addprefix $(VENV)/ready-,embed magenta lora label)
 	$(call with_settings,backbones $(hide))
 	$(call with_settings,publish $(hide))
-# One row of the table of the style model's losses, e.g. `make report-critic WIKIART=...`.
-report-%: $(VENV)/ready-embed
-	$(call with_settings,$(RUN)/style_grid_$*.png $(hide))
 endif
+
+# Pre-trained networks; LITES="0.pth 1.pth 2.pth" are files of their weights, otherwise the hub has them.
+lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 
 # Trainings of the classifier that are compared. A finished one is kept, unless something that it depends on is newer.
 seeds := {"seed": [0, 1, 2]}
@@ -26,38 +26,30 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt repor
 	@for file in $^; do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
-# The style model with one loss at a time, with other conditions, and with everything.
-variant = train_style.py --run $(RUN)/style_$(1) --start $(RUN)/autoencoder.pt --features $(RUN)/classifier.pt --epochs 5
-style_course := $(call variant,course) --condition style --style-ce-weight 0 --style-stat-weight 0 --critic-weight 0 \
-    --layout-weight 0
-style_ce := $(call variant,ce) --style-stat-weight 0 --critic-weight 0
-style_stat := $(call variant,stat) --style-ce-weight 0 --critic-weight 0
-style_critic := $(call variant,critic) --style-ce-weight 0 --style-stat-weight 0
-style_absolute := $(call variant,absolute) --condition style
-style_means := $(call variant,means) --embed means
-style_adversary := $(call variant,adversary) --adversary-weight 0.1
-style_all := $(call variant,all)
-variants := course ce stat critic absolute means adversary all
-VARIANTS := $(patsubst %,$(RUN)/style_grid_%.png,$(variants))
-$(patsubst %,$(RUN)/style_%/style.pt,$(variants)): $(RUN)/style_%/style.pt: $(RUN)/stamps/style_% \
-    $(RUN)/autoencoder.pt $(RUN)/classifier.pt
+# The assignment's textbook recipe, and the style model with a pre-trained feature network, to compare with.
+variant = train_style.py --run $(RUN)/style_$(1)
+style_textbook := $(call variant,textbook) --condition style --style-weight 0 --epochs 20
+style_backbone := $(call variant,backbone) --features $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES)))
+VARIANTS := $(RUN)/style_grid_textbook.png $(RUN)/style_grid_backbone.png
+$(RUN)/style_textbook/style.pt $(RUN)/style_backbone/style.pt: $(RUN)/style_%/style.pt: $(RUN)/stamps/style_% \
+    $(RUN)/classifier.pt
+	mkdir -p $(@D) && cp $(RUN)/classifier.pt $(@D)
 	$(call train,style_$*)
 $(VARIANTS): $(RUN)/style_grid_%.png: $(RUN)/style_%/style.pt $(RUN)/style_grid.png
-	$(call run,repaint) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 100
+	$(call run,repaint) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 200
 
-# Pre-trained networks to compare with; LITES="0.pth 1.pth 2.pth" are files of their weights, otherwise the hub has them.
-lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 embed := embed.py --backbone $(lites) $(if $(LITES),--weights $(LITES))
-embed_64 := embed.py --backbone $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES))) --target style --shrink 64
+embed_224 := embed.py --backbone $(word 3,$(lites)) $(addprefix --weights ,$(word 3,$(LITES))) --target style \
+    --shrink 224 --stages 0
 $(RUN)/embed_tf_efficientnet_lite2.pt: $(RUN)/stamps/embed $(RUN)/paintings.txt
 	$(call run,embed)
-$(RUN)/embed_tf_efficientnet_lite0_64.pt: $(RUN)/stamps/embed_64 $(RUN)/embed_tf_efficientnet_lite2.pt
-	$(call run,embed_64)
+$(RUN)/embed_tf_efficientnet_lite2_224.pt: $(RUN)/stamps/embed_224 $(RUN)/embed_tf_efficientnet_lite2.pt
+	$(call run,embed_224)
 $(RUN)/style_grid_magenta.png: $(RUN)/style_grid.png
-	$(call run,repaint) --method magenta --paintings 16
+	$(call run,repaint) --method magenta --paintings 100
 
 # The codes that clusters.md compares, and the second judge: made first, so that $(wildcard ...) finds them.
-backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_lite0_64.pt
+backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_lite2_224.pt
 
 # In the demo the same scene exists in every style, so repaintings can be compared with the true picture; it also
 # trains the small text-to-image model.
