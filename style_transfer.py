@@ -16,6 +16,7 @@ style_strength.png and style_triptych.png into the run folder (style_grid_adain.
 
 import time
 from collections import Counter
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -56,7 +57,7 @@ SETTINGS = {
     "steps": Setting(int, "[0, inf)", "pictures on the way from the first of two styles to the second; 0: none"),
     "longest": Setting(int, "[32, inf)", "pixels of the longer side of the results, at most"),
     "out": Setting(str, None, "folder for the results of --image"),
-    "judges": Setting(list[str], None, "two classifiers that had no part in training, for the scores"),
+    "judges": Setting(list[str], None, "one or two classifiers for the scores, which had no part in training"),
     "paintings": Setting(int, "[2, inf)", "test paintings to repaint and score, at most"),
     "name": Setting(str, None, "name of these scores in facts and figures; none: the method"),
 }
@@ -136,6 +137,7 @@ def target_styles(config, classes: list[str]) -> dict[str, dict[str, float]]:
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     """Repaint test paintings in every style; score and plot the results."""
     run, classes, device = Path(config.run), repainter.classes, repainter.device
@@ -161,39 +163,56 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     repainted = [repaint(row.expand_as(source)) for row in tqdm(eye, "styles", leave=False)]
     megapixels = len(classes) * len(data) * originals.shape[-1] * originals.shape[-2] / 1e6
     facts = {"paintings": len(data), "seconds_per_megapixel": (time.perf_counter() - started) / megapixels}
-    own_style = repaint(source)
-    facts |= {"directions": DIRECTIONS, "own_psnr": psnr(F.mse_loss(own_style, originals).item())}
-    facts |= judge_facts(judges, data.labels, originals, own_style, repainted)
-    facts |= picture_facts(judges[-1], test, data, originals, repainted)
-    facts |= true_image_facts([title_of(path) for path in data.paths], data.labels, originals, repainted)
+    own_style, labels = repaint(source), data.labels
+
+    def predict(images):
+        return judges[0].predict(to_bytes(images), calibrated=False).argmax(1)
+
+    facts |= judge_facts(predict, "", labels, originals, own_style, repainted)
+    facts |= picture_facts(test, data, originals, own_style, repainted)
+    facts |= true_image_facts([title_of(path) for path in data.paths], labels, originals, repainted)
+    if len(judges) > 1:
+        before, own, *after = (features_of(judges[1], images) for images in (originals, own_style, *repainted))
+        facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after)
+        facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels)
     if config.method == "model":
-        guessed = repainter.classifier.predict(to_bytes(originals))
         few = slice(None, None, -(-len(data) // 100))
-        unknown = [repaint(row.expand_as(source)[few], guessed[few], originals[few]) for row in eye]
+        guessed = repainter.classifier.predict(to_bytes(originals))
+        hits = [
+            predict(repaint(row.expand_as(source)[few], guessed[few], originals[few])) == k for k, row in enumerate(eye)
+        ]
         facts |= {
-            "source_balanced_accuracy": balanced_accuracy(data.labels, guessed.argmax(1)),
+            "source_balanced_accuracy": balanced_accuracy(labels, guessed.argmax(1)),
             "source_majority": 1 / len(classes),
-            "unknown_source_hit_rate": hit_rate(judges[-1], unknown, data.labels[few]),
+            "unknown_source_hit_rate": mean_over_pairs(hits, labels[few]),
         }
     rows = rows_to_show(data, config.hide)
     facts |= {"shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
     name = config.name or ("" if config.method == "model" else config.method)
     plot(run, f"_{name}" if name else "", data, rows, originals, repainted, repainter, config)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
-    print(
-        f"target style: {facts['hit_rate']:.1%} and {facts['second_hit_rate']:.1%} (originals "
-        f"{facts['second_originals_rate']:.1%}); Fréchet distance {facts['fid']:.1f} (originals "
-        f"{facts['fid_originals']:.1f}); SSIM {facts['ssim']:.3f}; source found {facts['source_found']:.1%}"
+    names = (
+        "hit_rate",
+        "second_hit_rate",
+        "originals_rate",
+        "fid_ratio",
+        "ssim",
+        "source_found",
+        "position",
+        "own_psnr",
     )
+    print(", ".join(f"{name} {facts[name]:.3f}" for name in names if name in facts))
 
 
 def load_judges(config, classes: list[str], device) -> list[Classifier]:
     if len(config.judges) not in (1, 2):
-        raise UserError("--judges needs two classifiers: the first gives hit_rate, the second also distances")
+        raise UserError("--judges needs one or two classifiers: distances are measured in features of the second")
     judges = [Classifier.load(checkpoint_path(config.run, name), device) for name in config.judges]
     for judge, name in zip(judges, config.judges, strict=True):
         if judge.classes != classes:
             raise UserError(f"{name} has other styles than the model: train it on the same paintings")
+    if len(judges) > 1 and not hasattr(judges[1].model, "classify"):
+        raise UserError(f"{config.judges[1]} has no features to compare: give a CNN, or a classifier of embed.py")
     return judges
 
 
@@ -206,67 +225,68 @@ def to_bytes(images):
     return (255 * images).round().byte()
 
 
-def predict_styles(judge: Classifier, images):
-    """The styles (N,) that a judge predicts for float images (N, 3, S, S) in [0, 1]."""
-    return judge.predict(to_bytes(images), calibrated=False).argmax(1)
-
-
 def mean_over_pairs(values, labels) -> float:
     """The mean of values, (N,) for each target style, over the paintings of other styles."""
     return float(torch.cat([row[labels != style] for style, row in enumerate(values)]).float().mean())
 
 
-def hit_rate(judge: Classifier, repainted, labels) -> float:
-    return mean_over_pairs([predict_styles(judge, images) == style for style, images in enumerate(repainted)], labels)
+def judge_facts(predict, prefix: str, labels, originals, own_style, repainted) -> dict:
+    """How often a judge predicts the target style for repainted images, and the own style for the others.
+
+    predict: images, or features of them, to styles (N,).
+    """
+    before = predict(originals)
+    hits = [predict(images) == style for style, images in enumerate(repainted)]
+    return {
+        f"{prefix}hit_rate": mean_over_pairs(hits, labels),
+        f"{prefix}judge_accuracy": (before == labels).float().mean(),
+        f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
+        f"{prefix}own_kept": (predict(own_style) == labels).float().mean(),
+        f"{prefix}hits": [[row[labels == source].float().mean() for row in hits] for source in labels.unique()],
+    }
 
 
-def judge_facts(judges, labels, originals, own_style, repainted) -> dict:
-    """What the judges predict: of repaintings the target style, of the rest the own style."""
-    facts = {}
-    for judge, prefix in zip([judges[0], judges[-1]], ("", "second_"), strict=True):
-        before = predict_styles(judge, originals)
-        hits = [predict_styles(judge, images) == style for style, images in enumerate(repainted)]
-        facts |= {
-            f"{prefix}hit_rate": mean_over_pairs(hits, labels),
-            f"{prefix}judge_accuracy": (before == labels).float().mean().item(),
-            f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
-            f"{prefix}own_kept": (predict_styles(judge, own_style) == labels).float().mean().item(),
-            f"{prefix}hits": [
-                [row[labels == source].float().mean().item() for row in hits] for source in labels.unique()
-            ],
-        }
-    return facts
+def predict_from(judge: Classifier, features):
+    """The styles (N,) that a judge predicts from features."""
+    return judge.model.classify(features.to(judge.device)).argmax(1).cpu()
 
 
-def picture_facts(judge: Classifier, test: WikiArt, data: WikiArt, originals, repainted) -> dict:
-    """How near repaintings are to real paintings of the style, and how much of the source is left."""
+def features_of(judge: Classifier, images):
+    """The judge's features (N, D) of float images (N, 3, S, S) in [0, 1]."""
+    batches = (judge.prepare(to_bytes(batch)).float() / 255 for batch in images.split(BATCH_SIZE))
+    return torch.cat([judge.model.features(batch).float().cpu() for batch in batches])
 
-    def features(images):
-        batches = (to_bytes(batch) for batch in images.split(BATCH_SIZE))
-        return torch.cat([judge.model.features(judge.prepare(batch).float() / 255).cpu().detach() for batch in batches])
 
-    labels, real = data.labels, features(all_images(test))
+def distance_facts(real, real_labels, before, after, labels) -> dict:
+    """Distances in a judge's features: real paintings (M, D), originals (N, D), repainted images [(N, D), ...]."""
     mean, directions = principal_directions(real, DIRECTIONS)
-    before, after = features(originals), [features(images) for images in repainted]
     distances = []
-    for style, made in enumerate(after):
-        other = labels != style
-        target = (real[test.labels == style] - mean) @ directions
-        distances.append([frechet_distance((x[other] - mean) @ directions, target) for x in (made, before)])
-    fid, fid_originals = np.mean(distances, 0).tolist()
-    others = np.setdiff1d(test.rows, data.rows)[: max(0, GALLERY - len(data))]
+    for style, features in enumerate(after):
+        target = (real[real_labels == style] - mean) @ directions
+        pair = (x[labels != style] for x in (features, before))
+        distances.append([frechet_distance((x - mean) @ directions, target) for x in pair])
+    fid, fid_originals = np.mean(distances, 0)
+    return {
+        "directions": DIRECTIONS,
+        "fid": fid,
+        "fid_originals": fid_originals,
+        "fid_ratio": fid / fid_originals,
+        "fids": distances,
+        "perceptual": mean_over_pairs([1 - F.cosine_similarity(before, features) for features in after], labels),
+    }
+
+
+def picture_facts(test: WikiArt, data: WikiArt, originals, own_style, repainted) -> dict:
+    """How much of the source is left in repainted images, and whether a style puts the same colours anywhere."""
+    labels, others = data.labels, np.setdiff1d(test.rows, data.rows)[: max(0, GALLERY - len(data))]
     gallery = torch.cat([layout(originals), layout(torch.from_numpy(test.pixels[others]).float() / 255)])
     found = [(layout(images) @ gallery.T).argmax(1) == torch.arange(len(data)) for images in repainted]
     positions = [position_deviation(images[labels != k], originals[labels != k]) for k, images in enumerate(repainted)]
     return {
-        "fid": fid,
-        "fid_originals": fid_originals,
-        "fid_ratio": fid / fid_originals,
-        "fids": {name: pair for name, pair in zip(test.classes, distances, strict=True)},
+        "own_psnr": psnr(F.mse_loss(own_style, originals).item()),
         "ssim": mean_over_pairs([ssim(originals, images) for images in repainted], labels),
-        "perceptual": mean_over_pairs([1 - F.cosine_similarity(before, made) for made in after], labels),
         "source_found": mean_over_pairs(found, labels),
-        "position": float(np.mean(positions)),
+        "position": np.mean(positions),
     }
 
 

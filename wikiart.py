@@ -289,9 +289,13 @@ class CNN(nn.Module):
     def pool(self, maps):
         return self.norm(mean_std(maps, self.std)).flatten(1)
 
-    def forward(self, images):
-        logits = self.out(self.dropout(self.features(images)))
+    def classify(self, features):
+        """Logits of features."""
+        logits = self.out(self.dropout(features))
         return logits if self.training else logits[:, : self.classes]
+
+    def forward(self, images):
+        return self.classify(self.features(images))
 
     @torch.no_grad()
     def evidence(self, image, label: int):

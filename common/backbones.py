@@ -66,8 +66,12 @@ class Pretrained(nn.Module):
     def standardise(self, features):
         return (features - self.feature_mean) / self.feature_std
 
+    def classify(self, features):
+        """Logits (B, classes) of features (B, features)."""
+        return self.head(self.standardise(features))
+
     def forward(self, images):
-        return self.head(self.standardise(self.features(images)))
+        return self.classify(self.features(images))
 
     def train(self, mode: bool = True):
         """Set the head to training mode; the backbone's batch norms keep their pre-trained statistics."""
