@@ -63,7 +63,7 @@ SETTINGS = {
     "per_class": Setting(int, "[1, inf)", "paintings of each style per epoch"),
     "batch_size": Setting(int, "[2, inf)", "paintings per step, over all processes"),
     "crop": Setting(int, "[64, inf)", "side of the training crops in pixels, a multiple of 4"),
-    "width": Setting(int, "[4, inf)", "channels of the networks at that size; a multiple of 4"),
+    "width": Setting(int, "[4, inf)", "channels at a quarter of the image's side, a multiple of 4"),
     "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW; Muon's is ten times as high"),
     "condition": Setting(
         str, ("change", "style"), "what the decoder is conditioned on: target minus source style, or the target alone"
@@ -81,7 +81,6 @@ WEIGHTS = {
     "layout": 0.3,
 }
 PIXEL_VARIANCE = 0.06  # of paintings
-CONTENT_LEVEL = 2  # of the feature maps: an eighth of the image's side for this project's classifier
 CANDIDATES = 4  # real paintings, of which the nearest is the target of a repainting
 EMA_DECAY = 0.99
 BETAS = (0.5, 0.99)  # of AdamW: networks that train against each other need a short memory (Radford et al. 2016)
@@ -245,13 +244,14 @@ def train_step(parts: dict, features, images, style_images, sources, targets, pi
         critic.requires_grad_(False)
         scores = critic(seen, maps, target)
     statistics, style_statistics = losses.style_statistics(seen, maps), losses.style_statistics(style_seen, style_maps)
+    middle = len(maps) // 2  # an eighth of the side
     terms = {
         "mse": F.mse_loss(same, images[:half]) / PIXEL_VARIANCE,
         "range": losses.range_loss(repainted),
         "style_stat": parts["style_stat"](statistics, style_statistics, targets, picks),
         "palette": parts["palette"](repainted, style_images, targets, picks),
         "critic": losses.generator_loss(scores),
-        "content": losses.content_loss(maps[CONTENT_LEVEL], original_maps[CONTENT_LEVEL]),
+        "content": losses.content_loss(maps[middle], original_maps[middle]),
         "layout": losses.layout_loss(repainted, images),
     }
     if logits is not None:
@@ -318,22 +318,20 @@ def evaluate(model, features, data: WikiArt, config, device) -> dict:
 
 @torch.no_grad()
 def plot_samples(model, data: WikiArt, config, device) -> None:
-    """style_samples.png: a validation painting of each style, in every style."""
+    """style_samples.png: a validation painting of each of the first eight styles, in each of these."""
     model.eval()
     shown = torch.from_numpy(data.showable(config.hide)).nonzero().flatten()
-    labels = data.labels[shown]
-    items = torch.stack([shown[labels == label][0] for label in labels.unique()])
+    items = torch.stack([shown[data.labels[shown] == label][0] for label in data.labels[shown].unique()[:8]])
     pixels, labels = data.batch(items, device)
     eye, images = torch.eye(model.styles, device=device), pixels.float() / 255
     columns = [images]
-    for target in eye:
+    for target in eye[:8]:
         with autocast(device, cpu=True):
             columns.append(model(images, target.expand_as(eye[labels]), eye[labels]).clamp(0, 1))
     names = [display_name(name) for name in data.classes]
     cells = (255 * torch.stack(columns, 1)).round().byte().cpu().numpy()
-    rows = [names[label] for label in labels.tolist()]
     path, title = Path(config.run) / "style_samples.png", "Validation paintings, repainted in each style"
-    figures.painting_grid(path, cells, ["original", *names], rows, title)
+    figures.painting_grid(path, cells, ["original", *names[:8]], [names[label] for label in labels.tolist()], title)
 
 
 def report(run: Path, state: dict, steps: int, images: int, config) -> None:
