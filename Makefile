@@ -52,7 +52,7 @@ all: $(VENV)/ready
 # What each stage runs: a script and its own flags; $(FLAGS) come between them.
 classifier := train.py
 mlp := train.py -c settings/mlp.json --run $(RUN)/mlp
-judge := train.py -c settings/judge.json --run $(RUN)/judge
+judge := train.py -c settings/judge.json $(if $(WIKIART),,--epochs 10 --optimizer adamw) --run $(RUN)/judge
 autoencoder := train_autoencoder.py
 contrastive := train_autoencoder.py --run $(RUN)/contrastive --contrastive-weight 0.15
 style := train_style.py

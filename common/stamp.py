@@ -22,7 +22,7 @@ from common.errors import UserError
 
 # The modules of common/ that determine results. Those OF_SOME scripts count only where a script itself imports them.
 SHARED_BY_ALL = ("crops", "images", "layers", "losses", "metrics", "names", "optim", "splits")
-OF_SOME = ("backbones", "baselines", "benchmarks", "codes", "diffusion", "painter", "tiny_diffusion")
+OF_SOME = ("backbones", "baselines", "benchmarks", "codes", "diffusion", "painter", "repaint", "tiny_diffusion")
 
 
 def main(argv: list[str]) -> None:
