@@ -26,6 +26,7 @@ README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
+OF_README = ("style_row.png",)  # besides the report's figures
 OF_DEMO = ("demo.png", "lora_grid.png")  # the small text-to-image model is trained on the demo
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt")  # which the numbers describe
 FRONT = {
@@ -51,7 +52,7 @@ def main():
         if script not in facts:
             sys.exit(f"build.py: {options.run} has no facts of {script}.py yet: run it first")
     text = fill(REPORT / ("template.md" if options.publish else "run.md"), facts)
-    figures = find_figures(text, options.run)
+    figures = find_figures(text, OF_README if options.publish else (), options.run)
     if options.publish:
         publish(options.run, facts, figures)
         print(f"renewed: {REPORT / 'README.md'}, {README}")
@@ -89,9 +90,10 @@ def fill(template: Path, facts: dict) -> str:
     return text
 
 
-def find_figures(text: str, run: Path) -> dict[str, Path]:
-    """The files of the run that a report shows, by their names in it; exits if one is missing."""
-    figures = {name: run / ("demo" if name in OF_DEMO else "") / name for name in FIGURE.findall(text)}
+def find_figures(text: str, others: tuple, run: Path) -> dict[str, Path]:
+    """The files of the run that a report shows, and `others`, by their names; exits if one is missing."""
+    names = (*FIGURE.findall(text), *others)
+    figures = {name: run / ("demo" if name in OF_DEMO else "") / name for name in names}
     for name, path in figures.items():
         if not path.exists():
             sys.exit(f"build.py: the report shows {name}, which {run} does not have")
