@@ -10,8 +10,9 @@
 
 Needs style.pt of train_style.py and classifier.pt of train.py. With --image, <name>_<style>.png go to --out, at the
 picture's own size up to --longest pixels; styles with weights are mixed, others are painted one by one. Without, test
-paintings are repainted at the training size; scores go into facts.json, and style_grid.png, style_hits.png,
-style_strength.png and style_triptych.png into the run folder (style_grid_adain.png, ... for another method).
+paintings are repainted at the training size; scores go into facts.json, and style_grid.png, style_row.png,
+style_strength.png and style_triptych.png into the run folder (style_grid_adain.png, ... for another method); where the
+same scenes exist in every style, as in the demo, style_truth.png compares with them.
 """
 
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import figures
@@ -140,15 +141,11 @@ def target_styles(config, classes: list[str]) -> dict[str, dict[str, float]]:
 @torch.inference_mode()
 def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     """Repaint test paintings in every style; score and plot the results."""
-    run, classes, device = Path(config.run), repainter.classes, repainter.device
+    run, classes = Path(config.run), repainter.classes
     settings = data_settings | {"classes": classes, "processes": config.processes}
     training, test = (WikiArt(config.data, split, **settings) for split in ("train", "test"))
-    judges = load_judges(config, classes, device)
-    method = repainter
-    if config.method == "magenta":
-        method = Magenta(training, config.seed)
-    elif config.method != "model":
-        method = Transplant(repainter.model, training, config.method, device)
+    judges = load_judges(config, classes, repainter.device)
+    method = load_method(repainter, training, config)
     count = min(config.paintings, len(test))
     chosen = np.arange(count) * len(test) // count  # evenly: where styles have the same scenes, as in the demo, so here
     data, eye = test.subset(chosen), torch.eye(len(classes))
@@ -170,7 +167,8 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
 
     facts |= judge_facts(predict, "", labels, originals, own_style, repainted)
     facts |= picture_facts(test, data, originals, own_style, repainted)
-    facts |= true_image_facts([title_of(path) for path in data.paths], labels, originals, repainted)
+    pairs = true_pairs([title_of(path) for path in data.paths], labels, len(classes))
+    facts |= true_image_facts(pairs, originals, repainted)
     if len(judges) > 1:
         before, own, *after = (features_of(judges[1], images) for images in (originals, own_style, *repainted))
         facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after)
@@ -178,9 +176,8 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     if config.method == "model":
         few = slice(None, None, -(-len(data) // 100))
         guessed = repainter.classifier.predict(to_bytes(originals))
-        hits = [
-            predict(repaint(row.expand_as(source)[few], guessed[few], originals[few])) == k for k, row in enumerate(eye)
-        ]
+        unknown = [repaint(row.expand_as(source)[few], guessed[few], originals[few]) for row in eye]
+        hits = [predict(images) == style for style, images in enumerate(unknown)]
         facts |= {
             "source_balanced_accuracy": balanced_accuracy(labels, guessed.argmax(1)),
             "source_majority": 1 / len(classes),
@@ -189,7 +186,7 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     rows = rows_to_show(data, config.hide)
     facts |= {"shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
     name = config.name or ("" if config.method == "model" else config.method)
-    plot(run, f"_{name}" if name else "", data, rows, originals, repainted, repainter, config)
+    plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
     names = (
         "hit_rate",
@@ -202,6 +199,15 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
         "own_psnr",
     )
     print(", ".join(f"{name} {facts[name]:.3f}" for name in names if name in facts))
+
+
+def load_method(repainter: Repainter, training: WikiArt, config):
+    """What repaints: the trained model, or a method to compare it with."""
+    if config.method == "model":
+        return repainter
+    if config.method == "magenta":
+        return Magenta(training, config.seed)
+    return Transplant(repainter.model, training, config.method, repainter.device)
 
 
 def load_judges(config, classes: list[str], device) -> list[Classifier]:
@@ -290,16 +296,20 @@ def picture_facts(test: WikiArt, data: WikiArt, originals, own_style, repainted)
     }
 
 
-def true_image_facts(titles: list[str], labels, originals, repainted) -> dict:
-    """How much nearer to the true image in the target style repaintings are than their sources.
+def true_pairs(titles: list[str], labels, styles: int) -> list[tuple[int, int, int]]:
+    """Source, true image in the target style (rows), and that style, of test sets with the same scenes in every style.
 
-    For test sets with the same scenes in every style, such as the demo: a scene is a title that occurs once in each
-    style. Empty if there is none, or if a title occurs twice in one style.
+    Such as the demo's. A scene is a title that occurs once in each style. Empty if there is none, or if a title occurs
+    twice in one style.
     """
     row_of = {(title, int(label)): row for row, (title, label) in enumerate(zip(titles, labels, strict=True))}
-    styles, unique = len(repainted), len(row_of) == len(titles)
+    unique = len(row_of) == len(titles)
     scenes = [title for title, count in Counter(titles).items() if title and unique and count == styles]
-    pairs = [(row_of[title, a], row_of[title, b], b) for title in scenes for a, b in permutations(range(styles), 2)]
+    return [(row_of[title, a], row_of[title, b], b) for title in scenes for a, b in permutations(range(styles), 2)]
+
+
+def true_image_facts(pairs, originals, repainted) -> dict:
+    """How much nearer to the true image in the target style repaintings are than their sources, for `true_pairs`."""
     if not pairs:
         return {}
     before = np.array([F.mse_loss(originals[row], originals[true]).item() for row, true, _ in pairs])
@@ -325,8 +335,8 @@ def rows_to_show(data: WikiArt, hide: list[str]) -> list[int]:
     return sorted(chosen, key=lambda row: labels[row])
 
 
-def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, repainter, config) -> None:
-    """Write style_grid.png and its row style_row.png; of the trained model style_strength.png, style_triptych.png."""
+def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pairs, repainter, config) -> None:
+    """Write style_grid.png and its row style_row.png; of the trained model the other figures, too."""
     names, labels = [display_name(name) for name in data.classes], data.labels[rows]
     shown = [find_style(style, data.classes) for style in config.style] or data.classes[:8]
     columns = [data.classes.index(style) for style in shown]
@@ -340,7 +350,23 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, repa
     if config.method == "model":
         plot_strengths(run / f"style_strength{suffix}.png", names, labels[:5], originals[rows[:5]], repainter)
         image = open_picture(data.root / data.paths[rows[row]], TRIPTYCH_SIDE)
+        image = ImageOps.contain(image, (TRIPTYCH_SIDE, TRIPTYCH_SIDE), Image.Resampling.LANCZOS)  # enlarges, too
         plot_triptych(run / f"style_triptych{suffix}.png", image, labels[row].item(), repainter)
+        if pairs:
+            plot_truth(run / f"style_truth{suffix}.png", pairs, originals, repainted, names)
+
+
+def plot_truth(path, pairs, originals, repainted, names: list[str]) -> None:
+    """For each style, of another scene each: the source, the repainting and the true image."""
+    chosen = [[pair for pair in pairs if pair[2] == style] for style in range(len(names))]
+    chosen = [of_style[len(of_style) * style // len(names)] for style, of_style in enumerate(chosen)]
+    rows = (
+        torch.stack([originals[row] for row, _, _ in chosen]),
+        torch.stack([repainted[style][row] for row, _, style in chosen]),
+        torch.stack([originals[true] for _, true, _ in chosen]),
+    )
+    title = "Repaintings, and the same scenes as the target style has them"
+    figures.painting_grid(path, to_bytes(torch.stack(rows)).numpy(), names, ["source", "repainted", "true"], title)
 
 
 def plot_strengths(path, names: list[str], labels, originals, repainter) -> None:
