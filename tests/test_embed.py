@@ -182,9 +182,8 @@ def test_other_weights_and_other_paintings_are_noticed(small, folder, tmp_path):
 def test_a_safetensors_file_is_as_good(small, tmp_path):
     weights = torch.load(small.files[0], weights_only=True)["state_dict"]
     save_file(weights, tmp_path / "small.safetensors")
-    config = SimpleNamespace(stages=2)
     files = (small.files[0], tmp_path / "small.safetensors")
-    hashes = [backbones.load(SMALL, str(file), config)[1].split()[-1] for file in files]
+    hashes = [backbones.load(SMALL, str(file), 2)[1].split()[-1] for file in files]
     assert hashes[0] == hashes[1]
 
 

@@ -358,8 +358,8 @@ def test_no_other_decoder_sees_an_upload(call_page, paintings, tmp_path):
 
 def test_a_stylist_sees_uploads_of_the_same_formats(paintings, tmp_path):
     predict = lambda pixels: torch.tensor([[0.7, 0.3]])  # noqa: E731
-    classifier = SimpleNamespace(classes=["A", "B"], device=torch.device("cpu"), predict=predict)
-    arguments = {"styles": 2, "embedding": 8, "code": 8, "width": 8}
+    classifier = SimpleNamespace(classes=["A", "B"], device=torch.device("cpu"), predict=predict, resize="squash")
+    arguments = {"styles": 2, "width": 8}
     save_checkpoint(
         tmp_path / "style.pt",
         {

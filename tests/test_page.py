@@ -31,7 +31,7 @@ def run(trained, demo, tmp_path_factory):
     config = SimpleNamespace(run=run, data=demo, size=32, resize="squash", split_seed=0, processes=1, split="test")
     cluster.codes_of("classifier", config, torch.device("cpu"))
     classes = load_checkpoint(run / "classifier.pt")["classes"]
-    arguments = {"styles": len(classes), "embedding": 8, "code": 8, "width": 8}
+    arguments = {"styles": len(classes), "width": 8}
     model = wikiart.make_model("StyleAutoencoder", arguments)
     save_checkpoint(
         run / "style.pt",
