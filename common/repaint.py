@@ -6,10 +6,11 @@ painted = repainter.repaint(open_picture("my.jpg", 1024), {"Ukiyo_e": 0.7, "Fauv
 
 import io
 import unicodedata
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.errors import UserError
 from common.images import FORMATS, open_rgb
@@ -27,15 +28,25 @@ def open_picture(source, longest: int) -> Image.Image:
     """
     upload = isinstance(source, bytes)
     name, formats = ("the picture", FORMATS) if upload else (source, None)
-    with Image.open(io.BytesIO(source) if upload else source, formats=formats) as image:
-        width, height = image.size
-    if width * height > LARGEST:
-        raise UserError(f"{name} has {width} x {height} pixels: more than {LARGEST / 1e6:.0f} megapixels")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from 89 megapixels on
+            with Image.open(io.BytesIO(source) if upload else source, formats=formats) as image:
+                pixels = image.width * image.height
+    except Image.DecompressionBombError:  # from 179 megapixels on
+        pixels = LARGEST + 1
+    if pixels > LARGEST:
+        raise UserError(f"{name} has more than {LARGEST / 1e6:.0f} megapixels")
     image = open_rgb(io.BytesIO(source) if upload else source, longest, formats)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     if min(image.size) < SMALLEST:
-        raise UserError(f"{name} has {image.width} x {image.height} pixels: {SMALLEST} a side are needed")
+        raise UserError(f"{name} is too small: {image.width} x {image.height} pixels, {SMALLEST} a side are needed")
     return image
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture in RGB as uint8 (1, 3, H, W)."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
 
 
 def plain_name(name: str) -> str:
@@ -93,8 +104,9 @@ class Repainter:
 
     def source(self, image: Image.Image) -> torch.Tensor:
         """The classifier's calibrated probabilities of a picture's own style, (styles,)."""
-        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-        return self.classifier.predict(pixels[None])[0]
+        if self.classifier.resize == "crop":
+            image = ImageOps.fit(image, (min(image.size),) * 2)
+        return self.classifier.predict(to_tensor(image))[0]
 
     def repaint(self, image, target: dict, source: dict | None = None, strength: float = 1.0) -> Image.Image:
         """A picture in the mixture of styles `target`, at its own size; strength 0 gives it back.
@@ -103,8 +115,7 @@ class Repainter:
         """
         own = self.source(image) if source is None else self.vector(source)
         target = own + strength * (self.vector(target) - own)
-        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None].float() / 255
-        painted = self.paint(pixels, target[None], own[None])[0]
+        painted = self.paint(to_tensor(image) / 255, target[None], own[None])[0]
         return Image.fromarray((255 * painted).round().byte().permute(1, 2, 0).numpy())
 
     @torch.inference_mode()
