@@ -70,8 +70,6 @@ DIRECTIONS = 64  # of the second judge's features for the Fréchet distance: a s
 
 def main(argv=None):
     config = configure("style_transfer", __doc__, SETTINGS, SHARED, argv)
-    if config.steps and len(config.style) != 2:
-        raise UserError("--steps needs two styles: --style Rococo Cubism")
     if not config.image and (config.steps or config.from_style):
         raise UserError("--steps and --from-style need --image")
     device = pick_device(config.device)
@@ -125,7 +123,9 @@ def target_styles(config, classes: list[str]) -> dict[str, dict[str, float]]:
     """What each picture is repainted in, {name: {style: weight}}: styles, a mixture, or --steps between two styles."""
     mixture = read_mixture(config.style or classes, classes)
     if config.steps:
-        first, second = (find_style(name, classes) for name in config.style)
+        if len(mixture) != 2:
+            raise UserError("--steps needs two styles: --style Rococo Cubism")
+        first, second = mixture
         shares = np.linspace(0, 1, config.steps).tolist()
         return {
             f"{first}_to_{second}_{step}": {first: 1 - share, second: share} for step, share in enumerate(shares, 1)
@@ -145,6 +145,7 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     settings = data_settings | {"classes": classes, "processes": config.processes}
     training, test = (WikiArt(config.data, split, **settings) for split in ("train", "test"))
     judges = load_judges(config, classes, repainter.device)
+    config.style = [find_style(style, classes) for style in config.style] or classes[:8]
     method = load_method(repainter, training, config)
     count = min(config.paintings, len(test))
     chosen = np.arange(count) * len(test) // count  # evenly: where styles have the same scenes, as in the demo, so here
@@ -264,10 +265,15 @@ def features_of(judge: Classifier, images):
 
 
 def distance_facts(real, real_labels, before, after, labels) -> dict:
-    """Distances in a judge's features: real paintings (M, D), originals (N, D), repainted images [(N, D), ...]."""
+    """Distances in a judge's features: real paintings (M, D), originals (N, D), repainted images [(N, D), ...].
+
+    The Fréchet distance is the mean over styles with two real paintings or more.
+    """
     mean, directions = principal_directions(real, DIRECTIONS)
     distances = []
     for style, features in enumerate(after):
+        if min((real_labels == style).sum(), (labels != style).sum()) < 2:
+            continue
         target = (real[real_labels == style] - mean) @ directions
         pair = (x[labels != style] for x in (features, before))
         distances.append([frechet_distance((x - mean) @ directions, target) for x in pair])
@@ -338,13 +344,12 @@ def rows_to_show(data: WikiArt, hide: list[str]) -> list[int]:
 def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pairs, repainter, config) -> None:
     """Write style_grid.png and its row style_row.png; of the trained model the other figures, too."""
     names, labels = [display_name(name) for name in data.classes], data.labels[rows]
-    shown = [find_style(style, data.classes) for style in config.style] or data.classes[:8]
-    columns = [data.classes.index(style) for style in shown]
+    columns = [data.classes.index(style) for style in config.style]
     cells = to_bytes(torch.stack([originals[rows], *(repainted[column][rows] for column in columns)], 1)).numpy()
     titles, row_titles = ["original", *(names[column] for column in columns)], [names[label] for label in labels]
     title = "Test paintings, repainted in each style"
     figures.painting_grid(run / f"style_grid{suffix}.png", cells, titles, row_titles, title)
-    row = len(rows) // 2 - 1
+    row = (len(rows) - 1) // 2
     path, title = run / f"style_row{suffix}.png", f"One painting in the style of {len(columns)} movements"
     figures.painting_grid(path, cells[row : row + 1], titles, row_titles[row : row + 1], title)
     if config.method == "model":

@@ -163,7 +163,15 @@ def load_features(config, training: WikiArt, device) -> losses.FeatureMaps:
     else:
         network = backbones.load(config.features, config.weights, 0)[0].to(device)
     items = torch.linspace(0, len(training) - 1, min(96, len(training))).long()
-    return losses.FeatureMaps(network, centre_crops(training, items, config.crop, device)[0])
+    images = centre_crops(training, items, config.crop, device)[0]
+    try:
+        features = losses.FeatureMaps(network, images)
+        side = min(maps.shape[-1] for maps in features(view(images, 0.0, 0.0, 0.0))[0])
+    except AssertionError:
+        raise UserError(f"{config.features} takes images of one size only: give a convolutional network") from None
+    if side < 3:  # the kernel of the critic
+        raise UserError(f"--crop {config.crop} is too small for {config.features}: its maps have a side of {side}")
+    return features
 
 
 def centre_crops(data: WikiArt, items, crop: int, device):
