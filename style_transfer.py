@@ -394,7 +394,7 @@ def plot_triptych(path, image, label: int, repainter) -> None:
     images = [image, *(repainter.repaint(image, {target: 1.0}, own) for target in targets)]
     cells = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])[None]
     titles = ["original", *(display_name(target) for target in targets)]
-    figures.painting_grid(path, cells, titles, [display_name(classes[label])], "", TRIPTYCH_SIDE)
+    figures.painting_grid(path, cells, titles, [display_name(classes[label])], "In two other styles", TRIPTYCH_SIDE)
 
 
 if __name__ == "__main__":
