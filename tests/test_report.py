@@ -124,7 +124,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     run, report = tmp_path / "run", tmp_path / "report"
     shutil.copytree(report, run)
     (run / "demo").mkdir()
-    for name in ("demo.png", "lora_grid.png"):
+    for name in ("demo.png", "style_truth.png", "lora_grid.png"):
         (run / name).rename(run / "demo" / name)
     facts = json.loads((run / "facts.json").read_text())
     facts["test"]["accuracy"] = 0.987654
