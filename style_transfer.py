@@ -64,6 +64,7 @@ SETTINGS = {
 }
 BATCH_SIZE = 16
 GALLERY = 500  # test paintings among which `source_found` looks for the source
+PRINTED = ("hit_rate", "second_hit_rate", "originals_rate", "fid_ratio", "ssim", "source_found", "position", "own_psnr")
 TRIPTYCH_SIDE = 576  # pixels of the longer side
 DIRECTIONS = 64  # of the second judge's features for the Fréchet distance: a style has only 100 to 200 test paintings
 
@@ -175,31 +176,26 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
         facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after)
         facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels)
     if config.method == "model":
-        few = slice(None, None, -(-len(data) // 100))
-        guessed = repainter.classifier.predict(to_bytes(originals))
-        unknown = [repaint(row.expand_as(source)[few], guessed[few], originals[few]) for row in eye]
-        hits = [predict(images) == style for style, images in enumerate(unknown)]
-        facts |= {
-            "source_balanced_accuracy": balanced_accuracy(labels, guessed.argmax(1)),
-            "source_majority": 1 / len(classes),
-            "unknown_source_hit_rate": mean_over_pairs(hits, labels[few]),
-        }
+        facts |= source_facts(repainter.classifier, repaint, predict, originals, labels, eye)
     rows = rows_to_show(data, config.hide)
     facts |= {"shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
     name = config.name or ("" if config.method == "model" else config.method)
     plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
-    names = (
-        "hit_rate",
-        "second_hit_rate",
-        "originals_rate",
-        "fid_ratio",
-        "ssim",
-        "source_found",
-        "position",
-        "own_psnr",
-    )
-    print(", ".join(f"{name} {facts[name]:.3f}" for name in names if name in facts))
+    print(", ".join(f"{name} {facts[name]:.3f}" for name in PRINTED if name in facts))
+
+
+def source_facts(classifier: Classifier, repaint, predict, originals, labels, eye) -> dict:
+    """How well the classifier predicts source styles, and the hit rate from its predictions, on up to 100 paintings."""
+    few = slice(None, None, -(-len(labels) // 100))
+    guessed = classifier.predict(to_bytes(originals))
+    unknown = [repaint(row.expand_as(guessed)[few], guessed[few], originals[few]) for row in eye]
+    hits = [predict(images) == style for style, images in enumerate(unknown)]
+    return {
+        "source_balanced_accuracy": balanced_accuracy(labels, guessed.argmax(1)),
+        "source_majority": 1 / len(eye),
+        "unknown_source_hit_rate": mean_over_pairs(hits, labels[few]),
+    }
 
 
 def load_method(repainter: Repainter, training: WikiArt, config):
