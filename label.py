@@ -6,10 +6,10 @@
     python label.py --export /scratch/wikiart/train     # labels confirmed on the page, as <Style>/<name>, to train with
     python label.py paintings/ --measure                # throughput, compared with the network alone
 
-Needs classifier.pt in the run folder, or --checkpoint report/classifier.pt. The table has a row for each file; the
-column `problem` says why a file could not be read. An interrupted run continues when the same command is run again.
---serve needs Gradio: pip install -r requirements/label.txt. Labels confirmed on the page are kept, with their images,
-in corrections.sqlite in the run folder.
+Needs classifier.pt in the run folder, or --checkpoint report/classifier.pt. The table has a row for each file; `unsure`
+marks paintings that may be of none of the styles, and `problem` says why a file could not be read. An interrupted run
+continues when the same command is run again. --serve needs Gradio: pip install -r requirements/label.txt. Labels
+confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     model = "+".join(used.hash[:12] for used in (classifier, artist_classifier) if used) + f" on {folder.resolve()}"
     columns = [f"{classifier.target}_{place + 1}" for place in range(min(TOP, len(classifier.classes)))]
     columns += ["artist"] if artist_classifier else []
-    cells = [cell for column in columns for cell in (column, f"{column}_probability")]
+    cells = [cell for column in columns for cell in (column, f"{column}_probability")] + ["unsure"]
     with open_table(out, ["path", *cells, "problem", "model"], model) as (file, labelled_paths):
         remaining, broken, start = [path for path in files if path not in labelled_paths], [], time.perf_counter()
         if labelled_paths:
@@ -145,16 +145,19 @@ def list_files(folder: Path, out: Path) -> list[str]:
 
 
 def predict_cells(classifier, artist_classifier, batch: list[tuple]) -> list[list[str]]:
-    """For each image (pixels, None) of a batch: likeliest classes and artist, and the probability of each."""
+    """For each image (pixels, None) of a batch: likeliest classes and artist, the probability of each, and "unsure"."""
     arrays = [pixels for pixels, problem in batch if not problem]
     if not arrays:
         return []
     images = torch.from_numpy(np.stack(arrays))
-    rows = [classifier.top(probabilities, TOP) for probabilities in classifier.predict(images)]
+    predictions = classifier.predict(images)
+    rows = [classifier.top(probabilities, TOP) for probabilities in predictions]
+    unsure = ["unsure" if doubt else "" for doubt in classifier.unsure(predictions)]
     if artist_classifier:
         for row, probabilities in zip(rows, artist_classifier.predict(images), strict=True):
             row += artist_classifier.top(probabilities, 1)
-    return [[cell for name, probability in row for cell in (name, f"{probability:.4f}")] for row in rows]
+    cells = [[cell for name, probability in row for cell in (name, f"{probability:.4f}")] for row in rows]
+    return [[*row, doubt] for row, doubt in zip(cells, unsure, strict=True)]
 
 
 @contextlib.contextmanager

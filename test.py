@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import auc, precision_recall_fscore_support, roc_curve
+from sklearn.metrics import auc, precision_recall_fscore_support, roc_auc_score, roc_curve
 
 from common import figures
 from common.config import Setting, configure
@@ -27,6 +27,7 @@ from common.metrics import (
     bootstrap_scores,
     calibrate,
     calibration_error,
+    confidence,
     confusion_counts,
     seen_unseen_accuracy,
 )
@@ -60,12 +61,16 @@ def main(argv=None):
     facts["ece_before"] = calibration_error(truth, raw.numpy())
     facts["ece_after"] = calibration_error(truth, probabilities)
     facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
+    unsure = classifier.unsure(torch.from_numpy(probabilities)).numpy()
+    facts["unsure"] = unsure.mean()
+    facts["sure_accuracy"] = (predictions == truth)[~unsure].mean() if not unsure.all() else 0.0
+    facts |= unknown_style(classifier, probabilities, config)
 
     suffix = "" if config.split == "test" else "_train"
     facts["roc_auc"] = plot_scores(run, suffix, data, probabilities)
     plot_paintings(run, suffix, data, probabilities, classifier, config)
     scores = class_scores(truth, predictions, data.classes)
-    table = write_tables(run, suffix, data, probabilities, scores)
+    table = write_tables(run, suffix, data, probabilities, unsure, scores)
     facts |= recall_facts(scores)
     add_facts(run, "test" + suffix, facts)
     print("\n" + table)
@@ -115,6 +120,26 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
     return baseline.predict_dataset(data)
 
 
+def unknown_style(classifier: Classifier, probabilities, config) -> dict:
+    """How well confidence tells paintings of the style of train.py's --holdout, if any, from those of known styles.
+
+    The area under the ROC curve: the probability that a painting of a known style has the higher confidence.
+    """
+    settings = classifier.checkpoint["data"]
+    style = settings.get("holdout", "none")
+    if style in ("none", "artists"):
+        return {}
+    data = WikiArt(config.data, config.split, processes=config.processes, **settings | {"holdout": "none"})
+    data = data.subset(data.styles == style)
+    unknown = classifier.predict_dataset(data)
+    scores = torch.cat([confidence(torch.from_numpy(probabilities)), confidence(unknown)])
+    auroc = roc_auc_score(np.arange(len(scores)) < len(probabilities), scores)
+    median = confidence(unknown).median().item()
+    share = classifier.unsure(unknown).float().mean().item()
+    print(f"{style}, which it never saw: {share:.0%} unsure; AUROC {auroc:.2f}, median confidence {median:.0%}")
+    return {"unknown_auroc": auroc, "unknown_unsure": share, "unknown_confidence": median}
+
+
 def class_scores(truth, predictions, classes: list[str]) -> list[tuple]:
     """(class, precision, recall, F1, images) of each class."""
     labels = np.arange(len(classes))
@@ -136,16 +161,16 @@ def recall_facts(scores: list[tuple]) -> dict:
     }
 
 
-def write_tables(run, suffix: str, data: WikiArt, probabilities, scores: list[tuple]) -> str:
+def write_tables(run, suffix: str, data: WikiArt, probabilities, unsure, scores: list[tuple]) -> str:
     """Write the scores of each class and every prediction as CSV; returns the scores as text."""
     lines = [f"{'class':28} {'precision':>9} {'recall':>9} {'F1':>9} {'images':>9}"]
     lines += [f"{name:28} {p:9.3f} {r:9.3f} {f1:9.3f} {images:9}" for name, p, r, f1, images in scores]
     write_csv(run / f"report{suffix}.csv", ("class", "precision", "recall", "f1", "pictures"), scores)
     rows = [
-        (path, data.classes[label], data.classes[row.argmax()], row.max())
-        for path, label, row in zip(data.paths, data.labels, probabilities, strict=True)
+        (path, data.classes[label], data.classes[row.argmax()], row.max(), "unsure" if doubt else "")
+        for path, label, row, doubt in zip(data.paths, data.labels, probabilities, unsure, strict=True)
     ]
-    write_csv(run / f"predictions{suffix}.csv", ("path", "class", "predicted", "probability"), rows)
+    write_csv(run / f"predictions{suffix}.csv", ("path", "class", "predicted", "probability", "unsure"), rows)
     return "\n".join(lines) + "\n"
 
 
@@ -236,6 +261,7 @@ def print_summary(facts: dict, run, suffix: str, split: str) -> None:
             print(f"artists {name} in training: {accuracy:.1%} of {images} images")
     print(f"expected calibration error {facts['ece_before']:.3f}, with temperature {facts['temperature']:.2f} ", end="")
     print(f"(fitted on validation paintings) {facts['ece_after']:.3f}")
+    print(f"unsure of {facts['unsure']:.0%} of the images; accuracy on the others {facts['sure_accuracy']:.1%}")
     print(f"\n{split} accuracy {facts['accuracy']:.1%}; tables and figures are in {run}/ ", end="")
     print(f"(confusion{suffix}.png, roc{suffix}.png, mistakes{suffix}.png, report{suffix}.txt)")
 

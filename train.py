@@ -28,7 +28,14 @@ from common.crops import predict_probabilities, random_crops
 from common.errors import UserError
 from common.layers import parameter_count
 from common.losses import class_log_prior
-from common.metrics import balanced_accuracy, class_balanced_mean, fit_temperature, negative_log_likelihood
+from common.metrics import (
+    balanced_accuracy,
+    calibrate,
+    class_balanced_mean,
+    confidence_threshold,
+    fit_temperature,
+    negative_log_likelihood,
+)
 from common.names import display_name
 from common.optim import Optimizers
 from common.run import (
@@ -89,7 +96,12 @@ SETTINGS = {
         "test-time views that are averaged: 1 is the whole image, 0.7 four corner crops of 0.7 times its side, 1.5 the "
         "whole image enlarged",
     ),
-    "holdout": Setting(str, ("none", "artists"), "artists: split so that train and test have no common artist"),
+    "holdout": Setting(
+        str,
+        None,
+        "artists: split so that train and test have no common artist; a style: train without it, so that test.py shows "
+        "whether it is recognised as unknown; or none",
+    ),
 }
 DATA_SETTINGS = ("size", "resize", "split_seed", "target", "min_images", "holdout")  # that the data set depends on
 TAU = 0.9  # strength of the logit adjustment; 1 in theory
@@ -133,6 +145,7 @@ def main(argv=None):
     state = resume(config, "classifier", state, parts)
     if rank() == 0:
         print_classes(data.classes, training.counts(), draws_per_class(sampler), validation.counts())
+        print_held_out(training, validation)
         print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
 
     # Train, evaluate, save
@@ -150,6 +163,7 @@ def main(argv=None):
         state = publishable(state)
         probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
         state["temperature"] = fit_temperature(probabilities, validation.labels)
+        state["unsure_below"] = confidence_threshold(calibrate(probabilities, state["temperature"]))
         report(Path(config.run), state, training, validation, draws_per_class(sampler))
         path = finish(config.run, "classifier", state)
         lock.close()
@@ -341,6 +355,20 @@ def print_classes(classes: list[str], training, drawn, validation) -> None:
     print(f"{'total':30} {training.sum():9} {drawn.sum():9} {validation.sum():10}\n", flush=True)
 
 
+def print_held_out(training: WikiArt, validation: WikiArt) -> None:
+    """Say which validation paintings show how well the network does on artists that it never saw."""
+    styles = np.unique(validation.labels[held_out(training, validation)])
+    if len(styles) == len(training.classes):
+        return
+    names = [training.classes[label] for label in np.setdiff1d(np.arange(len(training.classes)), styles)]
+    print(f"no artist could be held out of {', '.join(names)}: validation paintings there are by artists of training\n")
+
+
+def held_out(training: WikiArt, validation: WikiArt) -> np.ndarray:
+    """Which validation paintings are by known artists who have none in training, bool (N,)."""
+    return ~np.isin(validation.artists, training.artists) & (validation.artists != "")
+
+
 def report(run, state: dict, training: WikiArt, validation: WikiArt, drawn) -> None:
     """Write curves.png, classes.png and the facts of a finished training."""
     panels = {
@@ -380,6 +408,7 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "left_out": training.left_out,
         "training_images": len(training),
         "validation_images": len(validation),
+        "validation_held_out": int(held_out(training, validation).sum()),
         "classes": len(state["classes"]),
         "largest_class": int(counts.max()),
         "smallest_class": int(counts.min()),
@@ -387,6 +416,7 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "val_accuracy": best["val_accuracy"],
         "val_balanced_accuracy": best["val_balanced_accuracy"],
         "temperature": state["temperature"],
+        "unsure_below": state["unsure_below"],
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},

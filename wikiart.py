@@ -28,7 +28,7 @@ from common.crops import FEATURE_SCALES, mean_over_views, predict_probabilities,
 from common.errors import DataError, UserError
 from common.images import cache_folder, pixel_cache, read_image
 from common.layers import BatchNorm, Block, ConvNorm, Dropout, FiLMBlock, Normalise, Upsample, backbone, mean_std
-from common.metrics import calibrate
+from common.metrics import calibrate, confidence
 from common.names import artist_and_title, artist_of, read_metadata, showable, stem_of
 from common.run import autocast, file_hash, load_checkpoint, pick_device
 from common.splits import connected_groups, hold_out
@@ -43,10 +43,10 @@ class WikiArt(Dataset):
     """A folder of paintings with one sub-folder per style, like torchvision's ImageFolder.
 
     `root` holds train/ and test/ with style folders, or style folders alone, which are then split 80/20 by
-    `split_seed`. With `holdout="artists"`, all paintings are split so that no artist is in both parts. The label is the
-    `target`: style, artist or genre; paintings without one, or of an artist or genre with fewer than `min_images`
-    paintings, are left out and counted. `classes` of a trained model keep its order; otherwise they are the sorted
-    folder names of train/, or the sorted names of artists or genres.
+    `split_seed`. With `holdout="artists"`, all paintings are split so that no artist is in both parts; with a style's
+    name, its paintings are left out. The label is the `target`: style, artist or genre; paintings without one, or of an
+    artist or genre with fewer than `min_images` paintings, are left out and counted. `classes` of a trained model keep
+    its order; otherwise they are the sorted folder names of train/, or the sorted names of artists or genres.
 
     pixels: uint8 (M, 3, size, size), mapped from the cache; rows: int64 (N,), which of them are in this set;
     labels: int64 (N,); paths (below `root`), styles, artists, genres, years, groups (equal for duplicates): N each.
@@ -83,10 +83,14 @@ class WikiArt(Dataset):
         for style in styles if split == "train" or self.pooled else ():
             if style not in self.styles:
                 raise DataError(f"{folder / style} holds no image: fill the folder or remove it")
+        if holdout not in (*styles, "none", "artists"):
+            raise UserError(f"--holdout {holdout}: give none, artists, or one of {', '.join(styles)}")
         self.labels = torch.tensor([styles.index(style) for style in self.styles])
         if self.pooled:
             test = hold_out(self.labels.numpy(), self.groups, 0.2, split_seed)
             self.keep(test if split == "test" else ~test)
+        self.keep(self.styles != holdout)
+        styles = [style for style in styles if style != holdout]
         self.set_labels(target, min_images, classes or (styles if target == "style" else None), folder)
 
     def read_paintings(self, index: dict, folder: Path, level: int, by_artist: bool) -> None:
@@ -150,8 +154,16 @@ class WikiArt(Dataset):
         return part
 
     def split_off(self, fraction: float, seed: int) -> tuple["WikiArt", "WikiArt"]:
-        """Training and validation set; the second has about `fraction` of each class. Duplicates stay together."""
-        chosen = hold_out(self.labels.numpy(), self.groups, fraction, seed)
+        """Training and validation set; the second has about `fraction` of each class. Duplicates stay together.
+
+        Where artists are known, half of the validation paintings are by artists who are not in the training set:
+        other paintings of an artist show less of how a network does on artists that it never saw.
+        """
+        labels, by_artist = self.labels.numpy(), connected_groups([f"{group} " for group in self.groups], self.artists)
+        chosen = hold_out(labels, by_artist, fraction / 2, seed, at_least_one=False)
+        rest = np.flatnonzero(~chosen)
+        count = fraction / 2 / (1 - fraction / 2)  # of the rest, as much as was chosen of all
+        chosen[rest] = hold_out(labels[rest], self.groups[rest], count, seed)
         return self.subset(~chosen), self.subset(chosen)
 
     def move_to(self, device) -> None:
@@ -480,7 +492,8 @@ class Classifier:
         classifier.top(classifier.predict(["my.jpg"])[0])    # [("Cubism", 0.62), ("Fauvism", 0.11), ...]
 
     classes: names, in the order of the probabilities; size, resize: of the square images it was trained on;
-    temperature: of its calibrated probabilities; hash: of its file.
+    temperature: of its calibrated probabilities; unsure_below: the confidence that 95 % of validation paintings reach;
+    hash: of its file.
     """
 
     def __init__(self, checkpoint: dict, device, hash: str = ""):
@@ -490,6 +503,7 @@ class Classifier:
         self.size, self.resize = checkpoint["data"]["size"], checkpoint["data"]["resize"]
         self.crop, self.tta_scales = checkpoint["crop"], checkpoint["tta_scales"]
         self.calibrated, self.temperature = "temperature" in checkpoint, checkpoint.get("temperature", 1.0)
+        self.unsure_below = checkpoint.get("unsure_below", 0.0)
         self.checkpoint = {key: value for key, value in checkpoint.items() if key != "weights"}
         self.hash = hash
 
@@ -542,6 +556,10 @@ class Classifier:
         """The k likeliest classes of one image's probabilities (classes,), likeliest first."""
         order = np.argsort(-np.asarray(probabilities), kind="stable")[:k]
         return [(self.classes[label], float(probabilities[label])) for label in order]
+
+    def unsure(self, probabilities) -> torch.Tensor:
+        """Which images may be of none of the classes, bool (N,), by their calibrated probabilities (N, classes)."""
+        return confidence(probabilities) < self.unsure_below
 
     def features(self, images) -> torch.Tensor:
         """Features (N, D) of images, averaged over views; as cluster.py compares them."""

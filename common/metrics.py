@@ -95,6 +95,16 @@ def fit_temperature(probabilities, labels) -> float:
     return min(torch.logspace(-2, 1, 301).tolist(), key=loss)
 
 
+def confidence(probabilities):
+    """How sure a classifier is of each of its probabilities (N, classes): the highest, (N,)."""
+    return probabilities.amax(1)
+
+
+def confidence_threshold(probabilities, passing: float = 0.95) -> float:
+    """The confidence that a fraction of paintings reaches; calibrated probabilities (N, classes)."""
+    return confidence(probabilities).quantile(1 - passing).item()
+
+
 def negative_log_likelihood(probabilities, labels):
     """-log of the probability (N, classes) of each label (N,), at most 21."""
     return F.nll_loss(probabilities.clamp_min(1e-9).log(), labels, reduction="none")

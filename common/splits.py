@@ -24,11 +24,11 @@ def connected_groups(*keys) -> np.ndarray:
     return np.array([root(item) for item in range(len(parent))])
 
 
-def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int, at_least_one=True) -> np.ndarray:
     """Choose about `fraction` of every class at random, as a mask (N,), without dividing a group.
 
-    A group counts as its first member's class. Of every class with two groups or more some are chosen; of no class are
-    all.
+    A group counts as its first member's class. Of no class are all chosen. With `at_least_one`, of every class with two
+    groups or more some are chosen, even if its smallest group is more than `fraction` of the class.
     """
     random = np.random.default_rng(seed)
     _, leaders, group = np.unique(groups, return_index=True, return_inverse=True)
@@ -40,7 +40,7 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int)
         target, taken = fraction * sizes[candidates].sum(), 0
         smallest = candidates[np.argmin(sizes[candidates])]  # the last resort, if no group fits
         for candidate in (*candidates, smallest):
-            fits = taken + sizes[candidate] <= target or (candidate == smallest and not taken)
+            fits = taken + sizes[candidate] <= target or (at_least_one and candidate == smallest and not taken)
             leaves_some = (remaining > members[candidate])[members[candidate] > 0].all()
             if fits and leaves_some and not chosen[candidate]:
                 chosen[candidate] = True

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common import images, names
-from common.errors import DataError
+from common.errors import DataError, UserError
 from common.images import read_image
 from common.splits import connected_groups, hold_out
 from wikiart import BalancedSampler, WikiArt
@@ -470,6 +470,41 @@ def test_holding_out_artists_shares_none(tmp_path):
     assert not set(training.artists) & set(test.artists)
     assert {path.split("/")[0] for path in (*training.paths, *test.paths)} == {"train", "test"}
     assert all(test.counts() > 0)
+
+
+def test_half_of_the_validation_paintings_are_by_artists_whom_training_lacks(tmp_path):
+    for number in range(200):
+        picture(tmp_path / "train" / f"S{number % 2}" / f"artist-{number % 50}_{number}.png", number)
+    picture(tmp_path / "test" / "S0" / "artist-1_x.png", 999)
+    training, validation = load(tmp_path).split_off(0.2, 0)
+    unseen = ~np.isin(validation.artists, training.artists)
+    assert 36 <= len(validation) <= 40
+    assert 16 <= unseen.sum() <= 20
+    assert set(validation.labels[unseen].tolist()) == {0, 1}
+    assert len(training) + len(validation) == 200
+    assert not set(training.paths) & set(validation.paths)
+
+
+@pytest.mark.parametrize("artist", ["only-one_", ""])
+def test_without_artists_to_hold_out_validation_is_split_by_painting(tmp_path, artist):
+    for number in range(40):
+        picture(tmp_path / "train" / f"S{number % 2}" / f"{artist}{number}.png", number)
+    picture(tmp_path / "test" / "S0" / "x.png", 999)
+    training, validation = load(tmp_path).split_off(0.2, 0)
+    assert all(training.counts() > 0)
+    assert all(validation.counts() > 0)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_style_can_be_left_out(tmp_path, pooled):
+    for number in range(60):
+        split = "" if pooled else "test" if number % 4 == 0 else "train"
+        picture(tmp_path / split / f"S{number % 3}" / f"{number}.png", number)
+    whole, part = load(tmp_path, "test"), load(tmp_path, "test", holdout="S1")
+    assert load(tmp_path, holdout="S1").classes == part.classes == ["S0", "S2"]
+    assert part.paths.tolist() == whole.paths[whole.styles != "S1"].tolist()
+    with pytest.raises(UserError, match="give none, artists, or one of S0, S1, S2"):
+        load(tmp_path, holdout="S3")
 
 
 def test_holding_out_artists_ignores_folders_beside_train_and_test(tmp_path):

@@ -161,7 +161,28 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     both = [facts[f"{who}_artists_accuracy"] * facts[f"{who}_artists_images"] for who in ("seen", "unseen")]
     assert sum(both) == pytest.approx(sum(hits), abs=0.01)
     assert "baseline_accuracy" in facts
+    sure = [hit for hit, row in zip(hits, rows, strict=True) if not row["unsure"]]
+    assert facts["unsure"] == pytest.approx(1 - len(sure) / 32)
+    assert facts["sure_accuracy"] == pytest.approx(np.mean(sure), abs=1e-4)
     assert len((trained / "report.csv").read_text().splitlines()) == 9
+
+
+def test_a_style_that_was_left_out_is_scored_as_unknown(demo, tmp_path, capsys):
+    flags = [*TINY, "--data", str(demo), "--run", str(tmp_path)]
+    train.main([*TINY_TRAIN, *flags, "--holdout", "Dots"])
+    evaluation.main(flags)
+    facts = json.loads((tmp_path / "facts.json").read_text())["test"]
+    classifier = wikiart.Classifier.load(tmp_path / "classifier.pt", "cpu")
+    assert "Dots" not in classifier.classes
+    assert facts["images"] == 28
+    known, unknown = ([], [])
+    data = wikiart.WikiArt(demo, "test", size=32, processes=1)
+    for style, row in zip(data.styles, classifier.predict_dataset(data), strict=True):
+        (unknown if style == "Dots" else known).append(row.max().item())
+    pairs = [(a > b) + (a == b) / 2 for a in known for b in unknown]
+    assert facts["unknown_auroc"] == pytest.approx(np.mean(pairs), abs=1e-4)
+    assert facts["unknown_confidence"] == pytest.approx(torch.tensor(unknown).median().item(), abs=1e-4)
+    assert "Dots, which it never saw" in capsys.readouterr().out
 
 
 def test_a_checkpoint_from_elsewhere_gives_the_same_table(trained, demo, tmp_path):

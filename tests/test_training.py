@@ -225,6 +225,16 @@ def test_predictions_of_floats_are_refused(trained):
             classifier.predict(wrong)
 
 
+def test_95_per_cent_of_the_validation_paintings_pass_as_known(trained, demo):
+    classifier = wikiart.Classifier.load(trained / "classifier.pt", "cpu")
+    data = wikiart.WikiArt(demo, "train", size=32, processes=1)
+    validation = data.split_off(0.1, 0)[1]
+    unsure = classifier.unsure(classifier.predict_dataset(validation))
+    assert 1 <= unsure.sum() <= 0.05 * len(validation) + 1
+    assert classifier.unsure(torch.full((1, 8), 1 / 8))
+    assert not classifier.unsure(torch.eye(8)).any()
+
+
 # Several processes
 
 
