@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.config import Setting, configure
 from common.errors import UserError
-from common.images import Decoder, decode_in_processes, read_image
+from common.images import Decoder, decode_in_processes, files_below, read_image
 from common.run import add_facts, checkpoint_path, pick_device, reuse_freed_memory, run_script
 from serve.corrections import Corrections, export
 from wikiart import Classifier
@@ -132,13 +132,10 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
 
 
 def list_files(folder: Path, out: Path) -> list[str]:
-    """The files below a folder, by their sorted paths in it, except for hidden ones and the table. Raises UserError."""
+    """The files below a folder, by their paths in it, without hidden ones and the table. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    table = os.path.realpath(out)
-    paths = [path for path in folder.rglob("*") if not path.is_dir() and os.path.realpath(path) != table]
-    relative = [path.relative_to(folder) for path in paths]
-    files = sorted(path.as_posix() for path in relative if not any(part.startswith(".") for part in path.parts))
+    files = [path for path in files_below(folder) if os.path.realpath(folder / path) != os.path.realpath(out)]
     if not files:
         raise UserError(f"{folder} holds no file")
     return files

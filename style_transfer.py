@@ -31,6 +31,7 @@ from common import figures
 from common.baselines import Magenta, Transplant
 from common.config import Setting, configure
 from common.errors import UserError
+from common.images import files_below
 from common.metrics import (
     balanced_accuracy,
     frechet_distance,
@@ -73,6 +74,8 @@ def main(argv=None):
     config = configure("style_transfer", __doc__, SETTINGS, SHARED, argv)
     if not config.image and (config.steps or config.from_style):
         raise UserError("--steps and --from-style need --image")
+    if config.image and config.method != "model":
+        raise UserError(f"--method {config.method} is for the scores of test paintings: it takes no --image")
     device = pick_device(config.device)
     path = checkpoint_path(config.run, config.checkpoint)
     checkpoint = load_checkpoint(path, "StyleAutoencoder")
@@ -94,6 +97,8 @@ def repaint_files(repainter: Repainter, config) -> None:
     source, broken, classes = Path(config.image), [], repainter.classes
     files, targets = list_images(source), target_styles(config, classes)
     own = {find_style(config.from_style, classes): 1.0} if config.from_style else None
+    out, ending = Path(config.out), "" if config.strength == 1 else f"_strength-{config.strength:g}"
+    make_folder(out, source)
     for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
         try:
             image = open_picture(path, config.longest)
@@ -103,18 +108,31 @@ def repaint_files(repainter: Repainter, config) -> None:
         # In a folder, a.jpg and a.png may lie side by side.
         stem = path.relative_to(source) if source.is_dir() else path.stem
         for name, target in targets.items():
-            with atomic_write(Path(config.out) / f"{stem}_{name}.png") as temporary:
+            with atomic_write(out / f"{stem}_{name}{ending}.png") as temporary:
                 repainter.repaint(image, target, own, config.strength).save(temporary)
     done = len(files) - len(broken)
     if broken:
-        raise UserError(f"{done} of {len(files)} files repainted; not {'; '.join(broken[:3])}")
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        counts = f"{done} of {len(files)} files repainted; not " if len(files) > 1 else ""
+        raise UserError(f"{counts}{'; '.join(broken[:3])}{more}")
     print(f"{done * len(targets)} pictures in {config.out}")
+
+
+def make_folder(out: Path, source: Path) -> None:
+    """Make the folder of the results. Raises UserError."""
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out {out} is inside {source}: the next run would repaint the results as well")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder --out {out}: {error.strerror}") from None
 
 
 def list_images(source: Path) -> list[Path]:
     if not source.exists():
         raise UserError(f"no file and no folder {source}")
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("[!.]*") if path.is_file())
+    files = [source] if source.is_file() else [source / path for path in files_below(source)]
+    files = [path for path in files if path.is_file()]  # no pipes
     if not files:
         raise UserError(f"{source} holds no image")
     return files
@@ -122,17 +140,17 @@ def list_images(source: Path) -> list[Path]:
 
 def target_styles(config, classes: list[str]) -> dict[str, dict[str, float]]:
     """What each picture is repainted in, {name: {style: weight}}: styles, a mixture, or --steps between two styles."""
-    mixture = read_mixture(config.style or classes, classes)
+    mixture, weighted = read_mixture(config.style or classes, classes), any("=" in text for text in config.style)
     if config.steps:
-        if len(mixture) != 2:
-            raise UserError("--steps needs two styles: --style Rococo Cubism")
+        if len(mixture) != 2 or weighted or config.steps < 2:
+            raise UserError("--steps needs two styles without weights, and 2 or more: --style Rococo Cubism --steps 5")
         first, second = mixture
         shares = np.linspace(0, 1, config.steps).tolist()
         return {
             f"{first}_to_{second}_{step}": {first: 1 - share, second: share} for step, share in enumerate(shares, 1)
         }
-    if any("=" in text for text in config.style):
-        return {"_".join(mixture): mixture}
+    if weighted:
+        return {"_".join(f"{style}-{share:.2g}" for style, share in mixture.items()): mixture}
     return {style: {style: 1.0} for style in mixture}
 
 
@@ -146,11 +164,11 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     settings = data_settings | {"classes": classes, "processes": config.processes}
     training, test = (WikiArt(config.data, split, **settings) for split in ("train", "test"))
     judges = load_judges(config, classes, repainter.device)
+    if any("=" in style for style in config.style):
+        raise UserError("mixtures of styles need --image")
     config.style = [find_style(style, classes) for style in config.style] or classes[:8]
     method = load_method(repainter, training, config)
-    count = min(config.paintings, len(test))
-    chosen = np.arange(count) * len(test) // count  # evenly: where styles have the same scenes, as in the demo, so here
-    data, eye = test.subset(chosen), torch.eye(len(classes))
+    data, eye = test.subset(choose(test, config.paintings)), torch.eye(len(classes))
     originals, source = all_images(data), eye[data.labels]
 
     def repaint(target, source=source, images=originals):
@@ -169,12 +187,12 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
 
     facts |= judge_facts(predict, "", labels, originals, own_style, repainted)
     facts |= picture_facts(test, data, originals, own_style, repainted)
-    pairs = true_pairs([title_of(path) for path in data.paths], labels, len(classes))
+    pairs = true_pairs(data)
     facts |= true_image_facts(pairs, originals, repainted)
     if len(judges) > 1:
         before, own, *after = (features_of(judges[1], images) for images in (originals, own_style, *repainted))
         facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after)
-        facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels)
+        facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels, classes)
     if config.method == "model":
         facts |= source_facts(repainter.classifier, repaint, predict, originals, labels, eye)
     rows = rows_to_show(data, config.hide)
@@ -183,6 +201,14 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
     print(", ".join(f"{name} {facts[name]:.3f}" for name in PRINTED if name in facts))
+
+
+def choose(data: WikiArt, count: int) -> np.ndarray:
+    """Indices of at most `count` paintings: whole scenes that exist in every style, as in the demo, or else evenly."""
+    scenes = common_scenes(data)[: count // len(data.classes)]
+    if scenes:
+        return np.sort(np.concatenate(scenes))
+    return np.arange(min(count, len(data))) * len(data) // min(count, len(data))
 
 
 def source_facts(classifier: Classifier, repaint, predict, originals, labels, eye) -> dict:
@@ -260,26 +286,26 @@ def features_of(judge: Classifier, images):
     return torch.cat([judge.model.features(batch).float().cpu() for batch in batches])
 
 
-def distance_facts(real, real_labels, before, after, labels) -> dict:
+def distance_facts(real, real_labels, before, after, labels, classes: list[str]) -> dict:
     """Distances in a judge's features: real paintings (M, D), originals (N, D), repainted images [(N, D), ...].
 
     The Fréchet distance is the mean over styles with two real paintings or more.
     """
     mean, directions = principal_directions(real, DIRECTIONS)
-    distances = []
+    distances = {}
     for style, features in enumerate(after):
         if min((real_labels == style).sum(), (labels != style).sum()) < 2:
             continue
         target = (real[real_labels == style] - mean) @ directions
         pair = (x[labels != style] for x in (features, before))
-        distances.append([frechet_distance((x - mean) @ directions, target) for x in pair])
-    fid, fid_originals = np.mean(distances, 0)
+        distances[style] = [frechet_distance((x - mean) @ directions, target) for x in pair]
+    fid, fid_originals = np.mean(list(distances.values()), 0)
     return {
         "directions": DIRECTIONS,
         "fid": fid,
         "fid_originals": fid_originals,
         "fid_ratio": fid / fid_originals,
-        "fids": distances,
+        "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
         "perceptual": mean_over_pairs([1 - F.cosine_similarity(before, features) for features in after], labels),
     }
 
@@ -298,16 +324,22 @@ def picture_facts(test: WikiArt, data: WikiArt, originals, own_style, repainted)
     }
 
 
-def true_pairs(titles: list[str], labels, styles: int) -> list[tuple[int, int, int]]:
-    """Source, true image in the target style (rows), and that style, of test sets with the same scenes in every style.
+def common_scenes(data: WikiArt) -> list[list[int]]:
+    """Rows of the scenes that exist in every style, as in the demo: of each, the row of every style.
 
-    Such as the demo's. A scene is a title that occurs once in each style. Empty if there is none, or if a title occurs
-    twice in one style.
+    A scene is a title that occurs once in each style. Empty if there is none, or if a title occurs twice in one style.
     """
-    row_of = {(title, int(label)): row for row, (title, label) in enumerate(zip(titles, labels, strict=True))}
-    unique = len(row_of) == len(titles)
-    scenes = [title for title, count in Counter(titles).items() if title and unique and count == styles]
-    return [(row_of[title, a], row_of[title, b], b) for title in scenes for a, b in permutations(range(styles), 2)]
+    titles, labels = [title_of(path) for path in data.paths], data.labels.tolist()
+    row_of = {key: row for row, key in enumerate(zip(titles, labels, strict=True))}
+    unique, styles = len(row_of) == len(titles), range(len(data.classes))
+    scenes = [title for title, count in Counter(titles).items() if title and unique and count == len(styles)]
+    return [[row_of[title, style] for style in styles] for title in scenes]
+
+
+def true_pairs(data: WikiArt) -> list[tuple[int, int, int]]:
+    """Source and true image in the target style (rows), and that style, of all scenes that exist in every style."""
+    styles = range(len(data.classes))
+    return [(rows[a], rows[b], b) for rows in common_scenes(data) for a, b in permutations(styles, 2)]
 
 
 def true_image_facts(pairs, originals, repainted) -> dict:
@@ -354,10 +386,10 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
         image = ImageOps.contain(image, (TRIPTYCH_SIDE, TRIPTYCH_SIDE), Image.Resampling.LANCZOS)  # enlarges, too
         plot_triptych(run / f"style_triptych{suffix}.png", image, labels[row].item(), repainter)
         if pairs:
-            plot_truth(run / f"style_truth{suffix}.png", pairs, originals, repainted, names)
+            plot_truth(run / f"style_truth{suffix}.png", pairs, originals, repainted, names, data.labels)
 
 
-def plot_truth(path, pairs, originals, repainted, names: list[str]) -> None:
+def plot_truth(path, pairs, originals, repainted, names: list[str], labels) -> None:
     """For each style, of another scene each: the source, the repainting and the true image."""
     chosen = [[pair for pair in pairs if pair[2] == style] for style in range(len(names))]
     chosen = [of_style[len(of_style) * style // len(names)] for style, of_style in enumerate(chosen)]
@@ -366,8 +398,9 @@ def plot_truth(path, pairs, originals, repainted, names: list[str]) -> None:
         torch.stack([repainted[style][row] for row, _, style in chosen]),
         torch.stack([originals[true] for _, true, _ in chosen]),
     )
+    columns = [f"{names[labels[row]]} to {names[style]}" for row, _, style in chosen]
     title = "Repaintings, and the same scenes as the target style has them"
-    figures.painting_grid(path, to_bytes(torch.stack(rows)).numpy(), names, ["source", "repainted", "true"], title)
+    figures.painting_grid(path, to_bytes(torch.stack(rows)).numpy(), columns, ["source", "repainted", "true"], title)
 
 
 def plot_strengths(path, names: list[str], labels, originals, repainter) -> None:

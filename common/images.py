@@ -36,6 +36,12 @@ EVIDENCE_COLOUR = "#E69F00"
 CACHE_VERSION = b"decoded at 1.5 times the size"
 
 
+def files_below(folder: Path) -> list[str]:
+    """Sorted paths, relative to the folder, of all files below it; hidden files and folders are left out."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
 def read_image(source, size: int, resize: str = "squash", formats=None) -> np.ndarray:
     """An image file as uint8 (3, size, size), RGB: squashed into the square, or its centre cropped. See open_rgb."""
     image = open_rgb(source, 3 * size // 2, formats)

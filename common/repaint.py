@@ -32,15 +32,18 @@ def open_picture(source, longest: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from 89 megapixels on
             with Image.open(io.BytesIO(source) if upload else source, formats=formats) as image:
-                pixels = image.width * image.height
+                width, height = image.size
+                pixels = width * height
     except Image.DecompressionBombError:  # from 179 megapixels on
         pixels = LARGEST + 1
     if pixels > LARGEST:
         raise UserError(f"{name} has more than {LARGEST / 1e6:.0f} megapixels")
+    if min(width, height) < SMALLEST:
+        raise UserError(f"{name} is too small: {width} x {height} pixels, {SMALLEST} a side are needed")
     image = open_rgb(io.BytesIO(source) if upload else source, longest, formats)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     if min(image.size) < SMALLEST:
-        raise UserError(f"{name} is too small: {image.width} x {image.height} pixels, {SMALLEST} a side are needed")
+        raise UserError(f"{name} is too narrow: reduced to {image.width} x {image.height} pixels; raise --longest")
     return image
 
 

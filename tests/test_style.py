@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,13 +210,13 @@ def test_pictures_folders_and_the_way_between_two_styles(styled, tmp_path):
     assert repainted("Dots", "--style", "Dots", "--longest", "50").size == (50, 34)
     every = repainted("Flat_outlines")
     assert len(list(out.iterdir())) == 8
-    mixture = repainted("Flat_outlines_Dots", "--style", "flat-outlines=0.7", "DOTS=0.3")
+    mixture = repainted("Flat_outlines-0.7_Dots-0.3", "--style", "flat-outlines=0.7", "DOTS=0.3")
     assert not same(mixture, dots)
     assert not same(mixture, every)
-    assert not same(dots, repainted("Dots", "--style", "Dots", "--strength", "2"))
+    assert not same(dots, repainted("Dots_strength-2", "--style", "Dots", "--strength", "2"))
     assert not same(dots, repainted("Dots", "--style", "Dots", "--from-style", "Flat Outlines"))
     own = repainted("Dots", "--style", "Dots", "--from-style", "Dots")
-    assert same(own, repainted("Bands", "--style", "Bands", "--from-style", "Dots", "--strength", "0"))
+    assert same(own, repainted("Bands_strength-0", "--style", "Bands", "--from-style", "Dots", "--strength", "0"))
     last = repainted("Flat_outlines_to_Dots_3", "--style", "Flat_outlines", "Dots", "--steps", "3")
     steps = [Image.open(out / f"wide_Flat_outlines_to_Dots_{number}.png") for number in (1, 2, 3)]
     assert same(last, dots)
@@ -501,11 +502,14 @@ def test_measures_of_pictures():
 
 
 def test_true_images_of_scenes_that_occur_in_every_style():
-    labels, titles = torch.tensor([0, 1, 0, 1, 0]), ["a", "a", "b", "b", "only once"]
+    def data(*titles):
+        paths = [f"test/{style}/painter_{title}.jpg" for style, title in zip("ABABA", titles, strict=True)]
+        return SimpleNamespace(paths=paths, labels=torch.tensor([0, 1, 0, 1, 0]), classes=["A", "B"])
+
     originals = torch.rand(5, 3, 8, 8)
     true = [originals[[0, 0, 2, 2, 4]], originals[[1, 1, 3, 3, 4]]]  # perfect repaintings
     half = [(originals + each) / 2 for each in true]
-    pairs = style_transfer.true_pairs(titles, labels, 2)
+    pairs = style_transfer.true_pairs(data("a", "a", "b", "b", "only-once"))
     assert sorted(pairs) == [(0, 1, 1), (1, 0, 0), (2, 3, 1), (3, 2, 0)]
     facts = style_transfer.true_image_facts(pairs, originals, half)
     assert facts["truth_pairs"] == 4
@@ -514,7 +518,7 @@ def test_true_images_of_scenes_that_occur_in_every_style():
     assert facts["truth_nearer"] == 1
     kept = style_transfer.true_image_facts(pairs, originals, [originals, originals])
     assert (kept["truth_gain_db"], kept["truth_nearer"]) == (0, 0)
-    assert style_transfer.true_pairs(["a", "a", "a", "b", "c"], labels, 2) == []  # twice in one style
+    assert style_transfer.true_pairs(data("a", "a", "a", "b", "c")) == []  # twice in one style
     assert style_transfer.true_image_facts([], originals, half) == {}
 
 
@@ -533,7 +537,16 @@ def test_styles_without_test_paintings_and_few_paintings_are_fine(styled, demo, 
     assert np.isfinite(
         [facts[name] for name in ("hit_rate", "fid", "fid_ratio", "position", "ssim", "perceptual")]
     ).all()
-    assert len(facts["fids"]) == 6
+    assert len(facts["fid_ratios"]) == 6
+
+
+def test_of_many_paintings_whole_scenes_are_chosen(demo):
+    data = wikiart.WikiArt(demo, "test", size=32, processes=1)
+    rows = style_transfer.choose(data, 20)
+    assert len(rows) == len(set(rows)) == 16
+    assert len(style_transfer.true_pairs(data.subset(rows))) == 2 * 8 * 7
+    assert len(style_transfer.choose(data, 6)) == 6
+    assert style_transfer.choose(data, 500).tolist() == list(range(32))
 
 
 # Mistakes
@@ -551,6 +564,7 @@ def test_pictures_that_are_too_large_take_no_memory(tmp_path, monkeypatch):
 def test_mistakes_get_one_clear_line(styled, demo, tmp_path, monkeypatch):
     monkeypatch.setattr(Repainter, "paint", lambda *_: pytest.fail("repainted for nothing"))
     good, small = picture(tmp_path / "good.png", size=(40, 40)), picture(tmp_path / "small.png", size=(40, 20))
+    narrow = picture(tmp_path / "folder/narrow.png", size=(2048, 40))
     (tmp_path / "large.png").write_bytes(bomb(11_000))
     (tmp_path / "empty").mkdir()
     old, alone = load_checkpoint(styled / "style.pt"), tmp_path / "alone" / "style.pt"
@@ -568,6 +582,13 @@ def test_mistakes_get_one_clear_line(styled, demo, tmp_path, monkeypatch):
         (("--image", tmp_path / "empty"), "empty holds no image"),
         (("--image", good, "--style", "Dots", "--steps", "3"), "--steps needs two styles"),
         (("--image", good, "--style", "Dots", "dots", "--steps", "3"), "--steps needs two styles"),
+        (("--image", good, "--style", "Dots=0.3", "Bands", "--steps", "3"), "--steps needs two styles without weights"),
+        (("--image", good, "--style", "Dots", "Bands", "--steps", "1"), "and 2 or more"),
+        (("--image", good, "--method", "adain"), "--method adain is for the scores of test paintings"),
+        (("--image", good, "--out", small), "cannot make the folder --out .*small.png"),
+        (("--image", tmp_path / "folder", "--out", tmp_path / "folder/out"), "the next run would repaint the results"),
+        (("--image", narrow), "too narrow: reduced to 1024 x 20 pixels; raise --longest"),
+        (("--data", demo, "--judges", "classifier.pt", "--style", "Dots=0.3"), "mixtures of styles need --image"),
         (("--steps", "3", "--style", "Dots", "Bands"), "need --image"),
         (("--data", demo, "--judges", "judge", "--style", "Dada"), "no style Dada"),
         (("--checkpoint", tmp_path / "old.pt", "--image", good), "old.pt holds .* earlier version: train again"),
