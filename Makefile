@@ -104,8 +104,8 @@ $(RUN)/clusters.md: $(RUN)/stamps/clusters common/figures.py $(RUN)/autoencoder.
 	$(call run,clusters)
 $(RUN)/style_grid.png: $(RUN)/stamps/repaint common/figures.py common/metrics.py $(RUN)/style.pt \
     $(RUN)/judge/classifier.pt $(wildcard $(RUN)/embed_*_224.pt)
-	$(call run,repaint) --method adain
-	$(call run,repaint) --method wct
+	$(call run,repaint) --method adain --paintings 100
+	$(call run,repaint) --method wct --paintings 100
 	$(call run,repaint)
 
 # The rest -------------------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def train_epoch(model, ema, data, sampler, criterion, optimizers, epoch, config,
         items = batch[local_share()]
         pixels, labels = data.batch(items, device)
         images = random_crops(pixels, config.crop, random, config.min_crop_area)
-        with autocast(device):
+        with autocast(device, cpu=True):
             outputs = model(images.contiguous(memory_format=torch.channels_last))
         loss = criterion(outputs, labels, items)
         check_finite(loss, step, epoch)

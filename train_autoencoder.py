@@ -194,7 +194,7 @@ def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, device
         crops = [batch_crop(pixels, config.crop, random, config.min_crop_area)]
         if config.contrastive_weight:
             crops.append(random_crops(pixels, config.crop, second_random, config.contrastive_min_area))
-        with autocast(device):
+        with autocast(device, cpu=True):
             loss, mse = criterion(*(images.contiguous(memory_format=torch.channels_last) for images in crops))
         check_finite(loss, step, epoch)
         optimizers.zero_grad()

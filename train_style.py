@@ -5,11 +5,12 @@
     python train_style.py --features tf_efficientnet_lite0 --weights lite0.pth    # features of timm, an extra
     torchrun --nproc-per-node=2 -- train_style.py            # several GPUs: the same result
 
-In its own style a painting has to come back; in another, its feature maps in a frozen network have to look like those
-of real paintings of that style, to statistics and to a critic, while the composition stays. The moving average of the
-weights is kept. A training that was interrupted resumes after its last finished epoch when the same command is run
-again; --restart starts anew. Writes into the run folder: style.pt (style.partial.pt until training has finished),
-style.jsonl with one line per epoch, style_samples.png, renewed every few epochs, style_curves.png and facts.json.
+In its own style a painting has to come back, in pixels and in the feature maps of a frozen network; in another, these
+maps have to look like those of real paintings of that style, to statistics and to a critic, while the composition
+stays. The moving average of the weights is kept. A training that was interrupted resumes after its last finished epoch
+when the same command is run again; --restart starts anew. Writes into the run folder: style.pt (style.partial.pt until
+training has finished), style.jsonl with one line per epoch, style_samples.png, renewed every few epochs,
+style_curves.png and facts.json.
 """
 
 import copy
@@ -68,15 +69,16 @@ SETTINGS = {
     "condition": Setting(
         str, ("change", "style"), "what the decoder is conditioned on: target minus source style, or the target alone"
     ),
-    "style_weight": Setting(float, "[0, inf)", "weight of all losses of repainted images; 0: reconstruction alone"),
+    "style_weight": Setting(float, "[0, inf)", "weight of all losses but the own style's pixels; 0: these alone"),
 }
 WEIGHTS = {
     "mse": 3.0,  # in the own style
     "range": 1.0,
     "style_stat": 10.0,
     "palette": 1.0,
-    "critic": 4.0,
-    "style_ce": 0.5,
+    "critic": 2.5,
+    "style_ce": 0.4,
+    "feature": 0.5,  # in the own style
     "content": 0.05,
     "layout": 0.3,
 }
@@ -249,12 +251,14 @@ def train_step(parts: dict, features, images, style_images, sources, targets, pi
         maps, logits = features(seen)
         with torch.no_grad():
             style_maps, original_maps = features(style_seen)[0], features(original_seen)[0]
+        same_maps = features(view(same, *random))[0]
         critic.requires_grad_(False)
         scores = critic(seen, maps, target)
     statistics, style_statistics = losses.style_statistics(seen, maps), losses.style_statistics(style_seen, style_maps)
     middle = len(maps) // 2  # an eighth of the side
     terms = {
         "mse": F.mse_loss(same, images[:half]) / PIXEL_VARIANCE,
+        "feature": losses.feature_loss(same_maps, [values[:half] for values in original_maps]),
         "range": losses.range_loss(repainted),
         "style_stat": parts["style_stat"](statistics, style_statistics, targets, picks),
         "palette": parts["palette"](repainted, style_images, targets, picks),

@@ -410,7 +410,7 @@ class StyleAutoencoder(nn.Module):
     STRIDE = 4  # pixels per position of the code map
     MARGIN = 16  # pixels of reflection around an image, so that its own pixels are far from edges
 
-    def __init__(self, styles: int, width: int, code: int = 24, embedding: int = 64, relative=True, **normalisation):
+    def __init__(self, styles: int, width: int, code: int = 48, embedding: int = 64, relative=True, **normalisation):
         super().__init__()
         half, quarter = width // 2, width // 4
         self.styles, self.relative = styles, relative

@@ -213,6 +213,11 @@ class PaletteLoss(nn.Module):
         return (values - candidates).abs().mean((2, 3)).amin(1).mean()
 
 
+def feature_loss(maps: list, originals: list):
+    """Distance of maps [(B, C, H, W), ...]: a reconstruction by pixels alone is blurred (Johnson et al. 2016)."""
+    return sum(F.mse_loss(x, y) for x, y in zip(maps, originals, strict=True)) / len(maps)
+
+
 def content_loss(maps, originals):
     """Distance of maps (B, C, H, W) without the mean and deviation of each, which are style (Ulyanov et al. 2016)."""
     return F.mse_loss(F.instance_norm(maps), F.instance_norm(originals))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from common.run import load_checkpoint
 
 SETTINGS = {"model": "CNN", "target": "style", "balance": "none"}
 SETTINGS |= {"label_smoothing": 0.0, "artist_weight": 0.0, "genre_weight": 0.0}
+IN_FLOAT32 = "import contextlib, train; train.autocast = lambda *_, **__: contextlib.nullcontext()"
 CNN = {"width": 8, "depth": 1, "pooling": "mean_std", "dropout": 0.5}
 
 
@@ -251,11 +253,14 @@ def test_batch_norm_of_several_processes_computes_in_float32(monkeypatch):
     assert norm.running_var.sub(0.9 + 0.1 * images.float().var((0, 2, 3))).abs().max() < 0.01
 
 
-def test_two_processes_train_like_one(demo, tmp_path):
+def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
     """Same global batch, same draws, same statistics: the weights agree to float tolerance."""
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys; sys.path[:1] = [{str(ROOT)!r}]; {IN_FLOAT32}; train.main()")
+    monkeypatch.setattr(train, "autocast", lambda *_, **__: nullcontext())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
     plain = ["--ema-decay", "0", "--optimizer", "adamw"]  # nothing that would hide or blow up a difference
-    command = [*torchrun, ROOT / "train.py", *TINY_TRAIN, *plain, "--data", demo, "--run", tmp_path / "two"]
+    command = [*torchrun, script, *TINY_TRAIN, *plain, "--data", demo, "--run", tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
