@@ -34,6 +34,7 @@ SETTINGS = {
     "name": Setting(str, None, "folder of these trainings in the run folder, and name of their table"),
     "jobs": Setting(int, "[1, inf)", "trainings at a time"),
 }
+MEASURED = (*METRICS, "ece_after", "unseen_artists_accuracy", "unseen_artists_balanced_accuracy", "unknown_auroc")
 RUNNING = []  # processes
 
 
@@ -134,8 +135,9 @@ def call(script: str, run: Path, flags: list) -> None:
 
 def summary(facts: dict) -> dict:
     """The test metrics of each setting; and of all, in their order, with mean, lowest and highest."""
-    results = {name: {metric: part["test"][metric] for metric in METRICS} for name, part in facts.items()}
-    for metric in METRICS:
+    metrics = [metric for metric in MEASURED if all(metric in part["test"] for part in facts.values())]
+    results = {name: {metric: part["test"][metric] for metric in metrics} for name, part in facts.items()}
+    for metric in metrics:
         values = [part["test"][metric] for part in facts.values()]
         results |= {metric: values, f"{metric}_mean": np.mean(values)}
         results |= {f"{metric}_min": min(values), f"{metric}_max": max(values)}

@@ -18,9 +18,12 @@ lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
 balance_flags := --epochs 8 --per-class 0
+styles := $(notdir $(or $(wildcard $(DATA)/train/*),$(wildcard $(DATA)/*)))
+unknown := {"holdout": [$(shell printf '"%s", ' $(styles) | sed 's/, $$//')]}
+unknown_flags := --epochs 12
 ablation := report/ablation.json
 ablation_flags := --epochs 8
-COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md)
+COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md unknown.md)
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt report/ablation.json | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $^; do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
