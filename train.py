@@ -74,7 +74,9 @@ SETTINGS = {
     "crop": Setting(int, "[16, inf)", "side of the network's input, in pixels"),
     "width": Setting(int, "[1, inf)", "channels of the first layer (CNN), or hidden units (MLP)"),
     "depth": Setting(int, "[1, inf)", "residual blocks at each of the CNN's three scales"),
-    "pooling": Setting(str, ("mean", "mean_std"), "statistics of each feature map that the CNN's last layer sees"),
+    "pooling": Setting(
+        str, ("mean", "mean_std", "covariance"), "statistics of the feature maps that the CNN's last layer sees"
+    ),
     "dropout": Setting(float, "[0, 1)", "probability of dropping each feature before the CNN's last layer"),
     "optimizer": Setting(str, ("muon", "adamw"), "Muon for convolutions and AdamW for the rest, or AdamW for all"),
     "weight_decay": Setting(float, "[0, inf)", "weight decay of both optimizers"),

@@ -27,7 +27,18 @@ from common.backbones import Pretrained
 from common.crops import FEATURE_SCALES, mean_over_views, predict_probabilities, resize, views
 from common.errors import DataError, UserError
 from common.images import cache_folder, pixel_cache, read_image
-from common.layers import BatchNorm, Block, ConvNorm, Dropout, FiLMBlock, Normalise, Upsample, backbone, mean_std
+from common.layers import (
+    BatchNorm,
+    Block,
+    ConvNorm,
+    Dropout,
+    FiLMBlock,
+    Normalise,
+    Upsample,
+    backbone,
+    covariances,
+    mean_std,
+)
 from common.metrics import calibrate, confidence
 from common.names import artist_and_title, artist_of, read_metadata, showable, stem_of
 from common.run import autocast, file_hash, load_checkpoint, pick_device
@@ -281,25 +292,35 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """The classifier: a small residual network. Images (B, 3, any, any) in [0, 1] to logits (B, classes).
 
-    In training, logits of `aux_classes` follow: artists and genres, which the network predicts as auxiliary tasks.
+    The last layer sees the mean of each map of features, with pooling="mean_std" also its standard deviation, and with
+    "covariance" also the covariances of PROJECTED mixtures of maps. In training, logits of `aux_classes` follow: of
+    artists and genres, which the network predicts as auxiliary tasks.
     """
+
+    PROJECTED = 32
 
     def __init__(self, classes, width, depth, pooling, dropout, aux_classes=0, **normalisation):
         super().__init__()
-        self.classes, self.std = classes, pooling == "mean_std"
+        self.classes, self.std, self.project = classes, pooling != "mean", None
         self.normalise = Normalise(**normalisation)
         self.body = backbone(width, depth)
         features = 8 * width if self.std else 4 * width
+        if pooling == "covariance":
+            self.project = nn.Conv2d(4 * width, self.PROJECTED, 1, bias=False)
+            features += self.PROJECTED * (self.PROJECTED + 1) // 2
         self.norm = BatchNorm(features)
         self.dropout = Dropout(dropout)
         self.out = nn.Linear(features, classes + aux_classes)
 
     def features(self, images):
-        """The input of the last layer: (B, 8 * width) with pooling="mean_std", (B, 4 * width) with "mean"."""
+        """The input of the last layer, (B, features)."""
         return self.pool(self.body(self.normalise(images)))
 
     def pool(self, maps):
-        return self.norm(mean_std(maps, self.std)).flatten(1)
+        statistics = [mean_std(maps, self.std)]
+        if self.project:
+            statistics.append(covariances(self.project(maps)))
+        return self.norm(torch.cat(statistics, 1)).flatten(1)
 
     def classify(self, features):
         """Logits of features."""
@@ -314,17 +335,24 @@ class CNN(nn.Module):
         """How much each region of one image (1, 3, any, any) in [0, 1] contributed to a class's logit, float (h, w).
 
         A class activation map (Zhou et al. 2016), relative to the mean of all classes and to the average painting.
-        A map's standard deviation is distributed over positions by their squared deviations, so that regions sum to
-        the logit minus its bias.
+        Standard deviations and covariances are distributed over positions by the squared deviations and products that
+        they are means of, so that regions sum to the logit minus its bias.
         """
         maps = self.body(self.normalise(image))[0]  # (C, h, w)
         weights = self.out.weight[: self.classes]
         slopes = (weights[label] - weights.mean(0)) * self.norm.weight
         slopes = (slopes / (self.norm.running_var + self.norm.eps).sqrt())[:, None, None]
-        parts = maps
+        parts = [maps]
         if self.std:
             squares = (maps - maps.mean((1, 2), keepdim=True)).square()
-            parts = torch.cat([maps, squares / (squares.mean((1, 2), keepdim=True) + 1e-5).sqrt()])
+            parts.append(squares / (squares.mean((1, 2), keepdim=True) + 1e-5).sqrt())
+        if self.project:
+            mixed = self.project(maps[None])[0]
+            mixed = mixed - mixed.mean((1, 2), keepdim=True)
+            first, second = torch.triu_indices(len(mixed), len(mixed))
+            products = mixed[first] * mixed[second]
+            parts.append(products / (products.mean((1, 2), keepdim=True).abs() + 1e-3).sqrt())
+        parts = torch.cat(parts)
         return ((parts - self.norm.running_mean[:, None, None]) * slopes).sum(0).div(maps[0].numel())
 
 

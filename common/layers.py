@@ -110,6 +110,18 @@ def mean_std(maps, std: bool = True):
     return statistics[:, :, None, None]
 
 
+def covariances(maps):
+    """Covariances of all pairs of maps over positions, over the roots of their sizes: (B, C, H, W) to (B, pairs, 1, 1).
+
+    Which features occur together shows the style (Gatys et al. 2016). Without the root, a few large covariances
+    outweigh the others (Lin et al. 2015, "Bilinear CNNs").
+    """
+    values = (maps - maps.mean((2, 3), keepdim=True)).flatten(2).float()
+    first, second = torch.triu_indices(maps.shape[1], maps.shape[1])
+    values = (values @ values.mT / values.shape[2])[:, first, second]
+    return (values / (values.abs() + 1e-3).sqrt())[:, :, None, None]
+
+
 class Upsample(nn.Upsample):
     """Maps at twice the size, bilinear."""
 
