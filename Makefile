@@ -3,6 +3,7 @@
 #   make                              demo: draws its own data set first
 #   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run (report/report.mk)
+#   make label FOLDER=my_folder       labels.csv and labels.png: the styles of the pictures below a folder
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make lora                         optional: LoRA on a small text-to-image model that is trained first (minutes)
@@ -17,7 +18,6 @@ PY := $(VENV)/bin/python
 WIKIART ?=
 HOST := 127.0.0.1
 PORT := 7860
-
 ifneq ($(words x$(WIKIART) x$(RUN)),2)
 $(error WIKIART and RUN must be paths without spaces; a link to the folder will do)
 endif
@@ -33,7 +33,7 @@ endif
 DEMO := $(if $(WIKIART),,-c settings/demo.json)
 FLAGS = $(SETTINGS) $(DEMO) $(HIDE) --data $(DATA) --run $(RUN)
 
-.PHONY: all pipeline embed features lora painter serve benchmark test lint clean FORCE
+.PHONY: all pipeline embed features label lora painter serve benchmark test lint clean FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -113,6 +113,8 @@ embed: $(VENV)/ready-embed
 	$(call with_settings,features)
 features: $(RUN)/paintings.txt
 	$(PY) embed.py $(FLAGS)
+label: $(VENV)/ready
+	$(PY) label.py '$(or $(FOLDER),$(error give a folder of pictures: make label FOLDER=my_folder))' --run $(RUN)
 serve: $(VENV)/ready-label
 	$(PY) label.py --serve $(FLAGS) --host $(HOST) --port $(PORT)
 
@@ -139,12 +141,10 @@ $(VENV)/ready-%: requirements/%.txt $(VENV)/ready
 	$(PY) -m pip install --disable-pip-version-check -r $<
 	touch $@
 $(VENV)/ready-test: $(wildcard requirements/*.txt)
-
 test: $(VENV)/ready-test
 	$(PY) -m pytest
 lint: $(VENV)/ready-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 clean:
 	rm -rf data/demo data/demo.stamp runs/demo
-
 include report/report.mk

@@ -1,14 +1,15 @@
 """Label new paintings: those of a folder, or one at a time on a web page.
 
-    python label.py paintings/ --out labels.csv         # the three likeliest styles of every image below a folder
+    python label.py paintings/                          # labels.csv: the three likeliest styles of every image
     python label.py paintings/ --sort sorted            # and a copy of each in a folder named after its style
     python label.py --serve                             # a page and an HTTP API, at http://127.0.0.1:7860
     python label.py --export /scratch/wikiart/train     # labels confirmed on the page, as <Style>/<name>, to train with
     python label.py paintings/ --measure                # throughput, compared with the network alone
 
-Needs classifier.pt in the run folder, or --checkpoint report/classifier.pt. The table has a row for each file; `unsure`
-marks paintings that may be of none of the styles, and `problem` says why a file could not be read. An interrupted run
-continues when the same command is run again. --serve needs Gradio: pip install -r requirements/label.txt. Labels
+Uses classifier.pt of the run folder; where there is none, report/classifier.pt, which comes with the project. The table
+has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file could
+not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run again.
+--serve needs Gradio: pip install -r requirements/label.txt. Labels
 confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
 """
 
@@ -28,16 +29,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.config import Setting, configure
+from common import figures
+from common.config import ROOT, Setting, configure
 from common.errors import UserError
-from common.images import Decoder, decode_in_processes, files_below, read_image
-from common.run import add_facts, checkpoint_path, pick_device, reuse_freed_memory, run_script
+from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
+from common.names import display_name, printable
+from common.run import add_facts, checkpoint_path, pick_device, read_facts, reuse_freed_memory, run_script
 from serve.corrections import Corrections, export
 from wikiart import Classifier
 
 SHARED = ("data", "run", "device", "processes", "hide")
 SETTINGS = {
-    "checkpoint": Setting(str, None, "classifier: a file of the run folder, or a path such as report/classifier.pt"),
+    "checkpoint": Setting(
+        str, None, "classifier: a path, or a file of the run folder; where that has none, report/classifier.pt"
+    ),
     "artist_checkpoint": Setting(str, None, "classifier of train.py --target artist, whose likeliest artist is added"),
     "out": Setting(str, None, "table to write or to continue"),
     "sort": Setting(str, None, "folder for copies of the images, in one folder per style"),
@@ -51,6 +56,8 @@ SETTINGS = {
 }
 BATCH_SIZE = 64  # images per forward pass
 TOP = 3  # likeliest classes in a row of the table
+COMMITTED = ROOT / "report" / "classifier.pt"
+SHEET, COLUMNS, SIDE = 48, 6, 256  # pictures on the contact sheet, at most; in a row; pixels of their longer sides
 
 
 def main(argv=None):
@@ -69,14 +76,18 @@ def main(argv=None):
         add_facts(config.run, "label", measure(classifier, Path(folder), config))
     else:
         label_folder(classifier, artist_classifier, Path(folder), Path(config.out), config)
+        plot_sheet(Path(folder), Path(config.out))
         if config.sort:
             copy_by_class(Path(folder), Path(config.out), Path(config.sort))
 
 
 def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     """The classifiers of --checkpoint and of --artist-checkpoint. Raises UserError where they do not fit together."""
-    device = pick_device(config.device)
-    classifier = Classifier.load(checkpoint_path(config.run, config.checkpoint), device)
+    device, path = pick_device(config.device), checkpoint_path(config.run, config.checkpoint)
+    if config.checkpoint == COMMITTED.name and not path.exists():
+        path = COMMITTED
+    classifier = Classifier.load(path, device)
+    print(describe(classifier, path), flush=True)
     if not config.artist_checkpoint:
         return classifier, None
     artist_classifier = Classifier.load(checkpoint_path(config.run, config.artist_checkpoint), device)
@@ -85,6 +96,19 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     if (artist_classifier.size, artist_classifier.resize) != (classifier.size, classifier.resize):
         raise UserError("--checkpoint and --artist-checkpoint differ in --size or --resize: train both with the same")
     return classifier, artist_classifier
+
+
+def describe(classifier: Classifier, path: Path) -> str:
+    """One line: which checkpoint it is, its classes, and its accuracy on artists that it never saw, from facts.json."""
+    names, more = ", ".join(map(display_name, classifier.classes[:40])), len(classifier.classes) - 40
+    names += f" and {more} more" if more > 0 else ""
+    facts, own = read_facts(path.parent).get("test", {}), classifier.hash[:12]
+    accuracy = facts.get("unseen_artists_accuracy")
+    if accuracy is None or path.name != "classifier.pt" or facts.get("checkpoint", own) != own:
+        tested = "not yet tested on artists that it never saw (python test.py)"
+    else:
+        tested = f"right for {accuracy:.0%} of test paintings by artists that it never saw"
+    return f"{os.path.relpath(path)}: {len(classifier.classes)} {classifier.target}s ({names}), {tested}"
 
 
 def import_page():
@@ -132,10 +156,11 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
 
 
 def list_files(folder: Path, out: Path) -> list[str]:
-    """The files below a folder, by their paths in it, without hidden ones and the table. Raises UserError."""
+    """The files below a folder, by their paths in it, without hidden ones and those written here. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    files = [path for path in files_below(folder) if os.path.realpath(folder / path) != os.path.realpath(out)]
+    written = {os.path.realpath(path) for path in (out, out.with_suffix(".png"))}
+    files = [path for path in files_below(folder) if os.path.realpath(folder / path) not in written]
     if not files:
         raise UserError(f"{folder} holds no file")
     return files
@@ -183,6 +208,24 @@ def open_table(out: Path, header: list[str], model: str):
 def read_rows(out: Path) -> list[list[str]]:
     with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.reader(file))[1:]
+
+
+def plot_sheet(folder: Path, out: Path) -> None:
+    """A contact sheet beside the table: pictures evenly chosen from it, each with its likeliest class."""
+    rows = [row for row in read_rows(out) if row[1] and (folder / row[0]).is_file()]
+    chosen, images, captions = rows[:: -(-len(rows) // SHEET) or 1], [], []
+    for path, name, probability, *rest in chosen:
+        image = open_rgb(folder / path, 2 * SIDE)
+        image.thumbnail((SIDE, SIDE))
+        images.append(np.asarray(image).transpose(2, 0, 1))
+        file = printable(Path(path).name)
+        file = file if len(file) < 26 else f"{file[:12]}…{file[-12:]}"
+        captions.append(f"{file}\n{display_name(name)} {float(probability):.0%}" + "\nunsure" * ("unsure" in rest))
+    if images:
+        sheet, count = out.with_suffix(".png"), f"{len(rows)} paintings"
+        title = count if len(images) == len(rows) else f"{len(images)} of {count}"
+        figures.contact_sheet(sheet, images, captions, min(COLUMNS, len(images)), title)
+        print(f"contact sheet: {sheet}")
 
 
 def copy_by_class(folder: Path, out: Path, target: Path) -> None:

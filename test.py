@@ -54,7 +54,8 @@ def main(argv=None):
     raw = classifier.predict_dataset(data, calibrated=False)
     probabilities = calibrate(raw, classifier.temperature).numpy()
     predictions = probabilities.argmax(1)
-    facts = {"images": len(data), "classes": len(data.classes), "left_out": data.left_out}
+    facts = {"checkpoint": classifier.hash[:12], "images": len(data), "classes": len(data.classes)}
+    facts["left_out"] = data.left_out
     facts |= bootstrap_scores(truth, predictions, len(data.classes), config.seed)
     facts |= compare(classifier, data, config)
     facts["temperature"] = classifier.temperature

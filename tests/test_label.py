@@ -30,7 +30,7 @@ import train
 import wikiart
 from common import crops, images, metrics
 from common.errors import UserError
-from common.run import load_checkpoint, save_checkpoint
+from common.run import file_hash, load_checkpoint, save_checkpoint
 from serve import corrections, page, panels, uploads
 
 CPU = ["--device", "cpu", "--processes", "1"]
@@ -264,6 +264,49 @@ def test_without_gradio_there_is_one_clear_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"needs gradio: pip install -r requirements/label\.txt"):
         label.main(["--serve", "--run", str(run), "--device", "cpu"])
+
+
+# Before anything is trained
+
+
+def test_it_works_right_after_set_up_and_says_what_it_knows(folder, tmp_path, capsys):
+    rows = run_label(folder, tmp_path / "empty_run", tmp_path / "labels.csv")
+    committed = wikiart.Classifier.load(ROOT / "report/classifier.pt", "cpu")
+    assert {row["style_1"] for row in rows.values()} <= {*committed.classes, ""}
+    accuracy = json.loads((ROOT / "report/facts.json").read_text())["test"]["unseen_artists_accuracy"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "classifier.pt" in line)
+    assert "report/classifier.pt: 8 styles (" in line and "Ukiyo-e" in line
+    assert f"right for {accuracy:.0%} of test paintings by artists that it never saw" in line
+
+
+def test_the_run_s_own_checkpoint_comes_first_with_its_own_accuracy(folder, run, tmp_path, capsys):
+    shutil.copy(run / "classifier.pt", tmp_path)
+    run_label(folder, tmp_path, tmp_path / "labels.csv")
+    shown = capsys.readouterr().out
+    assert "report/" not in shown and "not yet tested" in shown
+    facts = {"unseen_artists_accuracy": 0.25, "checkpoint": file_hash(tmp_path / "classifier.pt")[:12]}
+    for hash, said in ((facts["checkpoint"], "right for 25% of"), ("another", "not yet tested")):
+        (tmp_path / "facts.json").write_text(json.dumps({"test": facts | {"checkpoint": hash}}))
+        run_label(folder, tmp_path, tmp_path / "labels.csv")
+        assert said in capsys.readouterr().out
+
+
+def test_the_contact_sheet_shows_the_pictures_that_could_be_read(folder, run, monkeypatch):
+    """Beside the table, also where that is among the pictures, which it is not itself."""
+    shown = []
+    monkeypatch.setattr(label.figures, "contact_sheet", lambda *arguments: shown.append(arguments))
+    for _ in range(2):
+        rows = run_label(folder, run, folder / "labels.csv")
+        (folder / "labels.png").touch()
+    path, images, captions, columns, title = shown[-1]
+    read = [row for row in rows.values() if not row["problem"]]
+    assert (path, columns, title) == (folder / "labels.png", 6, "12 paintings") and len(images) == len(read) == 12
+    assert all(image.dtype == np.uint8 and image.shape[0] == 3 and max(image.shape) <= 256 for image in images)
+    for row, caption in zip(read, captions, strict=True):
+        assert label.display_name(row["style_1"]) in caption and caption.endswith("unsure") == bool(row["unsure"])
+    monkeypatch.setattr(label, "SHEET", 5)
+    run_label(folder, run, folder / "labels.csv")
+    assert len(shown[-1][1]) == 4 and shown[-1][4] == "4 of 12 paintings"
 
 
 # Calibration
