@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -24,12 +24,15 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.config import Setting, configure
 from common.errors import UserError
 from common.images import as_rgb
+from common.names import count
 from common.run import atomic_write, run_script, write_text
 
 SHARED = ("data", "seed")
@@ -68,10 +71,10 @@ def main(argv=None):
         raise UserError(f"could not write into {data} ({reason}): fix this and run the same command again") from None
     if state["broken"]:
         rows = ", ".join(map(str, state["broken"][:20])) + (", ..." if len(state["broken"]) > 20 else "")
-        print(f"{len(state['broken'])} images cannot be read, or have no style, and are left out: rows {rows}")
+        print(f"left out: {count(len(state['broken']), 'image')} without a style, or not readable: rows {rows}")
     if not splits.total():
         raise UserError(f"{config.source} holds no readable image: remove {data}, and give another --source")
-    print(f"{splits.total()} paintings in {data}: {splits['train']} in train, {splits['test']} in test")
+    print(f"{count(splits.total(), 'painting')} in {data}: {splits['train']} in train, {splits['test']} in test")
 
 
 def read_state(data: Path, settings: dict) -> dict:

@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -33,7 +35,7 @@ from common import figures
 from common.config import ROOT, Setting, configure
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
-from common.names import display_name, printable
+from common.names import count, display_name, printable
 from common.run import add_facts, checkpoint_path, pick_device, read_facts, reuse_freed_memory, run_script
 from serve.corrections import Corrections, export
 from wikiart import Classifier
@@ -135,7 +137,7 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     with open_table(out, ["path", *cells, "problem", "model"], model) as (file, labelled_paths):
         remaining, broken, start = [path for path in files if path not in labelled_paths], [], time.perf_counter()
         if labelled_paths:
-            print(f"{len(files) - len(remaining)} of {len(files)} files are in {out} already")
+            print(f"in {out} already: {len(files) - len(remaining)} of {count(len(files), 'file')}")
         writer, paths = csv.writer(file), iter(remaining)
         decoder = Decoder(folder, remaining, classifier.size, classifier.resize)
         bar = tqdm(total=len(remaining), desc="labelling", unit="image")
@@ -148,7 +150,7 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
                 file.flush()
                 bar.update(len(batch))
     seconds, labelled = time.perf_counter() - start, len(remaining) - len(broken)
-    print(f"{labelled} images in {seconds:.1f} s, {labelled / seconds:.1f} per second: {out}")
+    print(f"{count(labelled, 'image')} in {seconds:.1f} s, {labelled / seconds:.1f} per second: {out}")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         print(f"{len(broken)} could not be read (column problem): {'; '.join(broken[:3])}{more}", file=sys.stderr)
@@ -222,8 +224,8 @@ def plot_sheet(folder: Path, out: Path) -> None:
         file = file if len(file) < 26 else f"{file[:12]}…{file[-12:]}"
         captions.append(f"{file}\n{display_name(name)} {float(probability):.0%}" + "\nunsure" * ("unsure" in rest))
     if images:
-        sheet, count = out.with_suffix(".png"), f"{len(rows)} paintings"
-        title = count if len(images) == len(rows) else f"{len(images)} of {count}"
+        sheet, pictures = out.with_suffix(".png"), count(len(rows), "picture")
+        title = pictures if len(images) == len(rows) else f"{len(images)} of {pictures}"
         figures.contact_sheet(sheet, images, captions, min(COLUMNS, len(images)), title)
         print(f"contact sheet: {sheet}")
 
@@ -237,7 +239,7 @@ def copy_by_class(folder: Path, out: Path, target: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
             copied += 1
-    print(f"{copied} images copied to {target}")
+    print(f"{count(copied, 'image')} copied to {target}")
 
 
 # Throughput -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import DataError
+from common.names import count
 
 # Formats accepted from uploads: no SVG, and nothing for which Pillow starts another program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -157,7 +158,8 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
         raise DataError(f"could not write the pixel cache in {caches}: {error.strerror or error}") from None
     if index["broken"]:
         names = cache / "left_out.txt"
-        print(f"{len(index['broken'])} of {len(files)} files in {folder} are left out: see {names}", file=sys.stderr)
+        counts = f"{len(index['broken'])} of {count(len(files), 'file')}"
+        print(f"{counts} in {folder} left out: see {names}", file=sys.stderr)
     return pixels, index
 
 

@@ -3,11 +3,12 @@
 import csv
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 
 
 def artist_of(path: str) -> str:
@@ -36,9 +37,36 @@ def artist_and_title(artist: str, path: str) -> tuple[str, str]:
     return printable(artist).replace("-", " ").title(), printable(title_of(path)).capitalize()
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def display_name(name: str) -> str:
     """A class's folder name as captions write it."""
     return name.replace("Ukiyo_e", "Ukiyo-e").replace("_", " ")
+
+
+def plain_name(name: str) -> str:
+    """A style's name without case, accents, hyphens and underscores: "Ukiyo-e" and "ukiyo_e" are the same."""
+    letters = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(letter for letter in letters if letter.isalnum())
+
+
+def match_style(name: str, classes: list[str]) -> str | None:
+    """The class of this name, or the only one that has the same plain name."""
+    if name in classes:
+        return name
+    found = [each for each in classes if plain_name(each) == plain_name(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def find_style(name: str, classes: list[str]) -> str:
+    """The class that a user means. Raises UserError."""
+    found = match_style(name, classes)
+    if found is None:
+        raise UserError(f"no style {name}: give one of {', '.join(classes)}")
+    return found
 
 
 def read_metadata(path: Path) -> dict[str, dict]:

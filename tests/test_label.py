@@ -138,7 +138,7 @@ def test_it_goes_on_where_it_was_killed(folder, run, tmp_path, monkeypatch, caps
         file.write(b'"half a row, with a quote, Cubi')
     monkeypatch.setattr(wikiart.Classifier, "predict", predict)
     assert run_label(folder, run, out) == complete
-    assert "8 of 15 files are in" in capsys.readouterr().out
+    assert "already: 8 of 15 files" in capsys.readouterr().out
     before = out.read_bytes()
     run_label(folder, run, out)
     assert out.read_bytes() == before
@@ -300,13 +300,13 @@ def test_the_contact_sheet_shows_the_pictures_that_could_be_read(folder, run, mo
         (folder / "labels.png").touch()
     path, images, captions, columns, title = shown[-1]
     read = [row for row in rows.values() if not row["problem"]]
-    assert (path, columns, title) == (folder / "labels.png", 6, "12 paintings") and len(images) == len(read) == 12
+    assert (path, columns, title) == (folder / "labels.png", 6, "12 pictures") and len(images) == len(read) == 12
     assert all(image.dtype == np.uint8 and image.shape[0] == 3 and max(image.shape) <= 256 for image in images)
     for row, caption in zip(read, captions, strict=True):
         assert label.display_name(row["style_1"]) in caption and caption.endswith("unsure") == bool(row["unsure"])
     monkeypatch.setattr(label, "SHEET", 5)
     run_label(folder, run, folder / "labels.csv")
-    assert len(shown[-1][1]) == 4 and shown[-1][4] == "4 of 12 paintings"
+    assert len(shown[-1][1]) == 4 and shown[-1][4] == "4 of 12 pictures"
 
 
 # Calibration
@@ -665,6 +665,12 @@ def test_200_requests_at_once_are_all_answered_and_right(server, classifier, pai
     with ThreadPoolExecutor(200) as pool:
         answers = list(pool.map(one, range(200)))
     assert answers == [expected[number % len(paintings)] for number in range(200)]
+
+
+def test_a_busy_port_is_one_line_that_names_the_flag(server, run):
+    port = server.address.strip("/").rpartition(":")[2]
+    with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port}: .* give another --port"):
+        label.main(["--serve", "--run", str(run), "--port", port, "--device", "cpu"])
 
 
 def test_it_listens_on_loopback_alone(server):
