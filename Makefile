@@ -116,7 +116,7 @@ features: $(RUN)/paintings.txt
 label: $(VENV)/ready
 	$(PY) label.py '$(or $(FOLDER),$(error give a folder of pictures: make label FOLDER=my_folder))' --run $(RUN)
 serve: $(VENV)/ready-label
-	$(PY) label.py --serve $(FLAGS) --host $(HOST) --port $(PORT)
+	$(PY) label.py serve $(FLAGS) --host $(HOST) --port $(PORT)
 
 lora: $(VENV)/ready-lora
 	$(call with_settings,painter)

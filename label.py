@@ -2,14 +2,14 @@
 
     python label.py paintings/                          # labels.csv: the three likeliest styles of every image
     python label.py paintings/ --sort sorted            # and a copy of each in a folder named after its style
-    python label.py --serve                             # a page and an HTTP API, at http://127.0.0.1:7860
-    python label.py --export /scratch/wikiart/train     # labels confirmed on the page, as <Style>/<name>, to train with
-    python label.py paintings/ --measure                # throughput, compared with the network alone
+    python label.py serve                               # a page and an HTTP API, at http://127.0.0.1:7860
+    python label.py export /scratch/wikiart/train       # labels confirmed on the page, as <Style>/<name>, to train with
+    python label.py measure paintings/                  # throughput, compared with the network alone; into facts.json
 
 Uses classifier.pt of the run folder; where there is none, report/classifier.pt, which comes with the project. The table
 has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file could
 not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run again.
---serve needs Gradio: pip install -r requirements/label.txt. Labels
+`serve` needs Gradio: pip install -r requirements/label.txt. Labels
 confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
 """
 
@@ -48,14 +48,11 @@ SETTINGS = {
     "artist_checkpoint": Setting(str, None, "classifier of train.py --target artist, whose likeliest artist is added"),
     "out": Setting(str, None, "table to write or to continue"),
     "sort": Setting(str, None, "folder for copies of the images, in one folder per style"),
-    "serve": Setting(bool, None, "serve the page and the API"),
+    "sheet": Setting(bool, None, "draw a contact sheet beside the table"),
     "host": Setting(str, None, "address to listen at; 0.0.0.0 admits other machines"),
     "port": Setting(int, "[0, 65535]", "port to listen at; 0: the first free one from 7860 on"),
-    "export": Setting(str, None, "folder that gets <Style>/<name> of every image with a confirmed label"),
-    "measure": Setting(
-        bool, None, "time labelling the folder and requests to the API, and write the rates to facts.json"
-    ),
 }
+COMMANDS = ("serve", "export", "measure")  # a folder of this name is ./serve
 BATCH_SIZE = 64  # images per forward pass
 TOP = 3  # likeliest classes in a row of the table
 COMMITTED = ROOT / "report" / "classifier.pt"
@@ -64,23 +61,34 @@ SHEET, COLUMNS, SIDE = 48, 6, 256  # pictures on the contact sheet, at most; in 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    folder, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    config = configure("label", __doc__, SETTINGS, SHARED, flags)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    config = configure("label", __doc__, SETTINGS, SHARED, argv[len(words) :])
+    command, folder = read_command(words)
     corrections = Corrections(Path(config.run) / "corrections.sqlite")
-    if config.export:
-        return export(corrections, Path(config.export))
-    if not folder and not config.serve:
-        raise UserError("give a folder of paintings first, e.g. python label.py paintings/, or --serve, or --export")
+    if command == "export":
+        return export(corrections, folder)
     classifier, artist_classifier = load_classifiers(config)
-    if config.serve:
+    if command == "serve":
         import_page().serve(classifier, artist_classifier, corrections, config)
-    elif config.measure:
-        add_facts(config.run, "label", measure(classifier, Path(folder), config))
+    elif command == "measure":
+        add_facts(config.run, "label", measure(classifier, folder, config))
     else:
-        label_folder(classifier, artist_classifier, Path(folder), Path(config.out), config)
-        plot_sheet(Path(folder), Path(config.out))
+        label_folder(classifier, artist_classifier, folder, Path(config.out), config)
+        if config.sheet:
+            plot_sheet(folder, Path(config.out))
         if config.sort:
-            copy_by_class(Path(folder), Path(config.out), Path(config.sort))
+            copy_by_class(folder, Path(config.out), Path(config.sort))
+
+
+def read_command(words: list[str]) -> tuple[str, Path | None]:
+    """The command, "" to label a folder, and the folder, None for serve. Raises UserError."""
+    command, folders = (words[0], words[1:]) if words and words[0] in COMMANDS else ("", words)
+    if command == "serve" and not folders:
+        return command, None
+    if command == "serve" or len(folders) != 1:
+        usage = "label.py my_folder, label.py serve, label.py export <root>/train, or label.py measure my_folder"
+        raise UserError(f"give one folder of pictures, or a command: {usage}")
+    return command, Path(folders[0])
 
 
 def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
@@ -255,7 +263,9 @@ def measure(classifier, folder: Path, config) -> dict:
             labelled = [folder / path for path, *_, problem, _ in read_rows(out) if not problem]
             files = [path for path in labelled if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
             if len(files) < 2 * BATCH_SIZE:
-                raise UserError(f"{folder} holds {len(files)} JPEG and PNG images: --measure needs {2 * BATCH_SIZE}")
+                raise UserError(
+                    f"{folder} holds {count(len(files), 'JPEG or PNG image')}: measure needs {2 * BATCH_SIZE}"
+                )
             forward_rates.append(forward_rate(classifier, files))
     facts = {
         "pictures": len(files),

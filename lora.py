@@ -67,7 +67,7 @@ except ModuleNotFoundError as error:
         raise
     diffusion = None  # main says what to install; --help works without
 
-SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart")
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart", "tensorboard")
 SETTINGS = {
     "base": Setting(str, None, "Hugging Face name or diffusers folder of SD 1.x, 2.x or SDXL; tiny: trained here"),
     "resolution": Setting(int, "[0, inf)", "side of the images, a multiple of 8 pixels; 0: what the base is made for"),
@@ -203,7 +203,7 @@ def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, conf
                 record = {"epoch": epoch, "loss": loss, **timer.seconds(), "heldout_loss": evaluation.learned_loss()}
                 plot_samples(folder / f"step-{epoch * steps // config.epochs:06}.png", pipe, styles, side, config)
                 scores = f"loss {loss:.4f}, on test paintings {record['heldout_loss']:.4f}"
-                save_epoch(run, stem, state, record, parts, scores)
+                save_epoch(config, stem, state, record, parts, scores)
     if rank() == 0:
         adapter.save(folder)
         facts = {"base": base, "learned": ", ".join(map(display_name, styles)), "resolution": side, "weights": weights}

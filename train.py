@@ -66,7 +66,7 @@ from common.run import (
 from wikiart import MODELS, BalancedSampler, Classifier, WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
-SHARED += ("restart",)
+SHARED += ("restart", "tensorboard")
 SETTINGS = {
     "model": Setting(str, None, "CNN, MLP (the baseline), or a classifier of torchvision.models such as resnet18"),
     "target": Setting(str, ("style", "artist", "genre"), "what to predict; unknown and rare ones are left out"),
@@ -162,7 +162,7 @@ def main(argv=None):
                 record |= evaluate(ema.module, validation, config, device) | timer.seconds()
                 if is_best(record, state["history"]):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(ema.module).cpu().state_dict()}
-                save_and_show(config.run, state, {"epoch": epoch} | record, parts)
+                save_and_show(config, state, {"epoch": epoch} | record, parts)
     if rank() == 0:
         state = publishable(state)
         probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
@@ -344,12 +344,12 @@ def is_best(record: dict, history: list[dict]) -> bool:
     return all(record["val_balanced_accuracy"] >= earlier["val_balanced_accuracy"] for earlier in history)
 
 
-def save_and_show(run, state: dict, record: dict, parts: dict) -> None:
+def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
     """Save an epoch, print its line, and every few epochs draw the curves."""
     scores = f"loss {record['loss']:.3f}, validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
-    save_epoch(run, "classifier", state, record, parts, scores)
+    save_epoch(config, "classifier", state, record, parts, scores)
     if record["epoch"] % CURVE_EPOCHS == 0:
-        plot_curves(run, state)
+        plot_curves(config.run, state)
 
 
 # Report ---------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from common.run import (
 from wikiart import WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
+SHARED += ("tensorboard",)
 SETTINGS = {
     "crop": Setting(int, "[16, inf)", "side of the images that are encoded, in pixels; a multiple of 16"),
     "code": Setting(int, "[1, inf)", "numbers in the code of a painting"),
@@ -117,7 +118,7 @@ def main(argv=None):
                 if all(val_mse < earlier["val_mse"] for earlier in state["history"]):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(model).cpu().state_dict()}
                 scores = f"loss {record['mse']:.4f}, validation {record['val_psnr']:.2f} dB"
-                save_epoch(config.run, "autoencoder", state, {"epoch": epoch} | record, parts, scores)
+                save_epoch(config, "autoencoder", state, {"epoch": epoch} | record, parts, scores)
                 if epoch < 3 or epoch % 5 == 0:
                     plot(model, state, validation, baselines, baseline_mse, config, device, f"after epoch {epoch}")
     if rank() == 0:

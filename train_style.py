@@ -59,6 +59,7 @@ from common.run import (
 from wikiart import BalancedSampler, Classifier, StyleAutoencoder, WikiArt, channel_statistics
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
+SHARED += ("tensorboard",)
 SETTINGS = {
     "features": Setting(str, None, "frozen network of the losses: a classifier of train.py, or a backbone of timm"),
     "weights": Setting(str, None, "file with the weights of a backbone of timm; none: from the hub"),
@@ -132,7 +133,7 @@ def main(argv=None):
                 record |= evaluate(averaged, features, validation, config, device) | timer.seconds()
                 state["weights"] = copy.deepcopy(averaged).cpu().state_dict()
                 scores = f"loss {record['loss']:.3f}, validation {record['val_psnr']:.2f} dB in the own style"
-                save_epoch(config.run, "style", state, {"epoch": epoch} | record, parts, scores)
+                save_epoch(config, "style", state, {"epoch": epoch} | record, parts, scores)
                 if epoch % SAMPLE_EPOCHS == 0 or epoch == config.epochs:
                     plot_curves(config.run, state["history"])
                     plot_samples(averaged, validation, config, device)

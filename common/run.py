@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -263,6 +264,8 @@ def resume(config, stem: str, state: dict, parts: dict) -> dict:
     other settings or paintings.
     """
     partial = Path(config.run) / f"{stem}.partial.pt"
+    if config.tensorboard and rank() == 0:
+        tensorboard_writer(Path(config.run) / "tensorboard" / stem)  # now: it may not be installed
     if config.restart and rank() == 0:
         partial.unlink(missing_ok=True)
     if config.restart or not partial.exists():
@@ -312,12 +315,12 @@ class Timer:
         return {"seconds": time.perf_counter() - self.start[0], "cpu_seconds": time.process_time() - self.start[1]}
 
 
-def save_epoch(run, stem: str, state: dict, record: dict, parts: dict, scores: str) -> None:
+def save_epoch(config, stem: str, state: dict, record: dict, parts: dict, scores: str) -> None:
     """Append an epoch's record to the history, and write <stem>.partial.pt and <stem>.jsonl; print a line.
 
     scores: the loss and how the network does on validation paintings, in words.
     """
-    record, epochs = rounded(record), state["config"]["epochs"]
+    record, run, epochs = rounded(record), config.run, config.epochs
     seconds = [earlier["seconds"] for earlier in (*state["history"], record)][-5:]
     left = (epochs - record["epoch"]) * sum(seconds) / len(seconds)
     print(f"epoch {record['epoch']}/{epochs}: {scores}, {duration(left)} left", flush=True)
@@ -325,6 +328,21 @@ def save_epoch(run, stem: str, state: dict, record: dict, parts: dict, scores: s
     save_checkpoint(Path(run) / f"{stem}.partial.pt", state | {"history": [*state["history"], record]})
     state["history"].append(record)  # after saving, so that interruptible() counts saved epochs only
     write_log(run, stem, state["history"])
+    if config.tensorboard:
+        writer = tensorboard_writer(Path(run) / "tensorboard" / stem)
+        for name, value in record.items():
+            writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+
+@cache
+def tensorboard_writer(folder: Path):
+    """TensorBoard's writer of a folder. Raises UserError where TensorBoard, an extra, is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install -r requirements/tensorboard.txt") from None
+    return SummaryWriter(folder)
 
 
 def duration(seconds: float) -> str:

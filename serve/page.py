@@ -1,4 +1,4 @@
-"""The page of `label.py --serve`, for one painting and for the collection, and its HTTP API (Gradio).
+"""The page of `label.py serve`, for one painting and for the collection, and its HTTP API (Gradio).
 
 Uploads stay in memory (serve/uploads.py); only Corrections writes to the disk, when a label is confirmed.
 """

@@ -240,9 +240,12 @@ def test_another_checkpoint_does_not_go_on_with_the_table(folder, run, trained, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give a folder of paintings first"),
+        ([], "give one folder of pictures, or a command"),
+        (["serve", "paintings"], "give one folder of pictures, or a command"),
+        (["one", "two"], "give one folder of pictures, or a command"),
+        (["measure"], "give one folder of pictures, or a command"),
         (["nowhere"], "no folder nowhere"),
-        (["--export", "somewhere"], "no label was confirmed on the page yet"),
+        (["export", "somewhere"], "no label was confirmed on the page yet"),
         (["nowhere", "--checkpoint", "missing.pt"], "no checkpoint"),
     ],
 )
@@ -263,7 +266,7 @@ def test_without_gradio_there_is_one_clear_line(run, monkeypatch):
     monkeypatch.delitem(sys.modules, "serve.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"needs gradio: pip install -r requirements/label\.txt"):
-        label.main(["--serve", "--run", str(run), "--device", "cpu"])
+        label.main(["serve", "--run", str(run), "--device", "cpu"])
 
 
 # Before anything is trained
@@ -305,6 +308,8 @@ def test_the_contact_sheet_shows_the_pictures_that_could_be_read(folder, run, mo
     for row, caption in zip(read, captions, strict=True):
         assert label.display_name(row["style_1"]) in caption and caption.endswith("unsure") == bool(row["unsure"])
     monkeypatch.setattr(label, "SHEET", 5)
+    run_label(folder, run, folder / "labels.csv", "--no-sheet")
+    assert len(shown) == 2
     run_label(folder, run, folder / "labels.csv")
     assert len(shown[-1][1]) == 4 and shown[-1][4] == "4 of 12 pictures"
 
@@ -670,7 +675,7 @@ def test_200_requests_at_once_are_all_answered_and_right(server, classifier, pai
 def test_a_busy_port_is_one_line_that_names_the_flag(server, run):
     port = server.address.strip("/").rpartition(":")[2]
     with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port}: .* give another --port"):
-        label.main(["--serve", "--run", str(run), "--port", port, "--device", "cpu"])
+        label.main(["serve", "--run", str(run), "--port", port, "--device", "cpu"])
 
 
 def test_it_listens_on_loopback_alone(server):
@@ -684,7 +689,7 @@ def test_it_listens_on_loopback_alone(server):
 
 
 def test_measuring_gives_the_facts(demo, run):
-    label.main([str(demo / "test"), "--measure", "--run", str(run), *CPU, "--port", "0"])
+    label.main(["measure", str(demo / "test"), "--run", str(run), *CPU, "--port", "0"])
     facts = json.loads((run / "facts.json").read_text())["label"]
     assert facts["folder_share"] > 0
     assert facts["api_ratio"] == pytest.approx(facts["api_ms"] / facts["alone_ms"], rel=0.01)

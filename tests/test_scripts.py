@@ -164,6 +164,25 @@ def test_durations_and_counts_are_words(seconds, text):
     assert [names.count(number, "picture") for number in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
 
 
+def test_tensorboard_has_the_record_of_each_epoch(demo, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="an extra: pip install -r requirements/tensorboard.txt")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--tensorboard"])
+    events = EventAccumulator(str(tmp_path / "tensorboard/classifier")).Reload()
+    records = [json.loads(line) for line in (tmp_path / "classifier.jsonl").read_text().splitlines()]
+    for name in ("loss", "val_balanced_accuracy"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(record["epoch"], pytest.approx(record[name])) for record in records]
+
+
+def test_without_tensorboard_nothing_is_trained_before_the_clear_line(demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements/tensorboard\.txt"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--tensorboard"])
+    assert not (tmp_path / "classifier.partial.pt").exists()
+
+
 # test.py
 
 
