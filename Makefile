@@ -10,6 +10,7 @@
 #   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion from the hub (needs a GPU)
 #   make benchmark                    optional: CPU time and memory compared with common alternatives
 #   make test, make clean             run the tests; delete the demo's data and results
+#   make clean-cache WIKIART=...      delete the decoded pixels of these paintings; the scripts write them again
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -32,8 +33,7 @@ RUN ?= runs/$(notdir $(DATA))
 endif
 DEMO := $(if $(WIKIART),,-c settings/demo.json)
 FLAGS = $(SETTINGS) $(DEMO) $(HIDE) --data $(DATA) --run $(RUN)
-
-.PHONY: all pipeline embed features label lora painter serve benchmark test lint clean FORCE
+.PHONY: all pipeline embed features label lora painter serve benchmark test lint clean clean-cache FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -75,11 +75,9 @@ $(RUN)/paintings.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
 # A training resumes from its partial checkpoint, unless something that it depends on is newer.
 restart = $(if $(wildcard $(1)),$$(ls -t $^ $(1) | head -1 | grep -q partial || echo --restart))
 train = $(call run,$(1)) $(call restart,$(@:.pt=.partial.pt))
-
 # The stages -----------------------------------------------------------------------------------------------------------
 pipeline: $(RUN)/report.txt $(RUN)/clusters.md $(RUN)/style_grid.png
 	@$(PY) report/build.py --run $(RUN)
-
 data/demo.stamp: FORCE
 	@$(PY) -m common.stamp $@ demo.py
 data/demo/metadata.csv: data/demo.stamp
@@ -147,4 +145,6 @@ lint: $(VENV)/ready-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 clean:
 	rm -rf data/demo data/demo.stamp runs/demo
+clean-cache:
+	@$(PY) -c 'from common.images import remove_cache; remove_cache("$(DATA)")'
 include report/report.mk

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common.config import Setting, configure
 from common.errors import UserError
 from common.images import as_rgb
-from common.names import count
+from common.names import cell_text, count, safe_cell
 from common.run import atomic_write, run_script, write_text
 
 SHARED = ("data", "seed")
@@ -210,7 +210,7 @@ class Download:
         self.file.truncate(self.state["metadata"])
         self.file.seek(0)
         rows, self.table = list(csv.DictReader(self.file)), csv.DictWriter(self.file, COLUMNS)
-        self.splits, self.counts = (Counter(row[key] for row in rows) for key in ("split", "style"))
+        self.splits, self.counts = (Counter(cell_text(row[key]) for row in rows) for key in ("split", "style"))
         self.split_of = {row["hash"]: row["split"] for row in rows}
         if not self.state["metadata"]:
             self.table.writeheader()
@@ -234,7 +234,8 @@ class Download:
         with atomic_write(self.data / path) as temporary:
             temporary.write_bytes(content)
         values = (path, split, style, artist, genre, number, "", digest)
-        self.table.writerow(dict(zip(COLUMNS, values, strict=True)))
+        cells = [safe_cell(value) if isinstance(value, str) else value for value in values]
+        self.table.writerow(dict(zip(COLUMNS, cells, strict=True)))
         self.counts[style] += 1
         self.splits[split] += 1
 

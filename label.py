@@ -35,7 +35,7 @@ from common import figures
 from common.config import ROOT, Setting, configure
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
-from common.names import count, display_name, printable
+from common.names import cell_text, count, display_name, printable, safe_cell
 from common.run import add_facts, checkpoint_path, pick_device, read_facts, reuse_freed_memory, run_script
 from serve.corrections import Corrections, export
 from wikiart import Classifier
@@ -138,7 +138,8 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--sort {config.sort} is inside {folder}: the next run would label the copies as well")
     files = list_files(folder, out)
-    model = "+".join(used.hash[:12] for used in (classifier, artist_classifier) if used) + f" on {folder.resolve()}"
+    model = "+".join(used.hash[:12] for used in (classifier, artist_classifier) if used)
+    model += f" on {os.path.relpath(folder.resolve(), out.resolve().parent)}"  # as it is seen from the table
     columns = [f"{classifier.target}_{place + 1}" for place in range(min(TOP, len(classifier.classes)))]
     columns += ["artist"] if artist_classifier else []
     cells = [cell for column in columns for cell in (column, f"{column}_probability")] + ["unsure"]
@@ -153,7 +154,8 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
             for batch in batches:
                 predicted = iter(predict_cells(classifier, artist_classifier, batch))
                 for path, (_, problem) in zip(itertools.islice(paths, len(batch)), batch, strict=True):
-                    writer.writerow([path, *([""] * len(cells) if problem else next(predicted)), problem, model])
+                    row = [path, *([""] * len(cells) if problem else next(predicted)), problem or "", model]
+                    writer.writerow(map(safe_cell, row))
                     broken += [f"{path} ({problem})"] if problem else []
                 file.flush()
                 bar.update(len(batch))
@@ -204,7 +206,7 @@ def open_table(out: Path, header: list[str], model: str):
         file.seek(0)
         text = file.read()
         complete = text[: text.rfind("\r\n") + 2] if "\r\n" in text else ""
-        rows = list(csv.reader(io.StringIO(complete, newline="")))
+        rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
         if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
@@ -217,7 +219,7 @@ def open_table(out: Path, header: list[str], model: str):
 
 def read_rows(out: Path) -> list[list[str]]:
     with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.reader(file))[1:]
+        return [list(map(cell_text, row)) for row in csv.reader(file)][1:]
 
 
 def plot_sheet(folder: Path, out: Path) -> None:

@@ -35,7 +35,7 @@ from common.metrics import (
     confusion_counts,
     seen_unseen_accuracy,
 )
-from common.names import artist_and_title, count, display_name, match_style, printable, stem_of
+from common.names import artist_and_title, count, display_name, match_style, printable, safe_cell, stem_of
 from common.run import add_facts, atomic_write, checkpoint_path, pick_device, run_script, write_text
 from wikiart import Classifier, WikiArt
 
@@ -186,7 +186,9 @@ def write_csv(path, header, rows) -> None:
     with atomic_write(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file)  # file names need not be UTF-8
         writer.writerow(header)
-        writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+        writer.writerows(
+            [f"{cell:.4f}" if isinstance(cell, float) else safe_cell(str(cell)) for cell in row] for row in rows
+        )
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

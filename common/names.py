@@ -37,6 +37,16 @@ def artist_and_title(artist: str, path: str) -> tuple[str, str]:
     return printable(artist).replace("-", " ").title(), printable(title_of(path)).capitalize()
 
 
+def safe_cell(text: str) -> str:
+    """A cell of a CSV file that a spreadsheet takes for text, and not for a formula: with an apostrophe before it."""
+    return "'" + text if re.match("'*[=+@-]", text) else text
+
+
+def cell_text(cell: str) -> str:
+    """The text of safe_cell()."""
+    return cell[1:] if re.match("'+[=+@-]", cell) else cell
+
+
 def count(number: int, noun: str) -> str:
     """ "1 picture", "2 pictures"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
@@ -75,7 +85,8 @@ def read_metadata(path: Path) -> dict[str, dict]:
         return {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["path"]: row for row in csv.DictReader(file)}
+            rows = [{key: cell_text(cell or "") for key, cell in row.items() if key} for row in csv.DictReader(file)]
+            return {row["path"]: row for row in rows}
     except (KeyError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
 

@@ -202,6 +202,28 @@ def test_styles_that_a_checkpoint_does_not_know_are_left_out_and_counted(folder,
         load(folder, "test", classes=["Rococo"])
 
 
+def test_the_size_of_the_cache_is_said_and_it_can_be_removed(folder, capsys):
+    other = folder / ".cache" / "hub" / "note.txt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    load(folder)
+    said = capsys.readouterr().out
+    assert f"decoding 12 files of {folder / 'train'} once, into {folder / '.cache'}: 1 MB" in said
+    load(folder)
+    assert "decoding" not in capsys.readouterr().out
+    done = subprocess.run(
+        ["make", f"PY={sys.executable}", f"WIKIART={folder}", "clean-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "1 cache, 1 MB" in done.stdout and other.exists() and not list(folder.glob(".cache/*/pixels.uint8"))
+    assert [images.file_size(size) for size in (4.56e9, 1.2e8)] == ["4.6 GB", "120 MB"]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "'=a", "''-b", "plain", "'quoted", "", "a=b"])
+def test_no_cell_is_a_formula_and_all_come_back(text):
+    cell = names.safe_cell(text)
+    assert cell[:1] not in tuple("=+-@") and names.cell_text(cell) == text
+
+
 def test_a_root_may_have_test_alone_for_a_trained_model(folder):
     shutil.rmtree(folder / "train")
     (folder / "test" / "Cubism").rename(folder / "test" / "CUBISM")
@@ -337,7 +359,7 @@ def many(tmp_path):
 
 def test_two_programs_at_once_both_get_a_good_cache(many):
     first, second = start_loading(many), start_loading(many)
-    out = {first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]}
+    out = {process.communicate(timeout=120)[0].splitlines()[-1] for process in (first, second)}
     assert len(out) == 1
     assert out.pop().split()[0] == "300"
     assert len(list((many / ".cache").glob("*train-*"))) == 1

@@ -191,6 +191,20 @@ def test_odd_names_come_back(run, tmp_path):
     assert (tmp_path / "labels.csv").read_bytes() == before
 
 
+def test_the_table_has_no_formulas_and_no_absolute_paths(run, tmp_path):
+    names = ["=1+1.png", "-a.png", "+b.png", "@c.png", "'=d.png"]
+    for number, name in enumerate(names):
+        picture(tmp_path / "odd" / name, number)
+    flags = ("--sort", str(tmp_path / "sorted"))
+    rows = run_label(tmp_path / "odd", run, tmp_path / "labels.csv", *flags)
+    assert sorted(rows) == sorted(["'=1+1.png", "'-a.png", "'+b.png", "'@c.png", "''=d.png"])
+    text = (tmp_path / "labels.csv").read_text()
+    assert "/" not in text
+    assert sorted(path.name for path in (tmp_path / "sorted").rglob("*.png")) == sorted(names)
+    run_label(tmp_path / "odd", run, tmp_path / "labels.csv", *flags)  # nothing is labelled twice
+    assert (tmp_path / "labels.csv").read_text() == text
+
+
 def test_copies_are_sorted_by_style(folder, run, tmp_path):
     rows = run_label(folder, run, tmp_path / "labels.csv", "--sort", str(tmp_path / "sorted"))
     copies = {path.relative_to(tmp_path / "sorted").as_posix() for path in (tmp_path / "sorted").rglob("*.jpg")}
