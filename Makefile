@@ -3,12 +3,14 @@
 #   make                              demo: draws its own data set first
 #   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run (report/report.mk)
+#   make label FOLDER=my_folder       labels.csv and labels.png: the styles of the pictures below a folder
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make lora                         optional: LoRA on a small text-to-image model that is trained first (minutes)
 #   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion from the hub (needs a GPU)
 #   make benchmark                    optional: CPU time and memory compared with common alternatives
 #   make test, make clean             run the tests; delete the demo's data and results
+#   make clean-cache WIKIART=...      delete the decoded pixels of these paintings; the scripts write them again
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +19,6 @@ PY := $(VENV)/bin/python
 WIKIART ?=
 HOST := 127.0.0.1
 PORT := 7860
-
 ifneq ($(words x$(WIKIART) x$(RUN)),2)
 $(error WIKIART and RUN must be paths without spaces; a link to the folder will do)
 endif
@@ -32,8 +33,7 @@ RUN ?= runs/$(notdir $(DATA))
 endif
 DEMO := $(if $(WIKIART),,-c settings/demo.json)
 FLAGS = $(SETTINGS) $(DEMO) $(HIDE) --data $(DATA) --run $(RUN)
-
-.PHONY: all pipeline embed features lora painter serve benchmark test lint clean FORCE
+.PHONY: all pipeline embed features label lora painter serve benchmark test lint clean clean-cache FORCE
 .DELETE_ON_ERROR:
 
 # torch knows whether there is a GPU, but only once it is installed: so make calls itself with the settings for it.
@@ -75,11 +75,9 @@ $(RUN)/paintings.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
 # A training resumes from its partial checkpoint, unless something that it depends on is newer.
 restart = $(if $(wildcard $(1)),$$(ls -t $^ $(1) | head -1 | grep -q partial || echo --restart))
 train = $(call run,$(1)) $(call restart,$(@:.pt=.partial.pt))
-
 # The stages -----------------------------------------------------------------------------------------------------------
 pipeline: $(RUN)/report.txt $(RUN)/clusters.md $(RUN)/style_grid.png
 	@$(PY) report/build.py --run $(RUN)
-
 data/demo.stamp: FORCE
 	@$(PY) -m common.stamp $@ demo.py
 data/demo/metadata.csv: data/demo.stamp
@@ -113,8 +111,10 @@ embed: $(VENV)/ready-embed
 	$(call with_settings,features)
 features: $(RUN)/paintings.txt
 	$(PY) embed.py $(FLAGS)
+label: $(VENV)/ready
+	$(PY) label.py '$(or $(FOLDER),$(error give a folder of pictures: make label FOLDER=my_folder))' --run $(RUN)
 serve: $(VENV)/ready-label
-	$(PY) label.py --serve $(FLAGS) --host $(HOST) --port $(PORT)
+	$(PY) label.py serve $(FLAGS) --host $(HOST) --port $(PORT)
 
 lora: $(VENV)/ready-lora
 	$(call with_settings,painter)
@@ -139,12 +139,12 @@ $(VENV)/ready-%: requirements/%.txt $(VENV)/ready
 	$(PY) -m pip install --disable-pip-version-check -r $<
 	touch $@
 $(VENV)/ready-test: $(wildcard requirements/*.txt)
-
 test: $(VENV)/ready-test
 	$(PY) -m pytest
 lint: $(VENV)/ready-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 clean:
 	rm -rf data/demo data/demo.stamp runs/demo
-
+clean-cache:
+	@$(PY) -c 'from common.images import remove_cache; remove_cache("$(DATA)")'
 include report/report.mk

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -285,6 +287,7 @@ def labelling(bench: Bench) -> dict:
     def label(folder):
         table.unlink(missing_ok=True)
         flags = ["--checkpoint", CLASSIFIER, "--run", bench.scratch, "--device", "cpu", "--processes", 1]
+        flags.append("--no-sheet")
         benchmarks.call([ROOT / "label.py", folder, "--out", table, *flags])
 
     network = partial(classifier.predict_dataset, data, batch_size=64)  # as label.py

@@ -17,6 +17,8 @@ to each centre) and centroids_<source>.txt, which names these.
 import re
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -188,7 +190,7 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
     if count < 2 or table["train"].shape[1] < 2:
         raise UserError("--clusters, and the numbers of a code, must be 2 or more")
     if len(labels) < count:
-        raise UserError(f"{len(labels)} paintings are fewer than {count} clusters: lower --clusters")
+        raise UserError(f"--clusters {count} is more than the {len(labels)} paintings: lower it")
     components = min(COMPONENTS, table["train"].shape[1], len(table["train"]) - 1)
     reduce = make_pipeline(StandardScaler(), PCA(components, random_state=config.seed)).fit(table["train"])
     codes = reduce.transform(table[config.split])

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from zlib import crc32
 
+import common.packages  # noqa: F401
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm

@@ -24,12 +24,15 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.config import Setting, configure
 from common.errors import UserError
 from common.images import as_rgb
+from common.names import cell_text, count, safe_cell
 from common.run import atomic_write, run_script, write_text
 
 SHARED = ("data", "seed")
@@ -68,10 +71,10 @@ def main(argv=None):
         raise UserError(f"could not write into {data} ({reason}): fix this and run the same command again") from None
     if state["broken"]:
         rows = ", ".join(map(str, state["broken"][:20])) + (", ..." if len(state["broken"]) > 20 else "")
-        print(f"{len(state['broken'])} images cannot be read, or have no style, and are left out: rows {rows}")
+        print(f"left out: {count(len(state['broken']), 'image')} without a style, or not readable: rows {rows}")
     if not splits.total():
         raise UserError(f"{config.source} holds no readable image: remove {data}, and give another --source")
-    print(f"{splits.total()} paintings in {data}: {splits['train']} in train, {splits['test']} in test")
+    print(f"{count(splits.total(), 'painting')} in {data}: {splits['train']} in train, {splits['test']} in test")
 
 
 def read_state(data: Path, settings: dict) -> dict:
@@ -207,7 +210,7 @@ class Download:
         self.file.truncate(self.state["metadata"])
         self.file.seek(0)
         rows, self.table = list(csv.DictReader(self.file)), csv.DictWriter(self.file, COLUMNS)
-        self.splits, self.counts = (Counter(row[key] for row in rows) for key in ("split", "style"))
+        self.splits, self.counts = (Counter(cell_text(row[key]) for row in rows) for key in ("split", "style"))
         self.split_of = {row["hash"]: row["split"] for row in rows}
         if not self.state["metadata"]:
             self.table.writeheader()
@@ -231,7 +234,8 @@ class Download:
         with atomic_write(self.data / path) as temporary:
             temporary.write_bytes(content)
         values = (path, split, style, artist, genre, number, "", digest)
-        self.table.writerow(dict(zip(COLUMNS, values, strict=True)))
+        cells = [safe_cell(value) if isinstance(value, str) else value for value in values]
+        self.table.writerow(dict(zip(COLUMNS, cells, strict=True)))
         self.counts[style] += 1
         self.splits[split] += 1
 

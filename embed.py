@@ -19,6 +19,8 @@ import re
 import time
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import classification_report

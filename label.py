@@ -1,14 +1,15 @@
 """Label new paintings: those of a folder, or one at a time on a web page.
 
-    python label.py paintings/ --out labels.csv         # the three likeliest styles of every image below a folder
+    python label.py paintings/                          # labels.csv: the three likeliest styles of every image
     python label.py paintings/ --sort sorted            # and a copy of each in a folder named after its style
-    python label.py --serve                             # a page and an HTTP API, at http://127.0.0.1:7860
-    python label.py --export /scratch/wikiart/train     # labels confirmed on the page, as <Style>/<name>, to train with
-    python label.py paintings/ --measure                # throughput, compared with the network alone
+    python label.py serve                               # a page and an HTTP API, at http://127.0.0.1:7860
+    python label.py export /scratch/wikiart/train       # labels confirmed on the page, as <Style>/<name>, to train with
+    python label.py measure paintings/                  # throughput, compared with the network alone; into facts.json
 
-Needs classifier.pt in the run folder, or --checkpoint report/classifier.pt. The table has a row for each file; `unsure`
-marks paintings that may be of none of the styles, and `problem` says why a file could not be read. An interrupted run
-continues when the same command is run again. --serve needs Gradio: pip install -r requirements/label.txt. Labels
+Uses classifier.pt of the run folder; where there is none, report/classifier.pt, which comes with the project. The table
+has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file could
+not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run again.
+`serve` needs Gradio: pip install -r requirements/label.txt. Labels
 confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
 """
 
@@ -24,59 +25,79 @@ import tempfile
 import time
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.config import Setting, configure
+from common import figures
+from common.config import ROOT, Setting, configure
 from common.errors import UserError
-from common.images import Decoder, decode_in_processes, files_below, read_image
-from common.run import add_facts, checkpoint_path, pick_device, reuse_freed_memory, run_script
+from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
+from common.names import cell_text, count, display_name, printable, safe_cell
+from common.run import add_facts, checkpoint_path, pick_device, read_facts, reuse_freed_memory, run_script
 from serve.corrections import Corrections, export
 from wikiart import Classifier
 
 SHARED = ("data", "run", "device", "processes", "hide")
 SETTINGS = {
-    "checkpoint": Setting(str, None, "classifier: a file of the run folder, or a path such as report/classifier.pt"),
+    "checkpoint": Setting(
+        str, None, "classifier: a path, or a file of the run folder; where that has none, report/classifier.pt"
+    ),
     "artist_checkpoint": Setting(str, None, "classifier of train.py --target artist, whose likeliest artist is added"),
     "out": Setting(str, None, "table to write or to continue"),
     "sort": Setting(str, None, "folder for copies of the images, in one folder per style"),
-    "serve": Setting(bool, None, "serve the page and the API"),
+    "sheet": Setting(bool, None, "draw a contact sheet beside the table"),
     "host": Setting(str, None, "address to listen at; 0.0.0.0 admits other machines"),
     "port": Setting(int, "[0, 65535]", "port to listen at; 0: the first free one from 7860 on"),
-    "export": Setting(str, None, "folder that gets <Style>/<name> of every image with a confirmed label"),
-    "measure": Setting(
-        bool, None, "time labelling the folder and requests to the API, and write the rates to facts.json"
-    ),
 }
+COMMANDS = ("serve", "export", "measure")  # a folder of this name is ./serve
 BATCH_SIZE = 64  # images per forward pass
 TOP = 3  # likeliest classes in a row of the table
+COMMITTED = ROOT / "report" / "classifier.pt"
+SHEET, COLUMNS, SIDE = 48, 6, 256  # pictures on the contact sheet, at most; in a row; pixels of their longer sides
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    folder, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    config = configure("label", __doc__, SETTINGS, SHARED, flags)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    config = configure("label", __doc__, SETTINGS, SHARED, argv[len(words) :])
+    command, folder = read_command(words)
     corrections = Corrections(Path(config.run) / "corrections.sqlite")
-    if config.export:
-        return export(corrections, Path(config.export))
-    if not folder and not config.serve:
-        raise UserError("give a folder of paintings first, e.g. python label.py paintings/, or --serve, or --export")
+    if command == "export":
+        return export(corrections, folder)
     classifier, artist_classifier = load_classifiers(config)
-    if config.serve:
+    if command == "serve":
         import_page().serve(classifier, artist_classifier, corrections, config)
-    elif config.measure:
-        add_facts(config.run, "label", measure(classifier, Path(folder), config))
+    elif command == "measure":
+        add_facts(config.run, "label", measure(classifier, folder, config))
     else:
-        label_folder(classifier, artist_classifier, Path(folder), Path(config.out), config)
+        label_folder(classifier, artist_classifier, folder, Path(config.out), config)
+        if config.sheet:
+            plot_sheet(folder, Path(config.out))
         if config.sort:
-            copy_by_class(Path(folder), Path(config.out), Path(config.sort))
+            copy_by_class(folder, Path(config.out), Path(config.sort))
+
+
+def read_command(words: list[str]) -> tuple[str, Path | None]:
+    """The command, "" to label a folder, and the folder, None for serve. Raises UserError."""
+    command, folders = (words[0], words[1:]) if words and words[0] in COMMANDS else ("", words)
+    if command == "serve" and not folders:
+        return command, None
+    if command == "serve" or len(folders) != 1:
+        usage = "label.py my_folder, label.py serve, label.py export <root>/train, or label.py measure my_folder"
+        raise UserError(f"give one folder of pictures, or a command: {usage}")
+    return command, Path(folders[0])
 
 
 def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     """The classifiers of --checkpoint and of --artist-checkpoint. Raises UserError where they do not fit together."""
-    device = pick_device(config.device)
-    classifier = Classifier.load(checkpoint_path(config.run, config.checkpoint), device)
+    device, path = pick_device(config.device), checkpoint_path(config.run, config.checkpoint)
+    if config.checkpoint == COMMITTED.name and not path.exists():
+        path = COMMITTED
+    classifier = Classifier.load(path, device)
+    print(describe(classifier, path), flush=True)
     if not config.artist_checkpoint:
         return classifier, None
     artist_classifier = Classifier.load(checkpoint_path(config.run, config.artist_checkpoint), device)
@@ -85,6 +106,19 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     if (artist_classifier.size, artist_classifier.resize) != (classifier.size, classifier.resize):
         raise UserError("--checkpoint and --artist-checkpoint differ in --size or --resize: train both with the same")
     return classifier, artist_classifier
+
+
+def describe(classifier: Classifier, path: Path) -> str:
+    """One line: which checkpoint it is, its classes, and its accuracy on artists that it never saw, from facts.json."""
+    names, more = ", ".join(map(display_name, classifier.classes[:40])), len(classifier.classes) - 40
+    names += f" and {more} more" if more > 0 else ""
+    facts, own = read_facts(path.parent).get("test", {}), classifier.hash[:12]
+    accuracy = facts.get("unseen_artists_accuracy")
+    if accuracy is None or path.name != "classifier.pt" or facts.get("checkpoint", own) != own:
+        tested = "not yet tested on artists that it never saw (python test.py)"
+    else:
+        tested = f"right for {accuracy:.0%} of test paintings by artists that it never saw"
+    return f"{os.path.relpath(path)}: {len(classifier.classes)} {classifier.target}s ({names}), {tested}"
 
 
 def import_page():
@@ -104,14 +138,15 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--sort {config.sort} is inside {folder}: the next run would label the copies as well")
     files = list_files(folder, out)
-    model = "+".join(used.hash[:12] for used in (classifier, artist_classifier) if used) + f" on {folder.resolve()}"
+    model = "+".join(used.hash[:12] for used in (classifier, artist_classifier) if used)
+    model += f" on {os.path.relpath(folder.resolve(), out.resolve().parent)}"  # as it is seen from the table
     columns = [f"{classifier.target}_{place + 1}" for place in range(min(TOP, len(classifier.classes)))]
     columns += ["artist"] if artist_classifier else []
     cells = [cell for column in columns for cell in (column, f"{column}_probability")] + ["unsure"]
     with open_table(out, ["path", *cells, "problem", "model"], model) as (file, labelled_paths):
         remaining, broken, start = [path for path in files if path not in labelled_paths], [], time.perf_counter()
         if labelled_paths:
-            print(f"{len(files) - len(remaining)} of {len(files)} files are in {out} already")
+            print(f"in {out} already: {len(files) - len(remaining)} of {count(len(files), 'file')}")
         writer, paths = csv.writer(file), iter(remaining)
         decoder = Decoder(folder, remaining, classifier.size, classifier.resize)
         bar = tqdm(total=len(remaining), desc="labelling", unit="image")
@@ -119,12 +154,13 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
             for batch in batches:
                 predicted = iter(predict_cells(classifier, artist_classifier, batch))
                 for path, (_, problem) in zip(itertools.islice(paths, len(batch)), batch, strict=True):
-                    writer.writerow([path, *([""] * len(cells) if problem else next(predicted)), problem, model])
+                    row = [path, *([""] * len(cells) if problem else next(predicted)), problem or "", model]
+                    writer.writerow(map(safe_cell, row))
                     broken += [f"{path} ({problem})"] if problem else []
                 file.flush()
                 bar.update(len(batch))
     seconds, labelled = time.perf_counter() - start, len(remaining) - len(broken)
-    print(f"{labelled} images in {seconds:.1f} s, {labelled / seconds:.1f} per second: {out}")
+    print(f"{count(labelled, 'image')} in {seconds:.1f} s, {labelled / seconds:.1f} per second: {out}")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         print(f"{len(broken)} could not be read (column problem): {'; '.join(broken[:3])}{more}", file=sys.stderr)
@@ -132,10 +168,11 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
 
 
 def list_files(folder: Path, out: Path) -> list[str]:
-    """The files below a folder, by their paths in it, without hidden ones and the table. Raises UserError."""
+    """The files below a folder, by their paths in it, without hidden ones and those written here. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    files = [path for path in files_below(folder) if os.path.realpath(folder / path) != os.path.realpath(out)]
+    written = {os.path.realpath(path) for path in (out, out.with_suffix(".png"))}
+    files = [path for path in files_below(folder) if os.path.realpath(folder / path) not in written]
     if not files:
         raise UserError(f"{folder} holds no file")
     return files
@@ -169,7 +206,7 @@ def open_table(out: Path, header: list[str], model: str):
         file.seek(0)
         text = file.read()
         complete = text[: text.rfind("\r\n") + 2] if "\r\n" in text else ""
-        rows = list(csv.reader(io.StringIO(complete, newline="")))
+        rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
         if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
@@ -182,7 +219,25 @@ def open_table(out: Path, header: list[str], model: str):
 
 def read_rows(out: Path) -> list[list[str]]:
     with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.reader(file))[1:]
+        return [list(map(cell_text, row)) for row in csv.reader(file)][1:]
+
+
+def plot_sheet(folder: Path, out: Path) -> None:
+    """A contact sheet beside the table: pictures evenly chosen from it, each with its likeliest class."""
+    rows = [row for row in read_rows(out) if row[1] and (folder / row[0]).is_file()]
+    chosen, images, captions = rows[:: -(-len(rows) // SHEET) or 1], [], []
+    for path, name, probability, *rest in chosen:
+        image = open_rgb(folder / path, 2 * SIDE)
+        image.thumbnail((SIDE, SIDE))
+        images.append(np.asarray(image).transpose(2, 0, 1))
+        file = printable(Path(path).name)
+        file = file if len(file) < 26 else f"{file[:12]}…{file[-12:]}"
+        captions.append(f"{file}\n{display_name(name)} {float(probability):.0%}" + "\nunsure" * ("unsure" in rest))
+    if images:
+        sheet, pictures = out.with_suffix(".png"), count(len(rows), "picture")
+        title = pictures if len(images) == len(rows) else f"{len(images)} of {pictures}"
+        figures.contact_sheet(sheet, images, captions, min(COLUMNS, len(images)), title)
+        print(f"contact sheet: {sheet}")
 
 
 def copy_by_class(folder: Path, out: Path, target: Path) -> None:
@@ -194,7 +249,7 @@ def copy_by_class(folder: Path, out: Path, target: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
             copied += 1
-    print(f"{copied} images copied to {target}")
+    print(f"{count(copied, 'image')} copied to {target}")
 
 
 # Throughput -----------------------------------------------------------------------------------------------------------
@@ -210,7 +265,9 @@ def measure(classifier, folder: Path, config) -> dict:
             labelled = [folder / path for path, *_, problem, _ in read_rows(out) if not problem]
             files = [path for path in labelled if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
             if len(files) < 2 * BATCH_SIZE:
-                raise UserError(f"{folder} holds {len(files)} JPEG and PNG images: --measure needs {2 * BATCH_SIZE}")
+                raise UserError(
+                    f"{folder} holds {count(len(files), 'JPEG or PNG image')}: measure needs {2 * BATCH_SIZE}"
+                )
             forward_rates.append(forward_rate(classifier, files))
     facts = {
         "pictures": len(files),

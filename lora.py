@@ -24,6 +24,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,7 +34,7 @@ from tqdm import tqdm
 from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
-from common.names import display_name
+from common.names import display_name, find_style
 from common.optim import linear_warmup_decay
 from common.run import (
     Timer,
@@ -65,7 +67,7 @@ except ModuleNotFoundError as error:
         raise
     diffusion = None  # main says what to install; --help works without
 
-SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart")
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart", "tensorboard")
 SETTINGS = {
     "base": Setting(str, None, "Hugging Face name or diffusers folder of SD 1.x, 2.x or SDXL; tiny: trained here"),
     "resolution": Setting(int, "[0, inf)", "side of the images, a multiple of 8 pixels; 0: what the base is made for"),
@@ -126,10 +128,7 @@ def train(config) -> None:
     device, run = join_processes(pick_device(config.device)), Path(config.run)
     lock = claim(run, "lora") if rank() == 0 else None
     data, test = load_paintings(config)
-    styles = config.styles or data.classes
-    for style in styles:
-        if style not in data.classes:
-            raise UserError(f"no style {style} in {config.data}: it has {', '.join(data.classes)}")
+    styles = list(dict.fromkeys(find_style(style, data.classes) for style in config.styles)) or data.classes
     if config.batch_size % (world_size() * config.accumulate):
         raise UserError(f"--batch-size must be a multiple of {world_size()} processes times --accumulate")
     if config.base == "tiny":
@@ -203,7 +202,8 @@ def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, conf
             if rank() == 0:
                 record = {"epoch": epoch, "loss": loss, **timer.seconds(), "heldout_loss": evaluation.learned_loss()}
                 plot_samples(folder / f"step-{epoch * steps // config.epochs:06}.png", pipe, styles, side, config)
-                save_epoch(run, stem, state, record, parts)
+                scores = f"loss {loss:.4f}, on test paintings {record['heldout_loss']:.4f}"
+                save_epoch(config, stem, state, record, parts, scores)
     if rank() == 0:
         adapter.save(folder)
         facts = {"base": base, "learned": ", ".join(map(display_name, styles)), "resolution": side, "weights": weights}
@@ -362,10 +362,9 @@ def paint(config, *prompts: str) -> None:
     if config.image and config.steps * config.strength < 1:
         raise UserError("--steps times --strength is less than one step: raise one of them")
     adapters = find_adapters(config.run)
-    style = config.style or next(iter(adapters))
-    if style not in adapters:
-        raise UserError(f"no style {style} in {config.run}/lora: it has {', '.join(adapters)}")
-    pipe, side = load_adapter(adapters[style], config)
+    if config.style:
+        config.style = find_style(config.style, list(adapters))
+    pipe, side = load_adapter(adapters[config.style or next(iter(adapters))], config)
     options = {"height": side, "width": side}
     if config.image:
         pipe = diffusion.image_to_image(pipe)

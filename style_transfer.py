@@ -21,6 +21,8 @@ from functools import partial
 from itertools import permutations
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,8 @@ from common.metrics import (
     psnr,
     ssim,
 )
-from common.names import display_name, title_of
-from common.repaint import Repainter, check_model, find_style, open_picture, read_mixture
+from common.names import count, display_name, find_style, title_of
+from common.repaint import Repainter, check_model, open_picture, read_mixture
 from common.run import add_facts, atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
@@ -113,9 +115,9 @@ def repaint_files(repainter: Repainter, config) -> None:
     done = len(files) - len(broken)
     if broken:
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
-        counts = f"{done} of {len(files)} files repainted; not " if len(files) > 1 else ""
+        counts = f"{done} of {count(len(files), 'file')} repainted; not " if len(files) > 1 else ""
         raise UserError(f"{counts}{'; '.join(broken[:3])}{more}")
-    print(f"{done * len(targets)} pictures in {config.out}")
+    print(f"{count(done * len(targets), 'picture')} in {config.out}")
 
 
 def make_folder(out: Path, source: Path) -> None:

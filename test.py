@@ -3,15 +3,19 @@
     python test.py                          # classifier.pt of the run folder, on the test paintings
     python test.py --checkpoint report/classifier.pt --run runs/report    # the weights that the report describes
     python test.py --split train            # on all training paintings, validation paintings included
+    python test.py --split all              # on the paintings of train and test
+    python test.py --data exhibition        # a root may have test/<Style>/* alone
     python test.py --run runs/wikiart --data /scratch/wikiart
 
 Writes into the run folder: report.txt and report.csv (scores of each class), samples.png (paintings of each class),
 regions.png (evidence for their class), confusion.png, roc.png, mistakes.png, predictions.csv and facts.json. With
---split train the names end in _train.
+--split train or all the names end in _train or _all.
 """
 
 import csv
 from pathlib import Path
+
+import common.packages  # noqa: F401
 
 import numpy as np
 import torch
@@ -31,17 +35,18 @@ from common.metrics import (
     confusion_counts,
     seen_unseen_accuracy,
 )
-from common.names import artist_and_title, display_name, printable, stem_of
+from common.names import artist_and_title, count, display_name, match_style, printable, safe_cell, stem_of
 from common.run import add_facts, atomic_write, checkpoint_path, pick_device, run_script, write_text
 from wikiart import Classifier, WikiArt
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 SETTINGS = {
-    "split": Setting(str, ("test", "train"), "which paintings"),
+    "split": Setting(str, ("test", "train", "all"), "which paintings; all: of train and test"),
     "checkpoint": Setting(str, None, "classifier: a file of the run folder, or a path such as report/classifier.pt"),
 }
 BASELINE = "mlp"  # folder in the run folder whose classifier is the baseline
 MISTAKES = 12  # on the contact sheet
+PAINTINGS = {"test": "test painting", "train": "training painting", "all": "training and test painting"}
 
 
 def main(argv=None):
@@ -54,7 +59,8 @@ def main(argv=None):
     raw = classifier.predict_dataset(data, calibrated=False)
     probabilities = calibrate(raw, classifier.temperature).numpy()
     predictions = probabilities.argmax(1)
-    facts = {"images": len(data), "classes": len(data.classes), "left_out": data.left_out}
+    facts = {"checkpoint": classifier.hash[:12], "images": len(data), "classes": len(data.classes)}
+    facts["left_out"] = data.left_out
     facts |= bootstrap_scores(truth, predictions, len(data.classes), config.seed)
     facts |= compare(classifier, data, config)
     facts["temperature"] = classifier.temperature
@@ -66,7 +72,7 @@ def main(argv=None):
     facts["sure_accuracy"] = (predictions == truth)[~unsure].mean() if not unsure.all() else 0.0
     facts |= unknown_style(classifier, probabilities, config)
 
-    suffix = "" if config.split == "test" else "_train"
+    suffix = "" if config.split == "test" else f"_{config.split}"
     facts["roc_auc"] = plot_scores(run, suffix, data, probabilities)
     plot_paintings(run, suffix, data, probabilities, classifier, config)
     scores = class_scores(truth, predictions, data.classes)
@@ -83,7 +89,7 @@ def load_paintings(classifier: Classifier, config) -> WikiArt:
     checkpoint = classifier.checkpoint
     split, processes = config.split, config.processes
     data = WikiArt(config.data, split, classes=classifier.classes, processes=processes, **checkpoint["data"])
-    if data.pooled and data.fingerprint != checkpoint["fingerprint"]:
+    if data.pooled and split != "all" and data.fingerprint != checkpoint["fingerprint"]:
         raise UserError("the paintings have changed since training, so the test set is no longer known: train again")
     return data
 
@@ -130,7 +136,9 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
     if style in ("none", "artists"):
         return {}
     data = WikiArt(config.data, config.split, processes=config.processes, **settings | {"holdout": "none"})
-    data = data.subset(data.styles == style)
+    data = data.subset(np.array([match_style(name, [style]) == style for name in data.styles]))
+    if not len(data):
+        return {}
     unknown = classifier.predict_dataset(data)
     scores = torch.cat([confidence(torch.from_numpy(probabilities)), confidence(unknown)])
     auroc = roc_auc_score(np.arange(len(scores)) < len(probabilities), scores)
@@ -178,7 +186,9 @@ def write_csv(path, header, rows) -> None:
     with atomic_write(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file)  # file names need not be UTF-8
         writer.writerow(header)
-        writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+        writer.writerows(
+            [f"{cell:.4f}" if isinstance(cell, float) else safe_cell(str(cell)) for cell in row] for row in rows
+        )
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def plot_scores(run, suffix: str, data: WikiArt, probabilities) -> float:
     """Write the confusion matrix and ROC curves; returns the mean area under the curves."""
     truth, classes = data.labels.numpy(), data.classes
     counts = confusion_counts(truth, probabilities.argmax(1), len(classes))
-    title = f"{len(data)} {data.split} paintings"
+    title = count(len(data), PAINTINGS[data.split])
     figures.confusion(run / f"confusion{suffix}.png", counts, classes, f"Confusion in %: {title}")
 
     curves = {}
@@ -196,7 +206,7 @@ def plot_scores(run, suffix: str, data: WikiArt, probabilities) -> float:
         if 0 < (truth == label).sum() < len(truth):  # a class without images has no curve
             false_positives, true_positives, _ = roc_curve(truth == label, probabilities[:, label])
             curves[name] = false_positives, true_positives, auc(false_positives, true_positives)
-    figures.roc(run / f"roc{suffix}.png", curves, f"One class against the others: {data.split} paintings")
+    figures.roc(run / f"roc{suffix}.png", curves, f"One class against the others: {PAINTINGS[data.split]}s")
     return float(np.mean([area for *_, area in curves.values()])) if curves else 0.0
 
 
@@ -215,12 +225,12 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
     rows = [row for members in by_class for row in members[:per_class]]
     captions = [f"{artist_over_title(data, row)}\n{classes[truth[row]]}" for row in rows]
     sheet = run / f"samples{suffix}.png"
-    figures.contact_sheet(sheet, data.pixels[data.rows[rows]], captions, 4, f"Random {data.split} paintings")
+    figures.contact_sheet(sheet, data.pixels[data.rows[rows]], captions, 4, f"Random {PAINTINGS[data.split]}s")
 
     wrong = [row for row in np.argsort(-confidence, kind="stable") if predictions[row] != truth[row] and showable[row]]
     rows = wrong[:MISTAKES]
     captions = [f"{artist_over_title(data, row)}\nis {classes[truth[row]]}\n{predicted(row)}" for row in rows]
-    title = f"The most confident mistakes on {data.split} paintings" if rows else "No mistakes to show"
+    title = f"The most confident mistakes on {PAINTINGS[data.split]}s" if rows else "No mistakes to show"
     figures.contact_sheet(run / f"mistakes{suffix}.png", data.pixels[data.rows[rows]], captions, 4, title)
 
     if classifier.model_name == "CNN":
@@ -258,11 +268,11 @@ def print_summary(facts: dict, run, suffix: str, split: str) -> None:
     for name in ("seen", "unseen"):
         if f"{name}_artists_accuracy" in facts:
             accuracy, images = facts[f"{name}_artists_accuracy"], facts[f"{name}_artists_images"]
-            print(f"artists {name} in training: {accuracy:.1%} of {images} images")
+            print(f"artists {name} in training: {accuracy:.1%} of {count(images, 'image')}")
     print(f"expected calibration error {facts['ece_before']:.3f}, with temperature {facts['temperature']:.2f} ", end="")
     print(f"(fitted on validation paintings) {facts['ece_after']:.3f}")
     print(f"unsure of {facts['unsure']:.0%} of the images; accuracy on the others {facts['sure_accuracy']:.1%}")
-    print(f"\n{split} accuracy {facts['accuracy']:.1%}; tables and figures are in {run}/ ", end="")
+    print(f"\naccuracy {facts['accuracy']:.1%} on {PAINTINGS[split]}s; tables and figures are in {run}/ ", end="")
     print(f"(confusion{suffix}.png, roc{suffix}.png, mistakes{suffix}.png, report{suffix}.txt)")
 
 

@@ -10,11 +10,13 @@
 The epoch with the best balanced accuracy on validation paintings is kept; test paintings are never used. A training
 that was interrupted resumes after its last finished epoch when the same command is run again; --restart starts anew.
 Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished), classifier.jsonl with one
-line per epoch, curves.png, classes.png and facts.json.
+line per epoch, curves.png (every few epochs), classes.png and facts.json.
 """
 
 import copy
 from pathlib import Path
+
+import common.packages  # noqa: F401
 
 import numpy as np
 import torch
@@ -36,17 +38,17 @@ from common.metrics import (
     fit_temperature,
     negative_log_likelihood,
 )
-from common.names import display_name
+from common.names import count, display_name
 from common.optim import Optimizers
 from common.run import (
     Timer,
     add_facts,
     autocast,
-    check_batch_size,
     check_finite,
     claim,
     data_parallel,
     finish,
+    fit_batch_size,
     fixed_settings,
     half_precision,
     interruptible,
@@ -64,7 +66,7 @@ from common.run import (
 from wikiart import MODELS, BalancedSampler, Classifier, WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
-SHARED += ("restart",)
+SHARED += ("restart", "tensorboard")
 SETTINGS = {
     "model": Setting(str, None, "CNN, MLP (the baseline), or a classifier of torchvision.models such as resnet18"),
     "target": Setting(str, ("style", "artist", "genre"), "what to predict; unknown and rare ones are left out"),
@@ -107,6 +109,7 @@ SETTINGS = {
 }
 DATA_SETTINGS = ("size", "resize", "split_seed", "target", "min_images", "holdout")  # that the data set depends on
 TAU = 0.9  # strength of the logit adjustment; 1 in theory
+CURVE_EPOCHS = 4  # between two drawings of the curves
 
 
 def main(argv=None):
@@ -118,6 +121,7 @@ def main(argv=None):
     # Data
     data_settings = {key: getattr(config, key) for key in DATA_SETTINGS}
     data = WikiArt(config.data, "train", processes=config.processes, **data_settings)
+    data_settings["holdout"] = data.holdout  # a style as its folder is named
     training, validation = data.split_off(config.validation, config.split_seed)
     sampler = BalancedSampler(training.labels, config.balance, config.per_class, config.seed)
     check_settings(config, training, validation, sampler)
@@ -160,7 +164,7 @@ def main(argv=None):
                 record |= evaluate(ema.module, validation, config, device) | timer.seconds()
                 if is_best(record, state["history"]):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(ema.module).cpu().state_dict()}
-                save_epoch(config.run, "classifier", state, {"epoch": epoch} | record, parts)
+                save_and_show(config, state, {"epoch": epoch} | record, parts)
     if rank() == 0:
         state = publishable(state)
         probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
@@ -169,7 +173,7 @@ def main(argv=None):
         report(Path(config.run), state, training, validation, draws_per_class(sampler))
         path = finish(config.run, "classifier", state)
         lock.close()
-        print(f"{path}: epoch {state['epoch']} kept, the best on {len(validation)} validation paintings")
+        print(f"{path}: epoch {state['epoch']} kept, the best on {count(len(validation), 'validation painting')}")
     leave_processes()
 
 
@@ -177,10 +181,10 @@ def main(argv=None):
 
 
 def check_settings(config, training: WikiArt, validation: WikiArt, sampler) -> None:
-    """Raise UserError for settings that do not fit together, or do not fit the data."""
-    check_batch_size(config.batch_size, training, validation)
-    if config.batch_size > len(sampler):
-        raise UserError(f"an epoch has only {len(sampler)} images: raise --per-class or lower --batch-size")
+    """Raise UserError for settings that do not fit together; lower --batch-size where there are few paintings."""
+    if len(training.classes) < 2:
+        raise UserError(f"{config.data} has one class only, {training.classes[0]}: a classifier needs two or more")
+    fit_batch_size(config, len(sampler), validation)
     if config.model in MODELS and config.model not in ("CNN", "MLP"):
         raise UserError(f"--model {config.model} is no classifier: give CNN, MLP or a classifier of torchvision.models")
     if not config.tta_scales:
@@ -342,6 +346,14 @@ def is_best(record: dict, history: list[dict]) -> bool:
     return all(record["val_balanced_accuracy"] >= earlier["val_balanced_accuracy"] for earlier in history)
 
 
+def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
+    """Save an epoch, print its line, and every few epochs draw the curves."""
+    scores = f"loss {record['loss']:.3f}, validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
+    save_epoch(config, "classifier", state, record, parts, scores)
+    if record["epoch"] % CURVE_EPOCHS == 0:
+        plot_curves(config.run, state)
+
+
 # Report ---------------------------------------------------------------------------------------------------------------
 
 
@@ -371,8 +383,8 @@ def held_out(training: WikiArt, validation: WikiArt) -> np.ndarray:
     return ~np.isin(validation.artists, training.artists) & (validation.artists != "")
 
 
-def report(run, state: dict, training: WikiArt, validation: WikiArt, drawn) -> None:
-    """Write curves.png, classes.png and the facts of a finished training."""
+def plot_curves(run, state: dict) -> None:
+    """curves.png: loss and accuracy of the epochs so far."""
     panels = {
         "class-balanced cross-entropy": {"training crops": "train_loss", "validation": "val_loss"},
         "accuracy": {
@@ -381,9 +393,19 @@ def report(run, state: dict, training: WikiArt, validation: WikiArt, drawn) -> N
             "validation, balanced": "val_balanced_accuracy",
         },
     }
-    figures.curves(run / "curves.png", state["history"], panels, state["epoch"])
+    figures.curves(Path(run) / "curves.png", state["history"], panels, state["epoch"])
+
+
+def report(run, state: dict, training: WikiArt, validation: WikiArt, drawn) -> None:
+    """Write curves.png, classes.png and the facts of a finished training."""
+    plot_curves(run, state)
     plot_classes(run / "classes.png", state, training, drawn)
-    add_facts(run, "train", training_facts(state, training, validation), outdated=("test", "test_train", "cluster"))
+    add_facts(
+        run,
+        "train",
+        training_facts(state, training, validation),
+        outdated=("test", "test_train", "test_all", "cluster"),
+    )
 
 
 def plot_classes(path, state: dict, training: WikiArt, drawn) -> None:

@@ -15,6 +15,8 @@ reconstructions.png (every few epochs) and facts.json.
 import copy
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
@@ -27,17 +29,18 @@ from common.errors import UserError
 from common.layers import parameter_count
 from common.losses import ReconstructionLoss
 from common.metrics import psnr
+from common.names import count
 from common.optim import Optimizers
 from common.reconstruction import items_to_show, mean_squared_error, plot_reconstructions
 from common.run import (
     Timer,
     add_facts,
     autocast,
-    check_batch_size,
     check_finite,
     claim,
     data_parallel,
     finish,
+    fit_batch_size,
     fixed_settings,
     half_precision,
     interruptible,
@@ -55,6 +58,7 @@ from common.run import (
 from wikiart import WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
+SHARED += ("tensorboard",)
 SETTINGS = {
     "crop": Setting(int, "[16, inf)", "side of the images that are encoded, in pixels; a multiple of 16"),
     "code": Setting(int, "[1, inf)", "numbers in the code of a painting"),
@@ -113,7 +117,8 @@ def main(argv=None):
                 record |= {"val_mse": val_mse, "val_psnr": psnr(val_mse)}
                 if all(val_mse < earlier["val_mse"] for earlier in state["history"]):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(model).cpu().state_dict()}
-                save_epoch(config.run, "autoencoder", state, {"epoch": epoch} | record, parts)
+                scores = f"loss {record['mse']:.4f}, validation {record['val_psnr']:.2f} dB"
+                save_epoch(config, "autoencoder", state, {"epoch": epoch} | record, parts, scores)
                 if epoch < 3 or epoch % 5 == 0:
                     plot(model, state, validation, baselines, baseline_mse, config, device, f"after epoch {epoch}")
     if rank() == 0:
@@ -122,7 +127,7 @@ def main(argv=None):
         report(model, state, training, validation, test, baselines, config, device)
         path = finish(config.run, "autoencoder", state)
         lock.close()
-        print(f"{path}: epoch {state['epoch']} kept, the best on {len(validation)} validation paintings")
+        print(f"{path}: epoch {state['epoch']} kept, the best on {count(len(validation), 'validation painting')}")
     leave_processes()
 
 
@@ -130,8 +135,8 @@ def main(argv=None):
 
 
 def check_settings(config, training: WikiArt, validation: WikiArt) -> None:
-    """Raise UserError for settings that do not fit together, or do not fit the data."""
-    check_batch_size(config.batch_size, training, validation)
+    """Raise UserError for settings that do not fit together; lower --batch-size where there are few paintings."""
+    fit_batch_size(config, len(training), validation)
     if config.crop % 16:
         raise UserError(f"--crop {config.crop} must be a multiple of 16")
 

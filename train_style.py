@@ -9,12 +9,14 @@ In its own style a painting has to come back, in pixels and in the feature maps 
 maps have to look like those of real paintings of that style, to statistics and to a critic, while the composition
 stays. The moving average of the weights is kept. A training that was interrupted resumes after its last finished epoch
 when the same command is run again; --restart starts anew. Writes into the run folder: style.pt (style.partial.pt until
-training has finished), style.jsonl with one line per epoch, style_samples.png, renewed every few epochs,
-style_curves.png and facts.json.
+training has finished), style.jsonl with one line per epoch, style_samples.png and
+style_curves.png, renewed every few epochs, and facts.json.
 """
 
 import copy
 from pathlib import Path
+
+import common.packages  # noqa: F401
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +37,11 @@ from common.run import (
     add_facts,
     autocast,
     average_gradients,
-    check_batch_size,
     check_finite,
     checkpoint_path,
     claim,
     finish,
+    fit_batch_size,
     fixed_settings,
     interruptible,
     join_processes,
@@ -57,6 +59,7 @@ from common.run import (
 from wikiart import BalancedSampler, Classifier, StyleAutoencoder, WikiArt, channel_statistics
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
+SHARED += ("tensorboard",)
 SETTINGS = {
     "features": Setting(str, None, "frozen network of the losses: a classifier of train.py, or a backbone of timm"),
     "weights": Setting(str, None, "file with the weights of a backbone of timm; none: from the hub"),
@@ -86,7 +89,7 @@ PIXEL_VARIANCE = 0.06  # of paintings
 CANDIDATES = 4  # real paintings, of which the nearest is the target of a repainting
 EMA_DECAY = 0.99
 BETAS = (0.5, 0.99)  # of AdamW: networks that train against each other need a short memory (Radford et al. 2016)
-SAMPLE_EPOCHS = 4  # between two sheets of samples
+SAMPLE_EPOCHS = 4  # between two sheets of samples, and drawings of the curves
 
 
 def main(argv=None):
@@ -129,8 +132,10 @@ def main(argv=None):
             if rank() == 0:
                 record |= evaluate(averaged, features, validation, config, device) | timer.seconds()
                 state["weights"] = copy.deepcopy(averaged).cpu().state_dict()
-                save_epoch(config.run, "style", state, {"epoch": epoch} | record, parts)
+                scores = f"loss {record['loss']:.3f}, validation {record['val_psnr']:.2f} dB in the own style"
+                save_epoch(config, "style", state, {"epoch": epoch} | record, parts, scores)
                 if epoch % SAMPLE_EPOCHS == 0 or epoch == config.epochs:
+                    plot_curves(config.run, state["history"])
                     plot_samples(averaged, validation, config, device)
     if rank() == 0:
         report(Path(config.run), state, steps, len(training), config)
@@ -143,14 +148,12 @@ def main(argv=None):
 
 
 def check_settings(config, training: WikiArt, validation: WikiArt) -> None:
-    """Raise UserError for settings that do not fit together, or do not fit the paintings."""
-    check_batch_size(config.batch_size, training, validation)
+    """Raise UserError for settings that do not fit together; lower --batch-size where an epoch has few paintings."""
     if len(training.classes) < 2:
         raise UserError("the paintings have one style only: there is no other to repaint them in")
     if config.crop % StyleAutoencoder.STRIDE or config.crop > config.size or config.width % 4:
         raise UserError(f"--crop {config.crop} must be a multiple of 4, at most --size; --width a multiple of 4")
-    if config.batch_size > config.per_class * len(training.classes):
-        raise UserError("an epoch has fewer paintings than a batch: raise --per-class or lower --batch-size")
+    fit_batch_size(config, config.per_class * len(training.classes), validation)
 
 
 def load_features(config, training: WikiArt, device) -> losses.FeatureMaps:
@@ -346,16 +349,20 @@ def plot_samples(model, data: WikiArt, config, device) -> None:
     figures.painting_grid(path, cells, ["original", *names[:8]], [names[label] for label in labels.tolist()], title)
 
 
-def report(run: Path, state: dict, steps: int, images: int, config) -> None:
-    """Write style_curves.png and the facts of a finished training."""
-    history = state["history"]
+def plot_curves(run, history: list[dict]) -> None:
+    """style_curves.png: the losses of the epochs so far."""
     panels = {
         "PSNR in the own style, dB": {"validation": "val_psnr"},
         "losses in another style": {
             name.replace("_", " "): name for name in ("style_stat", "palette", "content", "layout")
         },
     }
-    figures.curves(run / "style_curves.png", history, panels)
+    figures.curves(Path(run) / "style_curves.png", history, panels)
+
+
+def report(run: Path, state: dict, steps: int, images: int, config) -> None:
+    """Write the facts of a finished training."""
+    history = state["history"]
     facts = {
         "epochs": len(history),
         "steps": steps,

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import common.packages  # noqa: F401
+
 import numpy as np
 from tqdm import tqdm
 

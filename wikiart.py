@@ -13,6 +13,7 @@ The networks take those floats and normalise them themselves.
 
 import copy
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from common.layers import (
     mean_std,
 )
 from common.metrics import calibrate, confidence
-from common.names import artist_and_title, artist_of, read_metadata, showable, stem_of
+from common.names import artist_and_title, artist_of, count, match_style, read_metadata, showable, stem_of
 from common.run import autocast, file_hash, load_checkpoint, pick_device
 from common.splits import connected_groups, hold_out
 
@@ -54,10 +55,12 @@ class WikiArt(Dataset):
     """A folder of paintings with one sub-folder per style, like torchvision's ImageFolder.
 
     `root` holds train/ and test/ with style folders, or style folders alone, which are then split 80/20 by
-    `split_seed`. With `holdout="artists"`, all paintings are split so that no artist is in both parts; with a style's
-    name, its paintings are left out. The label is the `target`: style, artist or genre; paintings without one, or of an
-    artist or genre with fewer than `min_images` paintings, are left out and counted. `classes` of a trained model keep
-    its order; otherwise they are the sorted folder names of train/, or the sorted names of artists or genres.
+    `split_seed`. `split` is "train", "test", which needs no train/, or "all". With `holdout="artists"`, all paintings
+    are split so that no artist is in both parts; with a style's name, its paintings are left out. The label is the
+    `target`: style, artist or genre; paintings without one, or of an artist or genre with fewer than `min_images`
+    paintings, are left out and counted. `classes` of a trained model keep its order; otherwise they are the sorted
+    folders of train/, or the sorted names of artists or genres. Case, accents, hyphens and underscores of styles do not
+    matter.
 
     pixels: uint8 (M, 3, size, size), mapped from the cache; rows: int64 (N,), which of them are in this set;
     labels: int64 (N,); paths (below `root`), styles, artists, genres, years, groups (equal for duplicates): N each.
@@ -83,25 +86,27 @@ class WikiArt(Dataset):
     ):
         self.root, self.split, self.on_device = Path(root), split, None
         has_splits, styles = find_styles(self.root)
-        self.pooled = not has_splits or holdout == "artists"  # train and test are split here, not by folder
+        self.pooled = not has_splits or holdout == "artists" or split == "all"  # train and test are in one cache
         folder = self.root if self.pooled else self.root / split
         if not folder.is_dir():
-            raise DataError(f"{root} has a folder train/ but no {split}/")
+            raise DataError(f"{root} has no {split}/, only {'train/' if split == 'test' else 'test/'}")
 
         self.pixels, index = pixel_cache(folder, cache_folder(self.root), size, resize, processes)
         level = 1 if self.pooled and has_splits else 0  # of the style's name in a path
         self.read_paintings(index, folder, level, by_artist=holdout == "artists")
-        for style in styles if split == "train" or self.pooled else ():
+        self.styles = match_styles(self.styles, styles)
+        for style in styles if split == "train" or (self.pooled and split != "all") else ():
             if style not in self.styles:
                 raise DataError(f"{folder / style} holds no image: fill the folder or remove it")
-        if holdout not in (*styles, "none", "artists"):
+        self.holdout = match_style(holdout, ["none", "artists", *styles])
+        if self.holdout is None:
             raise UserError(f"--holdout {holdout}: give none, artists, or one of {', '.join(styles)}")
         self.labels = torch.tensor([styles.index(style) for style in self.styles])
-        if self.pooled:
+        if self.pooled and split != "all":
             test = hold_out(self.labels.numpy(), self.groups, 0.2, split_seed)
             self.keep(test if split == "test" else ~test)
-        self.keep(self.styles != holdout)
-        styles = [style for style in styles if style != holdout]
+        self.keep(self.styles != self.holdout)
+        styles = [style for style in styles if style != self.holdout]
         self.set_labels(target, min_images, classes or (styles if target == "style" else None), folder)
 
     def read_paintings(self, index: dict, folder: Path, level: int, by_artist: bool) -> None:
@@ -130,19 +135,23 @@ class WikiArt(Dataset):
 
     def set_labels(self, target: str, min_images: int, classes, folder: Path) -> None:
         """Set `classes` and `labels` by the target; drop the paintings that have none."""
+        if target == "style" and classes:
+            self.styles = match_styles(self.styles, classes)
         values = {"style": self.styles, "artist": self.artists, "genre": self.genres}[target]
         if not classes:
             names, counts = np.unique(values[values != ""], return_counts=True)
             classes = names[counts >= min_images].tolist()
         self.classes = list(classes)
         if not np.isin(values, self.classes).any():
-            raise DataError(f"no painting in {folder} has a known {target} with --min-images {min_images}")
+            known = f"one of the styles {', '.join(self.classes)}"
+            known = known if target == "style" else f"a known {target} with --min-images {min_images}"
+            raise DataError(f"no painting in {folder} has {known}")
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = torch.tensor([label_of.get(value, -1) for value in values])
         self.left_out = int((self.labels < 0).sum())
         if self.left_out:
-            counts = f"{self.left_out} of {len(self)} paintings in {folder}"
-            print(f"{counts} have none of the classes of {target}: left out", file=sys.stderr)
+            counts = f"{self.left_out} of {count(len(self), 'painting')} in {folder}"
+            print(f"left out: {counts}, of none of the classes of {target}", file=sys.stderr)
             self.keep((self.labels >= 0).numpy())
 
     def __len__(self):
@@ -204,18 +213,28 @@ class WikiArt(Dataset):
         return "; ".join(": ".join(part for part in pair if part) for pair in pairs)
 
 
+def match_styles(names, classes: list[str]) -> np.ndarray:
+    """Names of styles (N,) as `classes` spells them; others stay as they are."""
+    spelled = {name: match_style(name, classes) or name for name in np.unique(names).tolist()}
+    return np.array([spelled[name] for name in names])
+
+
 def find_styles(root: Path) -> tuple[bool, list[str]]:
-    """Whether a root has a folder train/, and its sorted style names. Raises DataError."""
+    """Whether a root has a folder train/, or test/ alone, and its sorted style names. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"no folder {root}: give the folder that holds train/ and test/ with --data")
-    has_splits = (root / "train").is_dir()
-    styles = subfolders(root / "train" if has_splits else root)
+    parent, name = root.resolve().parent, root.resolve().name
+    other = {"train": "test", "test": "train"}.get(name)
+    if other and (parent / other).is_dir() and not (root / "train").is_dir():
+        raise DataError(f"{root} is the folder {name}/ beside {other}/: did you mean --data {os.path.relpath(parent)}?")
+    split = "train" if (root / "train").is_dir() else "test" if subfolders(root) == ["test"] else ""
+    has_splits, styles = bool(split), subfolders(root / split)
     splits = [name for name in styles if name.lower() in ("train", "test", "val", "valid", "validation")]
     if not styles or splits:
         problem = f"a folder {splits[0]}" if splits else "no style folders"
         raise DataError(f"{root} holds {problem}: expected train/<Style>/*, test/<Style>/*, or <Style>/* alone")
     for style in subfolders(root / "test") if has_splits and (root / "test").is_dir() else ():
-        if style not in styles:
+        if not match_style(style, styles):
             raise DataError(f"{root / 'test' / style} is not one of the styles of train: {', '.join(styles)}")
     return has_splits, styles
 

@@ -20,7 +20,24 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings that do not change what a training computes, so they may differ when it is resumed.
-FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide")
+FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide", "tensorboard")
+# Those that --help lists first.
+COMMON = (
+    "data",
+    "run",
+    "model",
+    "target",
+    "split",
+    "checkpoint",
+    "epochs",
+    "batch_size",
+    "lr",
+    "codes",
+    "method",
+    "base",
+)
+COMMON += ("backbone", "image", "style", "styles", "from_style", "strength", "out", "source", "name", "to", "device")
+LONGEST_DEFAULT = 40  # characters of a default in --help
 
 
 class Setting(NamedTuple):
@@ -49,6 +66,7 @@ SHARED = {
     "min_images": Setting(int, "[1, inf)", "training paintings an artist or genre needs to count as a class"),
     "processes": Setting(int, "[0, inf)", "processes that decode images; 0: one per core"),
     "hide": Setting(list[str], None, "genres that no figure shows, and text files with further parts of file names"),
+    "tensorboard": Setting(bool, None, "write each epoch's record for TensorBoard, too: requirements/tensorboard.txt"),
     "restart": Setting(bool, None, "discard an unfinished training in the run folder instead of resuming it"),
 }
 
@@ -59,17 +77,20 @@ def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple
     Raises UserError for unknown keys, wrong types and values out of range; argparse exits for wrong flags.
     """
     settings = {key: SHARED[key] for key in shared} | settings
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("-c", "--config", action="append", metavar="FILE")
-    sections = read_settings(first.parse_known_args(argv)[0].config)
+    layered = argparse.ArgumentParser(add_help=False)
+    layered.add_argument("-c", "--config", action="append", metavar="FILE")
+    sections = read_settings(layered.parse_known_args(argv)[0].config)
     defaults = {key: sections[key] if key in shared else sections[script][key] for key in settings}
 
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"{script}.py", description=doc, formatter_class=formatter, allow_abbrev=False)
+    options = {"usage": "%(prog)s [flags]; --help has examples", "formatter_class": formatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(f"{script}.py", description=doc, add_help=False, **options)
+    first, own, rest = map(parser.add_argument_group, ("common flags", f"more flags of {script}.py", "shared flags"))
     layers = "settings that override config.json, e.g. settings/cpu.json"
-    parser.add_argument("-c", "--config", action="append", metavar="FILE", help=layers)
+    first.add_argument("-h", "--help", action="help", help="show this text")
+    first.add_argument("-c", "--config", action="append", metavar="FILE", help=layers)
     for key, setting in settings.items():
-        add_flag(parser, key, setting, defaults[key])
+        add_flag(first if key in COMMON else rest if key in shared else own, key, setting, defaults[key])
     config = parser.parse_args(argv)
     for key, setting in settings.items():
         check(key, getattr(config, key), setting)
@@ -78,6 +99,7 @@ def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple
 
 def add_flag(parser, key: str, setting: Setting, default) -> None:
     shown = (" ".join(map(str, default)) if isinstance(default, list) else str(default)) or "none"
+    shown = shown if len(shown) <= LONGEST_DEFAULT else "see config.json"
     text = f"{setting.help} (default: {shown})".replace("%", "%%")
     options = {"default": default, "help": text}
     if setting.type is bool:

@@ -163,8 +163,8 @@ def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values:
     save(figure, path)
 
 
-def contact_sheet(path, images: np.ndarray, captions: list[str], columns: int, title: str) -> None:
-    """Pictures uint8 (N, 3, S, S) in rows, a caption of a few lines below each."""
+def contact_sheet(path, images, captions: list[str], columns: int, title: str) -> None:
+    """N pictures, uint8 (3, H, W) each, in rows, a caption of a few lines below each."""
     rows = max(1, -(-len(images) // columns))
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
     size = 2.1 * columns, (2.1 + 0.19 * lines) * rows + 0.4

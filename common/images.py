@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import DataError
+from common.names import count
 
 # Formats accepted from uploads: no SVG, and nothing for which Pillow starts another program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -142,6 +143,9 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
             if not cache.exists():
                 for stale in caches.glob(f"*{glob.escape(prefix)}*"):
                     shutil.rmtree(stale, ignore_errors=True)
+                needed = len(files) * 3 * size * size
+                decoding = f"decoding {count(len(files), 'file')} of {folder} once"
+                print(f"{decoding}, into {caches}: {file_size(needed)} (make clean-cache removes it)", flush=True)
                 temporary = caches / f"building-{prefix}"
                 temporary.mkdir()
                 try:
@@ -157,8 +161,24 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
         raise DataError(f"could not write the pixel cache in {caches}: {error.strerror or error}") from None
     if index["broken"]:
         names = cache / "left_out.txt"
-        print(f"{len(index['broken'])} of {len(files)} files in {folder} are left out: see {names}", file=sys.stderr)
+        counts = f"{len(index['broken'])} of {count(len(files), 'file')}"
+        print(f"{counts} in {folder} left out: see {names}", file=sys.stderr)
     return pixels, index
+
+
+def remove_cache(root: str) -> None:
+    """Delete the decoded pixels of a root, and nothing else in that folder: for `make clean-cache`."""
+    caches = cache_folder(Path(root)) if Path(root).is_dir() else Path(root)
+    files = [*caches.glob("*-*-*/pixels.uint8")]
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
+        shutil.rmtree(path.parent)
+    print(f"removed from {caches}: {count(len(files), 'cache')}, {file_size(size)}")
+
+
+def file_size(size: float) -> str:
+    """Bytes in words: "4.6 GB", "120 MB"."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{-(-size // 1e6):.0f} MB"
 
 
 @contextlib.contextmanager

@@ -3,11 +3,12 @@
 import csv
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 
 
 def artist_of(path: str) -> str:
@@ -36,9 +37,46 @@ def artist_and_title(artist: str, path: str) -> tuple[str, str]:
     return printable(artist).replace("-", " ").title(), printable(title_of(path)).capitalize()
 
 
+def safe_cell(text: str) -> str:
+    """A cell of a CSV file that a spreadsheet takes for text, and not for a formula: with an apostrophe before it."""
+    return "'" + text if re.match("'*[=+@-]", text) else text
+
+
+def cell_text(cell: str) -> str:
+    """The text of safe_cell()."""
+    return cell[1:] if re.match("'+[=+@-]", cell) else cell
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def display_name(name: str) -> str:
     """A class's folder name as captions write it."""
     return name.replace("Ukiyo_e", "Ukiyo-e").replace("_", " ")
+
+
+def plain_name(name: str) -> str:
+    """A style's name without case, accents, hyphens and underscores: "Ukiyo-e" and "ukiyo_e" are the same."""
+    letters = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(letter for letter in letters if letter.isalnum())
+
+
+def match_style(name: str, classes: list[str]) -> str | None:
+    """The class of this name, or the only one that has the same plain name."""
+    if name in classes:
+        return name
+    found = [each for each in classes if plain_name(each) == plain_name(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def find_style(name: str, classes: list[str]) -> str:
+    """The class that a user means. Raises UserError."""
+    found = match_style(name, classes)
+    if found is None:
+        raise UserError(f"no style {name}: give one of {', '.join(classes)}")
+    return found
 
 
 def read_metadata(path: Path) -> dict[str, dict]:
@@ -47,7 +85,8 @@ def read_metadata(path: Path) -> dict[str, dict]:
         return {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["path"]: row for row in csv.DictReader(file)}
+            rows = [{key: cell_text(cell or "") for key, cell in row.items() if key} for row in csv.DictReader(file)]
+            return {row["path"]: row for row in rows}
     except (KeyError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
 

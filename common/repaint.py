@@ -5,7 +5,6 @@ painted = repainter.repaint(open_picture("my.jpg", 1024), {"Ukiyo_e": 0.7, "Fauv
 """
 
 import io
-import unicodedata
 import warnings
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError
 from common.images import FORMATS, open_rgb
+from common.names import find_style
 from common.run import autocast
 
 SMALLEST = 32  # pixels of a picture's shorter side
@@ -50,20 +50,6 @@ def open_picture(source, longest: int) -> Image.Image:
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """A picture in RGB as uint8 (1, 3, H, W)."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
-
-
-def plain_name(name: str) -> str:
-    """A style's name without case, accents, hyphens and underscores: "Ukiyo-e" and "ukiyo_e" are the same."""
-    letters = unicodedata.normalize("NFKD", name).casefold()
-    return "".join(letter for letter in letters if letter.isalnum())
-
-
-def find_style(name: str, classes: list[str]) -> str:
-    """The class that a user means. Raises UserError."""
-    found = [each for each in classes if plain_name(each) == plain_name(name)]
-    if len(found) != 1:
-        raise UserError(f"no style {name}: give one of {', '.join(classes)}")
-    return found[0]
 
 
 def read_mixture(texts: list[str], classes: list[str]) -> dict[str, float]:

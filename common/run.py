@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from common.compat import rename_checkpoint
 from common.config import FREE_SETTINGS
 from common.errors import UserError
+from common.names import count
+
+MIN_STEPS = 4  # of an epoch
 
 
 def run_script(main) -> None:
@@ -112,12 +116,20 @@ def local_share() -> slice:
     return slice(rank(), None, world_size())
 
 
-def check_batch_size(batch_size: int, training, validation) -> None:
-    """Raise UserError where the data sets are too small for it, or processes cannot have equal shares of a batch."""
-    if not len(validation) or batch_size > len(training):
-        counts = f"{len(training)} training and {len(validation)} validation paintings"
-        raise UserError(f"{counts} are too few: add paintings, raise --validation or lower --batch-size")
-    if batch_size % world_size():
+def fit_batch_size(config, images: int, validation) -> None:
+    """Lower config.batch_size where an epoch of so many images would have fewer than MIN_STEPS steps, and say so.
+
+    Raises UserError where no painting is left for validation, or processes cannot have equal shares of a batch.
+    """
+    if not len(validation):
+        raise UserError("too few paintings: none is left for validation; add paintings, or raise --validation")
+    if config.batch_size > images // MIN_STEPS:
+        wanted, power = config.batch_size, 2 ** int(math.log2(max(2, images // MIN_STEPS)))
+        config.batch_size = min(wanted, max(power - power % world_size(), world_size()))
+        if rank() == 0 and config.batch_size < wanted:
+            batches = f"batches of {config.batch_size} instead of {wanted}"
+            print(f"an epoch has {images} images, so {batches}; for validation: {count(len(validation), 'painting')}")
+    if config.batch_size % world_size():
         raise UserError(f"--batch-size must be a multiple of the {world_size()} processes")
 
 
@@ -252,6 +264,8 @@ def resume(config, stem: str, state: dict, parts: dict) -> dict:
     other settings or paintings.
     """
     partial = Path(config.run) / f"{stem}.partial.pt"
+    if config.tensorboard and rank() == 0:
+        tensorboard_writer(Path(config.run) / "tensorboard" / stem)  # now: it may not be installed
     if config.restart and rank() == 0:
         partial.unlink(missing_ok=True)
     if config.restart or not partial.exists():
@@ -287,7 +301,7 @@ def interruptible(state: dict):
         yield
     except KeyboardInterrupt:
         epochs = len(state["history"])
-        advice = f"{epochs} finished epochs are kept: run the same command again to resume"
+        advice = f"{count(epochs, 'finished epoch')} kept: run the same command again to resume"
         raise KeyboardInterrupt((advice if epochs else "no epoch was finished") if rank() == 0 else "") from None
 
 
@@ -301,14 +315,42 @@ class Timer:
         return {"seconds": time.perf_counter() - self.start[0], "cpu_seconds": time.process_time() - self.start[1]}
 
 
-def save_epoch(run, stem: str, state: dict, record: dict, parts: dict) -> None:
-    """Append an epoch's record to the history, print it, and write <stem>.partial.pt and <stem>.jsonl."""
-    record = rounded(record)
-    print(json.dumps(record), flush=True)
+def save_epoch(config, stem: str, state: dict, record: dict, parts: dict, scores: str) -> None:
+    """Append an epoch's record to the history, and write <stem>.partial.pt and <stem>.jsonl; print a line.
+
+    scores: the loss and how the network does on validation paintings, in words.
+    """
+    record, run, epochs = rounded(record), config.run, config.epochs
+    seconds = [earlier["seconds"] for earlier in (*state["history"], record)][-5:]
+    left = (epochs - record["epoch"]) * sum(seconds) / len(seconds)
+    print(f"epoch {record['epoch']}/{epochs}: {scores}, {duration(left)} left", flush=True)
     state["resume"] = {name: part.state_dict() for name, part in parts.items()}
     save_checkpoint(Path(run) / f"{stem}.partial.pt", state | {"history": [*state["history"], record]})
     state["history"].append(record)  # after saving, so that interruptible() counts saved epochs only
     write_log(run, stem, state["history"])
+    if config.tensorboard:
+        writer = tensorboard_writer(Path(run) / "tensorboard" / stem)
+        for name, value in record.items():
+            writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+
+@cache
+def tensorboard_writer(folder: Path):
+    """TensorBoard's writer of a folder. Raises UserError where TensorBoard, an extra, is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install -r requirements/tensorboard.txt") from None
+    return SummaryWriter(folder)
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min" or "3 h 05 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def write_log(run, stem: str, history: list[dict]) -> None:

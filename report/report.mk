@@ -67,5 +67,5 @@ publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png $(RUN
 	$(PY) report/build.py --run $(RUN) --publish
 label := label.py
 $(RUN)/label.txt: $(RUN)/stamps/label $(wildcard serve/*.py) $(RUN)/classifier.pt
-	$(PY) label.py $(firstword $(wildcard $(DATA)/test) $(DATA)) --measure $(SETTINGS) --run $(RUN) --port 0 > $@.new
+	$(PY) label.py measure $(firstword $(wildcard $(DATA)/test) $(DATA)) $(SETTINGS) --run $(RUN) --port 0 > $@.new
 	mv $@.new $@

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.images import FORMATS
-from common.names import stem_of
+from common.names import count, stem_of
 from common.run import atomic_write
 
 SETUP = """
@@ -66,7 +66,7 @@ def export(corrections: Corrections, target: Path) -> None:
     """
     if not corrections.path.exists():
         raise UserError(f"no {corrections.path}: no label was confirmed on the page yet")
-    count, test_files = 0, {}  # files of test/ by their size
+    written, test_files = 0, {}  # files of test/ by their size
     for path in (target.parent / "test").rglob("*") if target.name == "train" else ():
         if path.is_file():
             test_files.setdefault(path.stat().st_size, []).append(path)
@@ -84,5 +84,5 @@ def export(corrections: Corrections, target: Path) -> None:
                 outdated.unlink()
         with atomic_write(path) as temporary:
             temporary.write_bytes(data)
-        count += 1
-    print(f"{count} images in {target}")
+        written += 1
+    print(f"{count(written, 'image')} in {target}")

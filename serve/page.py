@@ -1,4 +1,4 @@
-"""The page of `label.py --serve`, for one painting and for the collection, and its HTTP API (Gradio).
+"""The page of `label.py serve`, for one painting and for the collection, and its HTTP API (Gradio).
 
 Uploads stay in memory (serve/uploads.py); only Corrections writes to the disk, when a label is confirmed.
 """
@@ -224,7 +224,8 @@ def running(classifier, artist_classifier, corrections, config):
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"cannot listen at {config.host}:{config.port}: {error}") from None
+        advice = "is the address taken? give another --port, or --host"
+        raise UserError(f"cannot listen at {config.host}:{config.port}: {advice} ({error})") from None
     try:
         yield address
     finally:

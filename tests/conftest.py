@@ -61,11 +61,11 @@ def picture(path, seed=0, size=(24, 20), mode="RGB", **options):
 
 @contextlib.contextmanager
 def served(run, *flags):
-    """`label.py --serve` of a run folder as a process of its own; yields the process, with its `address`."""
+    """`label.py serve` of a run folder as a process of its own; yields the process, with its `address`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "label.py", "--serve", "--run", run, "--port", port, "--device", "cpu", *flags]
+    command = [sys.executable, ROOT / "label.py", "serve", "--run", run, "--port", port, "--device", "cpu", *flags]
     log = open(Path(run) / "serve.log", "a+")
     process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
     process.log, process.address = log, f"http://127.0.0.1:{port}/"

@@ -138,7 +138,7 @@ def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_autoencoder.main([*arguments, "--run", str(whole)])
     stop_in_epoch_2(train_autoencoder, monkeypatch)
-    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* same command"):
+    with pytest.raises(KeyboardInterrupt, match="1 finished epoch .* same command"):
         train_autoencoder.main([*arguments, "--run", str(parts)])
     monkeypatch.undo()
     with pytest.raises(UserError, match="unfinished training .* lr = .* --restart"):
@@ -178,7 +178,6 @@ def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("--crop", "40"), "multiple of 16"),
-        (("--batch-size", "4000"), "too few"),
         (("--lr", "1e30"), "is not finite|the loss is"),
     ],
 )

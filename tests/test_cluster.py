@@ -193,7 +193,7 @@ def test_codes_that_are_not_finite_get_one_clear_line(clustered, demo, tmp_path)
 
 def test_too_few_paintings_or_styles_get_one_clear_line(clustered, demo, folder, tmp_path):
     arguments = [*TINY, "--size", "32", "--codes", "colours", "--run", str(tmp_path)]
-    with pytest.raises(UserError, match="fewer than 33 clusters"):
+    with pytest.raises(UserError, match="--clusters 33 is more than the 32 paintings"):
         cluster.main([*arguments, "--data", str(demo), "--clusters", "33"])
     for style in ("Cubism", "Fauvism"):
         for split in ("train", "test"):

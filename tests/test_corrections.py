@@ -56,7 +56,7 @@ def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
     for path in files:
         store.add(path.name, path.read_bytes(), "model", "Wrong", 0.4, path.parent.name)
     first, other = files[0], next(path.parent.name for path in files if path.parent != files[0].parent)
-    flags = ["--run", str(run), "--export", str(target)]
+    flags = ["export", str(target), "--run", str(run)]
     label.main(flags)
     exported = {path.read_bytes(): path for path in target.rglob("*.jpg")}
     assert all(exported[path.read_bytes()].parent.name == path.parent.name for path in files)

@@ -252,7 +252,7 @@ def test_broken_pictures_are_named(tmp_path, capsys):
     styles = [1] * 12
     styles[8] = None
     data = fetch(parquet(tmp_path / "source", images, styles), tmp_path / "data")
-    assert "3 images cannot be read, or have no style, and are left out: rows 3, 5, 8" in capsys.readouterr().out
+    assert "left out: 3 images without a style, or not readable: rows 3, 5, 8" in capsys.readouterr().out
     assert [int(row["title"]) for row in table(data)] == [0, 1, 2, 4, 6, 7, 9, 10, 11]
 
 

@@ -30,7 +30,7 @@ import train
 import wikiart
 from common import crops, images, metrics
 from common.errors import UserError
-from common.run import load_checkpoint, save_checkpoint
+from common.run import file_hash, load_checkpoint, save_checkpoint
 from serve import corrections, page, panels, uploads
 
 CPU = ["--device", "cpu", "--processes", "1"]
@@ -138,7 +138,7 @@ def test_it_goes_on_where_it_was_killed(folder, run, tmp_path, monkeypatch, caps
         file.write(b'"half a row, with a quote, Cubi')
     monkeypatch.setattr(wikiart.Classifier, "predict", predict)
     assert run_label(folder, run, out) == complete
-    assert "8 of 15 files are in" in capsys.readouterr().out
+    assert "already: 8 of 15 files" in capsys.readouterr().out
     before = out.read_bytes()
     run_label(folder, run, out)
     assert out.read_bytes() == before
@@ -191,6 +191,20 @@ def test_odd_names_come_back(run, tmp_path):
     assert (tmp_path / "labels.csv").read_bytes() == before
 
 
+def test_the_table_has_no_formulas_and_no_absolute_paths(run, tmp_path):
+    names = ["=1+1.png", "-a.png", "+b.png", "@c.png", "'=d.png"]
+    for number, name in enumerate(names):
+        picture(tmp_path / "odd" / name, number)
+    flags = ("--sort", str(tmp_path / "sorted"))
+    rows = run_label(tmp_path / "odd", run, tmp_path / "labels.csv", *flags)
+    assert sorted(rows) == sorted(["'=1+1.png", "'-a.png", "'+b.png", "'@c.png", "''=d.png"])
+    text = (tmp_path / "labels.csv").read_text()
+    assert "/" not in text
+    assert sorted(path.name for path in (tmp_path / "sorted").rglob("*.png")) == sorted(names)
+    run_label(tmp_path / "odd", run, tmp_path / "labels.csv", *flags)  # nothing is labelled twice
+    assert (tmp_path / "labels.csv").read_text() == text
+
+
 def test_copies_are_sorted_by_style(folder, run, tmp_path):
     rows = run_label(folder, run, tmp_path / "labels.csv", "--sort", str(tmp_path / "sorted"))
     copies = {path.relative_to(tmp_path / "sorted").as_posix() for path in (tmp_path / "sorted").rglob("*.jpg")}
@@ -240,9 +254,12 @@ def test_another_checkpoint_does_not_go_on_with_the_table(folder, run, trained, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give a folder of paintings first"),
+        ([], "give one folder of pictures, or a command"),
+        (["serve", "paintings"], "give one folder of pictures, or a command"),
+        (["one", "two"], "give one folder of pictures, or a command"),
+        (["measure"], "give one folder of pictures, or a command"),
         (["nowhere"], "no folder nowhere"),
-        (["--export", "somewhere"], "no label was confirmed on the page yet"),
+        (["export", "somewhere"], "no label was confirmed on the page yet"),
         (["nowhere", "--checkpoint", "missing.pt"], "no checkpoint"),
     ],
 )
@@ -263,7 +280,52 @@ def test_without_gradio_there_is_one_clear_line(run, monkeypatch):
     monkeypatch.delitem(sys.modules, "serve.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"needs gradio: pip install -r requirements/label\.txt"):
-        label.main(["--serve", "--run", str(run), "--device", "cpu"])
+        label.main(["serve", "--run", str(run), "--device", "cpu"])
+
+
+# Before anything is trained
+
+
+def test_it_works_right_after_set_up_and_says_what_it_knows(folder, tmp_path, capsys):
+    rows = run_label(folder, tmp_path / "empty_run", tmp_path / "labels.csv")
+    committed = wikiart.Classifier.load(ROOT / "report/classifier.pt", "cpu")
+    assert {row["style_1"] for row in rows.values()} <= {*committed.classes, ""}
+    accuracy = json.loads((ROOT / "report/facts.json").read_text())["test"]["unseen_artists_accuracy"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "classifier.pt" in line)
+    assert "report/classifier.pt: 8 styles (" in line and "Ukiyo-e" in line
+    assert f"right for {accuracy:.0%} of test paintings by artists that it never saw" in line
+
+
+def test_the_run_s_own_checkpoint_comes_first_with_its_own_accuracy(folder, run, tmp_path, capsys):
+    shutil.copy(run / "classifier.pt", tmp_path)
+    run_label(folder, tmp_path, tmp_path / "labels.csv")
+    shown = capsys.readouterr().out
+    assert "report/" not in shown and "not yet tested" in shown
+    facts = {"unseen_artists_accuracy": 0.25, "checkpoint": file_hash(tmp_path / "classifier.pt")[:12]}
+    for hash, said in ((facts["checkpoint"], "right for 25% of"), ("another", "not yet tested")):
+        (tmp_path / "facts.json").write_text(json.dumps({"test": facts | {"checkpoint": hash}}))
+        run_label(folder, tmp_path, tmp_path / "labels.csv")
+        assert said in capsys.readouterr().out
+
+
+def test_the_contact_sheet_shows_the_pictures_that_could_be_read(folder, run, monkeypatch):
+    """Beside the table, also where that is among the pictures, which it is not itself."""
+    shown = []
+    monkeypatch.setattr(label.figures, "contact_sheet", lambda *arguments: shown.append(arguments))
+    for _ in range(2):
+        rows = run_label(folder, run, folder / "labels.csv")
+        (folder / "labels.png").touch()
+    path, images, captions, columns, title = shown[-1]
+    read = [row for row in rows.values() if not row["problem"]]
+    assert (path, columns, title) == (folder / "labels.png", 6, "12 pictures") and len(images) == len(read) == 12
+    assert all(image.dtype == np.uint8 and image.shape[0] == 3 and max(image.shape) <= 256 for image in images)
+    for row, caption in zip(read, captions, strict=True):
+        assert label.display_name(row["style_1"]) in caption and caption.endswith("unsure") == bool(row["unsure"])
+    monkeypatch.setattr(label, "SHEET", 5)
+    run_label(folder, run, folder / "labels.csv", "--no-sheet")
+    assert len(shown) == 2
+    run_label(folder, run, folder / "labels.csv")
+    assert len(shown[-1][1]) == 4 and shown[-1][4] == "4 of 12 pictures"
 
 
 # Calibration
@@ -624,6 +686,12 @@ def test_200_requests_at_once_are_all_answered_and_right(server, classifier, pai
     assert answers == [expected[number % len(paintings)] for number in range(200)]
 
 
+def test_a_busy_port_is_one_line_that_names_the_flag(server, run):
+    port = server.address.strip("/").rpartition(":")[2]
+    with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port}: .* give another --port"):
+        label.main(["serve", "--run", str(run), "--port", port, "--device", "cpu"])
+
+
 def test_it_listens_on_loopback_alone(server):
     port = int(server.address.strip("/").rpartition(":")[2])
     lines = Path("/proc/net/tcp").read_text().splitlines() + Path("/proc/net/tcp6").read_text().splitlines()
@@ -635,7 +703,7 @@ def test_it_listens_on_loopback_alone(server):
 
 
 def test_measuring_gives_the_facts(demo, run):
-    label.main([str(demo / "test"), "--measure", "--run", str(run), *CPU, "--port", "0"])
+    label.main(["measure", str(demo / "test"), "--run", str(run), *CPU, "--port", "0"])
     facts = json.loads((run / "facts.json").read_text())["label"]
     assert facts["folder_share"] > 0
     assert facts["api_ratio"] == pytest.approx(facts["api_ms"] / facts["alone_ms"], rel=0.01)

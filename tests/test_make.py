@@ -216,6 +216,12 @@ def test_ci_fails_without_a_browser_instead_of_skipping_its_tests(tmp_path):
     assert "make test" in (tmp_path / "calls").read_text()
 
 
+def test_a_folder_is_labelled_without_a_run(project):
+    assert make(project, "label", "FOLDER=my pictures")[0] == ["label.py"]
+    assert calls(project) == ["label.py my pictures --run runs/demo"]
+    assert "give a folder of pictures: make label FOLDER=" in make(project, "label")[1]
+
+
 def test_spaces_in_paths_get_one_clear_line(project):
     assert "paths without spaces" in make(project, "WIKIART=/a b")[1]
 

@@ -118,7 +118,7 @@ def test_from_upload_to_training_on_the_correction(run, demo, phone, tmp_path):
     shutil.copytree(demo, target, ignore=shutil.ignore_patterns(".cache"))
     for path in paths[:2]:  # the collection has never seen them
         (target / path.relative_to(demo)).unlink()
-    label.main(["--run", str(run), "--export", str(target / "train")])
+    label.main(["export", str(target / "train"), "--run", str(run)])
     for _, style, picture, name in expected:
         exported = list((target / "train" / style).glob(f"{name.rpartition('.')[0]}-*"))
         assert [path.read_bytes() for path in exported] == [picture]

@@ -12,11 +12,21 @@ import pytest
 import torch
 from conftest import ROOT
 
+import embed
 import train
 from common import compat, config, run
 from common.errors import UserError
 
 SCRIPTS = [key for key, value in json.loads((ROOT / "config.json").read_text()).items() if isinstance(value, dict)]
+
+
+def test_help_has_the_common_flags_first_and_no_long_default(capsys):
+    with pytest.raises(SystemExit):
+        config.configure("embed", "doc", embed.SETTINGS, embed.SHARED, ["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(part) for part in ("common flags:", "--epochs", "more flags of embed.py:", "--shrink")]
+    assert places == sorted(places) and places[-1] < text.index("shared flags:") < text.index("--size")
+    assert "eva02_base" not in text and "see config.json" in text and "(default: 20)" in text
 
 
 def configure(*argv):

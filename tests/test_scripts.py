@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 import test as evaluation
 import train
 import wikiart
-from common import crops, figures, run
+from common import crops, figures, names, packages, run
 from common.errors import UserError
 from common.metrics import METRICS, classification_scores
 from common.names import title_of
@@ -93,15 +95,21 @@ def test_a_checkpoint_is_tensors_and_primitives_and_rebuilds_the_model(trained, 
     assert torch.allclose(probabilities, one_by_one, atol=1e-5)
 
 
-def test_same_command_same_numbers(trained, demo, tmp_path):
+def test_same_command_same_numbers_and_a_readable_line_for_each_epoch(trained, demo, tmp_path, capsys):
     train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    records = [json.loads(line) for line in (tmp_path / "classifier.jsonl").read_text().splitlines()]
+    for line, record in zip(lines, records, strict=True):
+        scores = f"loss {record['loss']:.3f}, validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
+        assert re.fullmatch(rf"epoch {record['epoch']}/2: {scores}, \d+ (s|min) left", line)
+    assert lines[-1].endswith(", 0 s left")
     assert same_weights(weights_of(trained / "classifier.pt"), weights_of(tmp_path / "classifier.pt"))
 
 
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, demo, tmp_path, monkeypatch):
     arguments = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)]
     stop_in_epoch_2(train, monkeypatch, place=6)
-    with pytest.raises(KeyboardInterrupt, match="1 finished epochs .* run the same command again"):
+    with pytest.raises(KeyboardInterrupt, match="1 finished epoch .* run the same command again"):
         train.main(arguments)
     monkeypatch.undo()
     assert not (tmp_path / "classifier.pt").exists()
@@ -142,6 +150,39 @@ def test_sigterm_keeps_the_finished_epochs_and_says_how_to_go_on(demo, tmp_path)
     assert run.load_checkpoint(tmp_path / "classifier.partial.pt")["history"]
 
 
+def test_curves_are_drawn_every_few_epochs(demo, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "CURVE_EPOCHS", 2)
+    monkeypatch.setattr(train.figures, "curves", lambda path, history, *_: drawn.append(len(history)))
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--epochs", "5"])
+    assert drawn == [2, 4, 5]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.6, "60 s"), (721, "12 min"), (11100, "3 h 05 min")])
+def test_durations_and_counts_are_words(seconds, text):
+    assert run.duration(seconds) == text
+    assert [names.count(number, "picture") for number in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
+
+
+def test_tensorboard_has_the_record_of_each_epoch(demo, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="an extra: pip install -r requirements/tensorboard.txt")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--tensorboard"])
+    events = EventAccumulator(str(tmp_path / "tensorboard/classifier")).Reload()
+    records = [json.loads(line) for line in (tmp_path / "classifier.jsonl").read_text().splitlines()]
+    for name in ("loss", "val_balanced_accuracy"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(record["epoch"], pytest.approx(record[name])) for record in records]
+
+
+def test_without_tensorboard_nothing_is_trained_before_the_clear_line(demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements/tensorboard\.txt"):
+        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--tensorboard"])
+    assert not (tmp_path / "classifier.partial.pt").exists()
+
+
 # test.py
 
 
@@ -169,7 +210,7 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
 
 def test_a_style_that_was_left_out_is_scored_as_unknown(demo, tmp_path, capsys):
     flags = [*TINY, "--data", str(demo), "--run", str(tmp_path)]
-    train.main([*TINY_TRAIN, *flags, "--holdout", "Dots"])
+    train.main([*TINY_TRAIN, *flags, "--holdout", "dots"])
     evaluation.main(flags)
     facts = json.loads((tmp_path / "facts.json").read_text())["test"]
     classifier = wikiart.Classifier.load(tmp_path / "classifier.pt", "cpu")
@@ -196,6 +237,21 @@ def test_evaluation_on_training_paintings_has_files_of_its_own(trained, demo):
     evaluation.main([*TINY, "--data", str(demo), "--run", str(trained), "--split", "train"])
     assert (trained / "confusion_train.png").exists()
     assert json.loads((trained / "facts.json").read_text())["test_train"]["images"] >= 80
+
+
+def test_evaluation_on_all_paintings_and_on_a_root_with_test_alone(trained, demo, tmp_path):
+    exhibition = tmp_path / "exhibition"
+    shutil.copytree(demo / "test", exhibition / "test")
+    arguments = [*TINY, "--checkpoint", str(trained / "classifier.pt"), "--run", str(tmp_path)]
+    evaluation.main([*arguments, "--data", str(exhibition)])
+    evaluation.main([*arguments, "--data", str(exhibition), "--split", "all"])
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["test"]["accuracy"] == facts["test_all"]["accuracy"] and facts["test_all"]["images"] == 32
+    evaluation.main([*arguments, "--data", str(demo), "--split", "all"])
+    count = len(list(demo.rglob("*.jpg")))
+    assert json.loads((tmp_path / "facts.json").read_text())["test_all"]["images"] == count
+    assert len((tmp_path / "predictions_all.csv").read_text().splitlines()) == count + 1
+    assert (tmp_path / "confusion_all.png").exists()
 
 
 def test_measures_agree_with_scikit_learn():
@@ -307,9 +363,52 @@ def test_a_finished_checkpoint_is_no_unfinished_training(trained, demo, tmp_path
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path)])
 
 
-def test_too_few_paintings(demo, tmp_path):
-    with pytest.raises(UserError, match="too few"):
-        train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--batch-size", "500"])
+def small_root(root, styles, paintings):
+    for number in range(paintings):
+        picture(root / f"S{number % styles}" / f"artist-{number % 7}_{number}.png", number)
+    return root
+
+
+def test_200_paintings_of_27_styles_train_with_the_default_batch_size(tmp_path, capsys):
+    root = small_root(tmp_path / "root", 27, 200)
+    flags = [*TINY, "--data", str(root), "--run", str(tmp_path / "run"), "--size", "32", "--crop", "32", "--width", "8"]
+    train.main([*flags, "--epochs", "2"])
+    checkpoint = run.load_checkpoint(tmp_path / "run/classifier.pt")
+    facts = json.loads((tmp_path / "run/facts.json").read_text())["train"]
+    images, validation = facts["training_images"], facts["validation_images"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "instead of 256" in line]
+    batches = f"an epoch has {images} images, so batches of 32 instead of 256; for validation: {validation} paintings"
+    assert len(lines) == 1 and lines[0].startswith(batches)
+    assert checkpoint["config"]["batch_size"] == facts["batch_size"] == 32
+    assert validation >= 27 and images >= 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("styles", "paintings", "message"),
+    [(1, 20, "one class only, S0: a classifier needs two"), (4, 8, "none is left for validation")],
+)
+def test_what_no_classifier_can_learn_from_is_refused(tmp_path, styles, paintings, message):
+    root = small_root(tmp_path / "root", styles, paintings)
+    with pytest.raises(UserError, match=message):
+        train.main([*TINY_TRAIN, "--data", str(root), "--run", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_part_of_a_root_is_not_a_root(demo, tmp_path, monkeypatch, part):
+    monkeypatch.chdir(demo)
+    with pytest.raises(UserError, match=r"did you mean --data \.\?"):
+        train.main([*TINY_TRAIN, "--data", part, "--run", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.py") if path.name != "wikiart.py"))
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(name):
+    done = subprocess.run([sys.executable, "-S", ROOT / name, "--help"], capture_output=True, text=True, check=False)
+    assert "torch, torchvision" in clear_line(done) and "make .venv/ready" in done.stderr
+
+
+def test_a_virtual_environment_that_is_there_is_named(tmp_path):
+    (tmp_path / "ready").touch()
+    assert "run it with .venv/bin/python" in packages.advice("train.py", ["torch"], tmp_path)
 
 
 def test_a_split_that_has_moved_is_noticed(tmp_path):

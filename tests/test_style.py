@@ -248,7 +248,7 @@ def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(styled
     command = [*TINY_STYLE, "--data", str(demo), "--features", str(styled / "classifier.pt"), "--run"]
     train_style.main([*command, str(tmp_path / "whole")])
     stop_in_epoch_2(train_style, monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt, match="1 finished epochs"):
+    with pytest.raises(KeyboardInterrupt, match="1 finished epoch"):
         train_style.main([*command, str(tmp_path / "parts")])
     monkeypatch.undo()
     partial_state = load_checkpoint(tmp_path / "parts/style.partial.pt")["resume"]
@@ -611,7 +611,6 @@ def test_mistakes_get_one_clear_line(styled, demo, tmp_path, monkeypatch):
         (("--crop", "66", "--size", "80"), "multiple of 4"),
         (("--crop", "80"), "at most --size"),
         (("--width", "10"), "multiple of 4"),
-        (("--batch-size", "40"), "raise --per-class or lower --batch-size"),
         (("--features", "missing.pt"), "no checkpoint .*missing.pt"),
         (("--features", "mlp/classifier.pt"), "a CNN is needed"),
         (("--features", "nosuchnet", "--weights", "classifier.pt"), "Unknown model"),
