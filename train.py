@@ -150,8 +150,7 @@ def main(argv=None):
     parts = {"model": model, "averaged": ema, "optimizers": optimizers}
     state = resume(config, "classifier", state, parts)
     if rank() == 0:
-        print_classes(data.classes, training.counts(), draws_per_class(sampler), validation.counts())
-        print_held_out(training, validation)
+        print_classes(training, draws_per_class(sampler), validation)
         print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
 
     # Train, evaluate, save
@@ -167,9 +166,7 @@ def main(argv=None):
                 save_and_show(config, state, {"epoch": epoch} | record, parts)
     if rank() == 0:
         state = publishable(state)
-        probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
-        state["temperature"] = fit_temperature(probabilities, validation.labels)
-        state["unsure_below"] = confidence_threshold(calibrate(probabilities, state["temperature"]))
+        state |= calibration(Classifier(state, device), validation)
         report(Path(config.run), state, training, validation, draws_per_class(sampler))
         path = finish(config.run, "classifier", state)
         lock.close()
@@ -354,6 +351,13 @@ def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
         plot_curves(config.run, state)
 
 
+def calibration(classifier: Classifier, validation: WikiArt) -> dict:
+    """The temperature of a trained network's probabilities, and the confidence below which it is unsure."""
+    probabilities = classifier.predict_dataset(validation, calibrated=False)
+    temperature = fit_temperature(probabilities, validation.labels)
+    return {"temperature": temperature, "unsure_below": confidence_threshold(calibrate(probabilities, temperature))}
+
+
 # Report ---------------------------------------------------------------------------------------------------------------
 
 
@@ -362,20 +366,19 @@ def draws_per_class(sampler: BalancedSampler) -> np.ndarray:
     return np.bincount(sampler.labels[list(sampler)], minlength=int(sampler.labels.max()) + 1)
 
 
-def print_classes(classes: list[str], training, drawn, validation) -> None:
+def print_classes(training: WikiArt, drawn, validation: WikiArt) -> None:
+    """The paintings of each class, and of which classes no artist could be held out for validation."""
+    classes, counts, held = training.classes, training.counts(), validation.counts()
     print(f"\n{'class':30} {'paintings':>9} {'per epoch':>9} {'validation':>10}")
-    for label in np.argsort(-training, kind="stable"):
-        print(f"{classes[label]:30} {training[label]:9} {drawn[label]:9} {validation[label]:10}")
-    print(f"{'total':30} {training.sum():9} {drawn.sum():9} {validation.sum():10}\n", flush=True)
-
-
-def print_held_out(training: WikiArt, validation: WikiArt) -> None:
-    """Say which validation paintings show how well the network does on artists that it never saw."""
-    styles = np.unique(validation.labels[held_out(training, validation)])
-    if len(styles) == len(training.classes):
-        return
-    names = [training.classes[label] for label in np.setdiff1d(np.arange(len(training.classes)), styles)]
-    print(f"no artist could be held out of {', '.join(names)}: validation paintings there are by artists of training\n")
+    for label in np.argsort(-counts, kind="stable"):
+        print(f"{classes[label]:30} {counts[label]:9} {drawn[label]:9} {held[label]:10}")
+    print(f"{'total':30} {counts.sum():9} {drawn.sum():9} {held.sum():10}\n")
+    missing = np.setdiff1d(np.arange(len(classes)), validation.labels[held_out(training, validation)])
+    if not any(training.artists):
+        print("no artists are known: validation paintings may be by artists of training\n")
+    elif len(missing):
+        names = ", ".join(classes[label] for label in missing)
+        print(f"no artist could be held out of {names}: validation paintings there are by artists of training\n")
 
 
 def held_out(training: WikiArt, validation: WikiArt) -> np.ndarray:

@@ -235,7 +235,7 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
     of_paintings = [call for call in calls(project) if "/demo" not in call and "data/demo" not in call]
     scripts = [call.split()[0] for call in of_paintings]
     assert scripts.count("cluster.py") == 1
-    assert scripts.count("style_transfer.py") == 3 + 2 + 1
+    assert scripts.count("style_transfer.py") == 3 + 2 + 2
     scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
     assert all("embed_tf_efficientnet_lite2_224.pt" in call for call in scored)
 
@@ -267,7 +267,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
     variants = 2 * ["train_style.py", "style_transfer.py"]
-    rest = [*STAGES, BUILD, *3 * ["tune.py"], *variants, "style_transfer.py"]
+    rest = [*STAGES, BUILD, *4 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, "lora.py", "lora.py"]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
@@ -282,5 +282,5 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert make(project, *wanted)[0] == 3 * [BUILD]  # the run's, the demo's, and the published one
     assert old.exists()
     (project / "paintings/train/B").mkdir()  # other paintings: the comparisons' trainings are out of date too
-    assert make(project, *wanted)[0].count("tune.py") == 3
+    assert make(project, *wanted)[0].count("tune.py") == 4
     assert not old.exists()
