@@ -32,7 +32,7 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt repor
 # The assignment's textbook recipe, and the style model with a pre-trained feature network, to compare with.
 variant = train_style.py --run $(RUN)/style_$(1)
 style_textbook := $(call variant,textbook) --condition style --style-weight 0 --epochs 20
-style_backbone := $(call variant,backbone) --features $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES)))
+style_backbone := $(call variant,backbone) --epochs 24 --features $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES)))
 VARIANTS := $(RUN)/style_grid_textbook.png $(RUN)/style_grid_backbone.png
 $(RUN)/style_textbook/style.pt $(RUN)/style_backbone/style.pt: $(RUN)/style_%/style.pt: $(RUN)/stamps/style_% \
     $(RUN)/classifier.pt
