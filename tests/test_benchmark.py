@@ -142,7 +142,7 @@ def test_cpu_time_counts_children():
 
 def test_operations_grow_with_the_picture(bench):
     small, large = (benchmark.operations(bench.train, crop) for crop in (64, 128))
-    assert large / small == pytest.approx(4, rel=0.01)
+    assert large / small == pytest.approx(4, rel=0.02)  # but for covariances, whose number is the same
     shape = {key: getattr(bench.train, key) for key in ("width", "depth", "pooling", "dropout")}
     model = make_model("CNN", {"classes": 27, **shape})
     first = 2 * 16 * 16 * model.body[0].weight.numel()  # of the first layer: forward, and the weights' gradient

@@ -363,7 +363,7 @@ def test_the_textbook_recipe(demo, styled, tmp_path, monkeypatch):
     monkeypatch.setattr(train_style, "EMA_DECAY", 0.5)
     shutil.copy(styled / "classifier.pt", tmp_path)
     shared = ["--data", str(demo), "--run", str(tmp_path)]
-    train_style.main([*TINY_STYLE, *shared, "--condition", "style", "--style-weight", "0"])
+    train_style.main([*TINY_STYLE, *shared, "--condition", "style", "--style-weight", "0", "--lr", "0.02"])
     facts = facts_of(tmp_path, "train_style")
     assert (facts["condition"], facts["style_weight"]) == ("style", 0)
     checkpoint = load_checkpoint(tmp_path / "style.pt")
