@@ -84,8 +84,8 @@ class Pretrained(nn.Module):
         """How much each region of one image (1, 3, any, any) in [0, 1] contributed to a class's logit, float (h, w).
 
         The maps that features are pooled from, times the logit's gradient (HiResCAM, Draelos and Carin 2020), relative
-        to the mean of all classes and to the average painting. With a linear head, regions sum almost to the logit minus
-        a constant.
+        to the mean of all classes and to the average painting. With a linear head, regions sum (almost) to the logit
+        minus a constant.
         """
         with torch.no_grad():
             last, stages = self.maps(image)
