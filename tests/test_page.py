@@ -99,6 +99,11 @@ def open_and_upload(page, address, path):
     page.get_by_role("heading", name=re.compile("%")).wait_for()
 
 
+def open_and_upload_again(page, path):
+    page.locator("input[type=file]").first.set_input_files(path)
+    page.locator("figcaption", has_text=path.name).wait_for()
+
+
 def choose(page, label, style):
     box = page.get_by_label(label)
     box.click()
@@ -345,6 +350,177 @@ def test_everything_is_reached_by_keyboard_alone(server, run, demo, phone):
             break
     phone.keyboard.press("Enter")
     phone.get_by_role("heading", name="Styles over the years").wait_for()
+
+
+def test_nothing_is_preselected_and_labels_can_be_undone(server, run, demo, desktop):
+    """A style, none of them, not a painting: counted for this visitor, undone from the last to the first."""
+    from playwright.sync_api import expect
+
+    path, before = min((demo / "test").rglob("*.jpg")), corrections(run)
+    open_and_upload(desktop, server.address, path)
+    expect(desktop.get_by_label("Its style is")).to_have_value("")
+    undo = desktop.get_by_role("button", name="Undo")
+    assert not undo.is_visible()
+    desktop.get_by_role("button", name="Save this label").click()
+    desktop.get_by_text("choose a label first").first.wait_for()
+    assert corrections(run) == before
+    labels = ("Dots", "None of these", "Not a painting")
+    for count, label_ in enumerate(labels, 1):
+        choose(desktop, "Its style is", label_)
+        save(desktop)
+        desktop.get_by_text(f"Saved: {label_}. You have saved {count} label{'s' * (count > 1)}.").wait_for()
+    saved = corrections(run)[len(before) :]
+    assert [row[1] for row in saved] == ["Dots", "(none)", "(no painting)"]
+    open_and_upload_again(desktop, sorted((demo / "test").rglob("*.jpg"))[1])
+    expect(desktop.get_by_label("Its style is")).to_have_value("")
+    for count, label_ in reversed(list(enumerate(labels))):
+        undo.click()
+        expected = f"Undone: {label_} for {path.name}. You have saved {count} label{'s' * (count != 1)}."
+        desktop.get_by_text(expected).wait_for()
+    expect(undo).not_to_be_visible()
+    assert corrections(run) == before
+    with sqlite3.connect(run / "corrections.sqlite") as base:
+        assert base.execute("SELECT COUNT(*) FROM pictures WHERE picture = ?", (path.read_bytes(),)).fetchone() == (0,)
+
+
+def test_nothing_of_one_visitor_reaches_another(server, run, demo, browser):
+    """Two at once: each sees, saves and undoes what is theirs."""
+    paths = sorted((demo / "test").rglob("*.jpg"))[:2]
+    before = corrections(run)
+    with opened(browser, 1280) as first, opened(browser, 390) as second:
+        open_and_upload(first, server.address, paths[0])
+        choose(first, "Its style is", "Dots")
+        save(first)
+        second.goto(server.address)
+        second.locator(".examples button").first.wait_for()
+        assert paths[0].name not in second.content()
+        assert not second.get_by_role("heading", name=re.compile("%")).count()
+        open_and_upload(second, server.address, paths[1])
+        assert not second.get_by_role("button", name="Undo").is_visible()
+        choose(second, "Its style is", "Facets")
+        save(second)
+        second.get_by_text("You have saved 1 label.").wait_for()
+        first.get_by_role("button", name="Undo").click()
+        first.get_by_text("Undone: Dots").wait_for()
+        assert paths[1].name not in first.content()
+    assert [(row[1], row[2]) for row in corrections(run)[len(before) :]] == [("Facets", paths[1].read_bytes())]
+
+
+def test_nothing_is_written_outside_the_run_folder(run, demo, desktop, tmp_path, monkeypatch):
+    """Upload, example, repainting and label leave corrections.sqlite, and no other file."""
+    for number, name in enumerate(("HOME", "TMPDIR", "XDG_CACHE_HOME")):
+        (tmp_path / f"{number}").mkdir()
+        monkeypatch.setenv(name, str(tmp_path / f"{number}"))
+    paintings = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
+    with served(run, "--data", demo) as server:
+        open_and_upload(desktop, server.address, min((demo / "test").rglob("*.jpg")))
+        desktop.locator(".examples button").first.click()
+        desktop.get_by_text("strokes.jpg").wait_for()
+        choose(desktop, "Repaint it as", "Facets")
+        desktop.get_by_role("button", name="Repaint").click()
+        desktop.get_by_role("img", name="The painting in the style Facets").wait_for()
+        choose(desktop, "Its style is", "Dots")
+        save(desktop)
+        desktop.get_by_role("tab", name="The collection").click()
+        desktop.locator(".sheet > canvas").wait_for()
+    fonts = "fontlist-*.json"  # which matplotlib writes when it is imported for the first time
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.match(fonts)] == []
+    assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == paintings
+    assert (run / "corrections.sqlite").stat().st_size > 0
+
+
+def test_the_map_shows_a_painting_that_is_pointed_at_or_has_the_focus(server, demo, browser):
+    """Mouse and keyboard; the card is inside the map, with the painting's picture and words; Escape closes it."""
+    with opened(browser, 390, 844, "dark") as phone, opened(browser, 1280) as desktop:
+        for page in (phone, desktop):
+            canvas, card = open_map(page, server)
+            page.keyboard.press("Escape")
+            assert not card.is_visible()
+            words = set()
+            for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp"):
+                page.keyboard.press(key)
+                words.add(card.text_content())
+            assert len(words) > 2
+            styles = [path.name.replace("_", " ") for path in (demo / "train").iterdir()]
+            assert all(re.match(r".+ by .+, .+, \d{4}$", text) and text.split(", ")[1] in styles for text in words)
+            outer, inner = canvas.bounding_box(), card.bounding_box()
+            assert outer["x"] <= inner["x"] and inner["x"] + inner["width"] <= outer["x"] + outer["width"]
+            assert outer["y"] <= inner["y"] and inner["y"] + inner["height"] <= outer["y"] + outer["height"]
+            drawn = "canvas => new Set(canvas.getContext('2d').getImageData(9, 9, 20, 20).data).size"
+            assert card.locator("canvas").evaluate(drawn) > 5
+            page.keyboard.press("Escape")
+            assert not card.is_visible()
+        x, y = point_at_a_painting(desktop, canvas, card)
+        text = card.text_content()
+        desktop.mouse.move(x + 1, y)
+        assert card.text_content() == text
+        desktop.mouse.move(1, 1)
+        assert not card.is_visible()
+
+
+def open_map(page, server):
+    page.goto(server.address)
+    page.get_by_role("tab", name="The collection").click()
+    canvas, card = page.locator(".sheet > canvas"), page.locator(".map .card")
+    page.get_by_text(re.compile(r"^\d+ shown$")).wait_for()
+    canvas.focus()
+    return canvas, card
+
+
+def point_at_a_painting(page, canvas, card):
+    box = canvas.bounding_box()
+    for row in range(1, 12):
+        for column in range(1, 24):
+            x, y = box["x"] + box["width"] * column / 24, box["y"] + box["height"] * row / 12
+            page.mouse.move(x, y)
+            if card.is_visible():
+                return x, y
+    raise AssertionError("no painting")
+
+
+def test_the_map_has_filters_and_zooms(server, demo, desktop):
+    canvas, card = open_map(desktop, server)
+    total = len(list(demo.rglob("*.jpg")))
+    assert desktop.get_by_text(f"{total} shown").count() == 1
+    files = list((demo / "train/Dots").glob("*.jpg")) + list((demo / "test/Dots").glob("*.jpg"))
+    desktop.get_by_label("Style").select_option("Dots")
+    desktop.get_by_text(f"{len(files)} shown").wait_for()
+    artist = files[0].name.partition("_")[0]
+    desktop.get_by_label("Artist").select_option(artist.replace("-", " ").title())
+    count = sum(path.name.startswith(f"{artist}_") for path in files)
+    desktop.get_by_text(f"{count} shown").wait_for()
+    canvas.focus()
+    for key in ("Escape", "ArrowRight", "ArrowLeft"):
+        desktop.keyboard.press(key)
+    assert f"by {artist.replace('-', ' ').title()}, Dots" in card.text_content()
+    scale = lambda: float(desktop.locator(".map").get_attribute("data-scale"))  # noqa: E731
+    assert scale() == 1
+    desktop.keyboard.press("+")
+    assert scale() == 1.5
+    desktop.get_by_role("button", name="Zoom in").click()
+    assert scale() == 2.25
+    for name in ("Style", "Artist"):
+        desktop.get_by_label(name).select_option("all")
+    before = canvas.evaluate("canvas => canvas.toDataURL()")
+    canvas.hover()
+    desktop.mouse.down()
+    desktop.mouse.move(300, 300)
+    desktop.mouse.up()
+    assert canvas.evaluate("canvas => canvas.toDataURL()") != before
+    desktop.mouse.wheel(0, -400)
+    desktop.wait_for_function("document.querySelector('.map').dataset.scale > 5")
+    desktop.get_by_role("button", name="Whole map").click()
+    assert scale() == 1
+
+
+def test_the_api_is_documented_with_the_address_of_the_page(server, demo, desktop):
+    desktop.goto(server.address)
+    desktop.get_by_role("tab", name="API").click()
+    desktop.get_by_text("gradio_client").first.wait_for()
+    text = desktop.get_by_role("tabpanel").last.text_content()
+    for words in (f'Client("{server.address}")', f"API={server.address}gradio_api", "unsure", "classes", "label_batch"):
+        assert words in text
+    assert ":7860" not in text
 
 
 def test_a_name_of_a_file_is_no_part_of_the_page(server, demo, phone, tmp_path):
