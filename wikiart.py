@@ -613,6 +613,6 @@ class Classifier:
         return mean_over_views(self.model.features, self.prepare(images), self.crop, FEATURE_SCALES).cpu()
 
     def evidence(self, image, label: int) -> np.ndarray:
-        """How much each region of one image (1, 3, any, any) contributed to a class's logit, float (h, w). CNN only."""
+        """How much each region of one image (1, 3, any, any) spoke for a class, float (h, w). CNN, Pretrained."""
         view = views(self.prepare(image), self.crop, max(1.0, *self.tta_scales))[0]
         return self.model.evidence(view, label).cpu().numpy()

@@ -54,12 +54,19 @@ class Pretrained(nn.Module):
 
     def features(self, images):
         """Features (B, features) of images, resized to the backbone's input size."""
+        return self.pool(*self.maps(images)) if self.stages else self.backbone(self.prepare(images)).float()
+
+    def prepare(self, images):
         if images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        images = self.normalise(images)
-        if not self.stages:
-            return self.backbone(images).float()
-        last, stages = self.backbone.forward_intermediates(images, indices=self.stages)
+        return self.normalise(images)
+
+    def maps(self, images):
+        """The backbone's output before pooling, and a list of the maps (B, C, h, w) of its last stages."""
+        return self.backbone.forward_intermediates(self.prepare(images), indices=self.stages)
+
+    def pool(self, last, stages):
+        """Features (B, features) of maps."""
         pooled = self.backbone.forward_head(last, pre_logits=True)
         return torch.cat([pooled.float(), *(mean_std(maps.float()).flatten(1) for maps in stages)], 1)
 
@@ -72,6 +79,26 @@ class Pretrained(nn.Module):
 
     def forward(self, images):
         return self.classify(self.features(images))
+
+    def evidence(self, image, label: int):
+        """How much each region of one image (1, 3, any, any) in [0, 1] contributed to a class's logit, float (h, w).
+
+        The maps that features are pooled from, times the logit's gradient (HiResCAM, Draelos and Carin 2020), relative
+        to the mean of all classes and to the average painting. With a linear head, regions sum (almost) to the logit
+        minus a constant.
+        """
+        with torch.no_grad():
+            last, stages = self.maps(image)
+        with torch.enable_grad():
+            inputs = [maps.detach().float().requires_grad_() for maps in (last, *stages)]
+            features = self.pool(inputs[0], inputs[1:])
+            logits = self.classify(features)[0]
+            slope, *slopes = torch.autograd.grad(logits[label] - logits.mean(), [features, *inputs])
+        parts = [(maps * slope).detach().sum(1, keepdim=True) for maps, slope in zip(inputs, slopes, strict=True)]
+        size = parts[-1].shape[2:]
+        parts = parts[parts[0].shape[2:] != size :]  # without the output of transformers, which are tokens, not maps
+        sums = [F.adaptive_avg_pool2d(part, size) * part.numel() / size.numel() for part in parts]
+        return torch.stack(sums).sum(0)[0, 0] - (slope * self.feature_mean).sum() / size.numel()
 
     def train(self, mode: bool = True):
         """Set the head to training mode; the backbone's batch norms keep their pre-trained statistics."""

@@ -31,6 +31,15 @@ def write_codes(path: Path, codes: dict, sets: dict, made_from: str) -> None:
         np.savez(temporary, **table)
 
 
+def made_from(path: Path) -> str:
+    """What a file of codes was made from, without reading the codes; "" if it is something else."""
+    try:
+        with np.load(path) as file:
+            return str(file["made_from"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return ""
+
+
 def read_codes(path: Path) -> dict:
     """All arrays of a file of codes. Raises UserError if it is something else."""
     try:

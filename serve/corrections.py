@@ -27,6 +27,10 @@ CREATE TABLE IF NOT EXISTS corrections (
 """
 
 
+# Choices that are no class, with their words on the page; brackets, because folders of styles are not called so.
+NO_CLASS = {"(none)": "None of these", "(no painting)": "Not a painting"}
+
+
 class Corrections:
     """Confirmed labels and their images, in one SQLite file. An image and its label are one transaction."""
 
@@ -42,13 +46,19 @@ class Corrections:
             with database:
                 yield database
 
-    def add(self, name: str, image: bytes, model: str, guess: str, probability: float, choice: str) -> None:
-        """Save an image file and its label; they are on the disk when this returns."""
+    def add(self, name: str, image: bytes, model: str, guess: str, probability: float, choice: str) -> int:
+        """Save an image file and its label; they are on the disk when this returns. Returns the label's number."""
         key, now = hashlib.sha256(image).hexdigest(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         row = (key, model, guess, probability, choice, now)
         with self.transaction() as database:
             database.execute("INSERT OR IGNORE INTO pictures VALUES (?, ?, ?)", (key, name, image))
-            database.execute("INSERT INTO corrections VALUES (NULL, ?, ?, ?, ?, ?, ?)", row)
+            return database.execute("INSERT INTO corrections VALUES (NULL, ?, ?, ?, ?, ?, ?)", row).lastrowid
+
+    def remove(self, number: int) -> None:
+        """Take a label back, and its image where no other label is about it."""
+        with self.transaction() as database:
+            database.execute("DELETE FROM corrections WHERE number = ?", (number,))
+            database.execute("DELETE FROM pictures WHERE hash NOT IN (SELECT hash FROM corrections)")
 
     def latest(self):
         """(hash, name, image, choice) of every image, with the label that was given last."""
@@ -62,11 +72,12 @@ class Corrections:
 def export(corrections: Corrections, target: Path) -> None:
     """Write every image with a label to <target>/<class>/<name>-<hash>; one whose label has changed since moves.
 
-    If `target` is a root's folder train/, images of its test paintings are left out.
+    Images that are of none of the classes, or no paintings, are left out. If `target` is a root's folder train/, images
+    of its test paintings are left out, too.
     """
     if not corrections.path.exists():
         raise UserError(f"no {corrections.path}: no label was confirmed on the page yet")
-    written, test_files = 0, {}  # files of test/ by their size
+    written, of_no_class, test_files = 0, 0, {}  # test_files: files of test/ by their size
     for path in (target.parent / "test").rglob("*") if target.name == "train" else ():
         if path.is_file():
             test_files.setdefault(path.stat().st_size, []).append(path)
@@ -82,7 +93,12 @@ def export(corrections: Corrections, target: Path) -> None:
         for outdated in target.glob(f"*/*-{key[:12]}{ending}"):
             if outdated != path:
                 outdated.unlink()
+        if choice in NO_CLASS:
+            of_no_class += 1
+            continue
         with atomic_write(path) as temporary:
             temporary.write_bytes(data)
         written += 1
+    if of_no_class:
+        print(f"left out: {of_no_class} that are of none of the styles, or no paintings")
     print(f"{count(written, 'image')} in {target}")

@@ -18,38 +18,54 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
+from common.config import ROOT  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.images import highlight  # noqa: E402
 from common.names import display_name  # noqa: E402
-from serve import panels, uploads  # noqa: E402
+from serve import collection, panels, uploads  # noqa: E402
+from serve.corrections import NO_CLASS  # noqa: E402
 
 MAX_BATCH = 64  # files in a request to label_batch
 CONCURRENT = 2  # requests at work: while one uses the network, another decodes its image
-CSS = """
-.bars {list-style: none; padding: 0; margin: 0 0 1em} .bars li {margin: .3em 0}
-.bars meter {width: 100%; height: 1.2em; display: block}
-.pictures {display: flex; flex-wrap: wrap; gap: 1em} figure {margin: 0; max-width: 100%}
-.pictures img, figure img {max-width: 100%; height: auto; display: block}
-.pictures figure {width: 18em} .pictures.small figure {width: 9em} figcaption {font-size: .9em}
-.file-preview .download {display: none}
-.wide {overflow-x: auto} .wide td, .wide th {padding: .2em .5em; text-align: right}
-.wide th:first-child {text-align: left}
-"""
+CSS = (Path(__file__).parent / "page.css").read_text()
+LOCAL = "http://127.0.0.1:7860/"  # the address in the README's examples
+SHOW_ANSWER = """() => {
+    const picture = document.getElementById("picture");
+    if (picture && picture.getBoundingClientRect().bottom > innerHeight + 200) picture.scrollIntoView();
+}"""
 
 
 class Page:
     """The functions behind the page and the API.
 
-    file: what Gradio's clients send for an upload; state: token, guess and probability of a tab's image, or None.
+    file: what Gradio's clients send for an upload; state: what a tab's visitor has done, see new_state. What the
+    checkpoint or the run folder lack is left out of the page, and named in `notes`, for who started it.
     """
 
     def __init__(self, classifier, artist_classifier, corrections, upload_store: uploads.Uploads, config):
         self.classifier, self.artist_classifier = classifier, artist_classifier
         self.corrections, self.uploads = corrections, upload_store
-        self.nearest = panels.NearestPaintings(classifier, config)
-        self.repainter = panels.load_repainter(config.run, classifier)
         self.slots = threading.BoundedSemaphore(CONCURRENT)  # bounds the memory for decoded images
-        self.collection = panels.collection_html(config)
+        self.examples = panels.paint_examples()
+        codes = panels.own_codes(classifier, config.run)
+        self.nearest = panels.NearestPaintings(classifier, codes, config) if codes else None
+        self.repainter = panels.load_repainter(config.run, classifier)
+        self.collection = collection.Collection(config, codes)
+        self.has_regions = panels.can_show_regions(classifier)
+        self.notes = self.missing(config)
+
+    def missing(self, config) -> list[str]:
+        """A line for each part of the page that is left out."""
+        lines = []
+        if not self.has_regions:
+            lines.append(f"no regions: {self.classifier.model_name} has no maps of them")
+        if not self.nearest:
+            command = "embed.py" if self.classifier.model_name == "Pretrained" else "cluster.py --codes classifier"
+            flags = f"--data {config.data} --run {config.run}"
+            why = f"python {command} {flags}" if self.has_regions else f"{self.classifier.model_name} has no features"
+            lines.append(f"no nearest paintings: {why}")
+        if not self.repainter:
+            lines.append(f"no repainting: {config.run} has no style.pt of the same styles")
+        return lines
 
     def decode(self, data: bytes) -> torch.Tensor:
         return torch.from_numpy(uploads.read_upload(data, self.classifier.size, self.classifier.resize))
@@ -75,85 +91,108 @@ class Page:
         for token in map(token_of, files):
             try:
                 images.append(self.decode(self.uploads.get(token)[1]))
-                answers.append({"model": self.classifier.hash[:12]})
+                answers.append({"model": self.classifier.hash[:12], "classes": self.classifier.classes})
             except UserError as error:
                 answers.append({"error": str(error)})
             self.uploads.drop(token)
         valid = [answer for answer in answers if "error" not in answer]
         for key, classifier in (("styles", self.classifier), ("artists", self.artist_classifier)):
             if classifier and valid:
-                for answer, probabilities in zip(valid, classifier.predict(torch.stack(images)), strict=True):
+                predictions = classifier.predict(torch.stack(images))
+                for answer, probabilities in zip(valid, predictions, strict=True):
                     top = classifier.top(probabilities)
                     answer[key] = [{"name": name, "probability": round(probability, 4)} for name, probability in top]
+                if key == "styles":
+                    for answer, unsure in zip(valid, classifier.unsure(predictions).tolist(), strict=True):
+                        answer["unsure"] = unsure
         return answers
 
     # The page
 
-    def classify(self, file):
-        """The result as HTML, the state, and updates of the controls: the column, the style, and two messages."""
-        token = token_of(file)
-        with request_errors(), self.slots:
-            try:
+    def classify(self, file, state=None):
+        """The answer to an upload: new values of all that is shown, in the order of `painting_tab`'s `shown`."""
+        state, token = state or new_state(), token_of(file)
+        self.uploads.drop(state["token"])  # the picture before
+        state |= {"token": token, "guess": "", "probability": 0.0}
+        try:
+            with self.slots:
                 name, data = self.uploads.get(token)
                 image = self.decode(data)[None]
-            except UserError:
-                self.uploads.drop(token)
-                raise
-            probabilities = self.classifier.predict(image)[0]
-            guess, probability = self.classifier.top(probabilities, 1)[0]
-            result = self.prediction_html(image, probabilities) + self.evidence_html(image, data, name, guess)
-            result += "<h3>The most similar training paintings</h3>" + self.nearest.figures_html(image)
-        state = {"token": token, "guess": guess, "probability": probability}
-        return result, state, gr.update(visible=True), gr.update(value=guess), "", ""
+                probabilities = self.classifier.predict(image)[0]
+                state["guess"], state["probability"] = self.classifier.top(probabilities, 1)[0]
+                picture = panels.thumbnail(data, panels.SIDE, self.classifier.resize)
+                parts = [
+                    panels.figure_html(picture, "The uploaded painting", Path(name).name),
+                    panels.answer_html(self.classifier, probabilities) + self.artist_html(image),
+                    panels.regions_html(self.classifier, image, data, state["guess"]) if self.has_regions else "",
+                    self.nearest.figures_html(image) if self.nearest else "",
+                ]
+        except UserError as error:
+            self.uploads.drop(token)
+            state["token"] = ""
+            words = f'<p role="alert" class="problem">{html.escape(str(error))}</p>'
+            problem = gr.update(value=words, visible=True)
+            return problem, state, None, gr.update(visible=False), "", "", "", "", None, self.saved_html(state), ""
+        return gr.update(visible=False), state, None, gr.update(visible=True), *parts, None, self.saved_html(state), ""
 
-    def prediction_html(self, image, probabilities) -> str:
-        top = [(display_name(name), share, f"{share:.0%}") for name, share in self.classifier.top(probabilities)]
-        result = f'<div role="status"><h2>{html.escape(top[0][0])}, {top[0][2]}</h2></div>{panels.bars_html(top, 1)}'
-        if not self.classifier.calibrated:
-            result += "<p>These probabilities are not calibrated.</p>"
-        if self.artist_classifier:
-            artist, share = self.artist_classifier.top(self.artist_classifier.predict(image)[0], 1)[0]
-            result += f"<p>Artist: {html.escape(artist.replace('-', ' ').title())}, {share:.0%}</p>"
-        return result
+    def classify_example(self, state, event: gr.EventData):
+        """The answer to a click on one of the examples, whose number the browser sends."""
+        number = str(event._data.get("value"))
+        caption, picture = self.examples[int(number) if number in map(str, range(len(self.examples))) else 0]
+        return self.classify({"path": self.uploads.put(f"{caption}.jpg", picture)}, state)
 
-    def evidence_html(self, image, data: bytes, name: str, guess: str) -> str:
-        picture = panels.thumbnail(data, panels.SIDE, self.classifier.resize)
-        figures = panels.figure_html(picture, "The uploaded painting", Path(name).name)
-        if self.classifier.model_name == "CNN":
-            evidence = self.classifier.evidence(image, self.classifier.classes.index(guess))
-            words = f"Evidence for {display_name(guess)}: strongest {panels.position_of_maximum(evidence)}"
-            figures += panels.figure_html(highlight(picture, evidence), words, f"{words}. Grey: none.")
-        else:
-            figures += f"<p>Regions: only with a CNN of train.py; this is a {self.classifier.model_name}.</p>"
-        return f'<h3>Why</h3><div class="pictures">{figures}</div>'
+    def artist_html(self, image) -> str:
+        if not self.artist_classifier:
+            return ""
+        artist, share = self.artist_classifier.top(self.artist_classifier.predict(image)[0], 1)[0]
+        return f"<p>Artist: {html.escape(artist.replace('-', ' ').title())}, {share:.0%}</p>"
 
-    def save(self, state, choice) -> str:
+    def save(self, state, choice):
+        """Save the label that was chosen: its message, the state, and whether there is something to undo."""
         with request_errors():
-            if choice not in self.classifier.classes:
-                raise UserError("choose one of the styles first")
-            name, data = self.uploads.get((state or {}).get("token"))
+            if choice not in (*self.classifier.classes, *NO_CLASS):
+                raise UserError("choose a label first")
+            name, data = self.uploads.get(state["token"] if state else "")
             model = self.classifier.hash[:12]
-            self.corrections.add(name, data, model, state["guess"], state["probability"], choice)
-            return f'<p role="status">Saved: {html.escape(display_name(choice))}.</p>'
+            number = self.corrections.add(name, data, model, state["guess"], state["probability"], choice)
+            label = NO_CLASS.get(choice) or display_name(choice)
+            state["saved"].append((number, f"{label} for {Path(name).name}"))
+            message = f"Saved: {label}."
+            return self.saved_html(state, message), state, gr.update(visible=True)
 
-    def repaint(self, state, style) -> str:
+    def undo(self, state):
+        """Take the label back that this visitor saved last."""
+        if not state or not state["saved"]:
+            return "", state, gr.update(visible=False)
+        number, what = state["saved"].pop()
+        self.corrections.remove(number)
+        return self.saved_html(state, f"Undone: {what}."), state, gr.update(visible=bool(state["saved"]))
+
+    def saved_html(self, state, message: str = "") -> str:
+        count = len(state["saved"])
+        total = f"You have saved {count} label{'s' * (count != 1)}." if count or message else ""
+        return f'<p role="status">{html.escape(message)} {total}</p>'
+
+    def repaint(self, state, style, strength) -> str:
         with request_errors(), self.slots:
             if style not in self.repainter.classes:
-                raise UserError("choose one of the styles first")
-            _, data = self.uploads.get((state or {}).get("token"))
-            return panels.repaint_html(self.repainter, data, style)
-
-    def clear(self, state):
-        self.uploads.drop((state or {}).get("token"))
-        return "", None, gr.update(visible=False)
+                raise UserError("choose a style first")
+            name, data = self.uploads.get(state["token"] if state else "")
+            share = min(max(float(strength or 0), 0.0), 100.0) / 100
+            return panels.repaint_html(self.repainter, data, name, style, share)
 
     def blocks(self) -> gr.Blocks:
         with gr.Blocks(title="Which style is this painting?", analytics_enabled=False) as blocks:
             gr.Markdown("# Which style is this painting?")
             with gr.Tab("A painting"):
                 self.painting_tab()
-            with gr.Tab("The collection"):
-                gr.HTML(self.collection)
+            if self.collection.exists():
+                with gr.Tab("The collection") as tab:
+                    shown = gr.HTML(js_on_load=collection.SCRIPT)
+                    tab.select(self.collection.html, None, shown, api_visibility="private")
+            with gr.Tab("API") as tab:
+                text = gr.Markdown()
+                tab.select(api_text, None, text, api_visibility="private")
             file, files = gr.File(visible=False), gr.File(visible=False, file_count="multiple")
             answer, button = gr.JSON(visible=False), gr.Button(visible=False)
             # Without Gradio's queue, through which clients would have to ask for each answer again.
@@ -167,20 +206,74 @@ class Page:
     def painting_tab(self) -> None:
         private = {"api_visibility": "private"}
         state = gr.State(time_to_live=uploads.LIFETIME)
-        file, result = gr.File(label="Picture of a painting", file_types=["image"]), gr.HTML()
-        with gr.Column(visible=False) as controls:
-            choices = [(display_name(name), name) for name in self.classifier.classes]
-            choice = gr.Dropdown(choices, value=None, label="Its style is")
-            button, saved = gr.Button("Save this label", variant="primary"), gr.HTML()
-            button.click(self.save, [state, choice], saved, **private)
-            painted = gr.HTML(render=False)
-            if self.repainter:
-                styles = [(display_name(name), name) for name in self.repainter.classes]
-                style = gr.Dropdown(styles, label="Repaint it as")
-                gr.Button("Repaint").click(self.repaint, [state, style], painted, **private)
-            painted.render()
-        file.upload(self.classify, file, [result, state, controls, choice, saved, painted], preprocess=False, **private)
-        file.clear(self.clear, state, [result, state, controls], **private)
+        gr.HTML(panels.introduction_html(self.classifier))
+        with gr.Row():
+            with gr.Column(min_width=300):
+                file = gr.File(label="Picture of a painting", file_types=["image"], height=190)
+            with gr.Column(min_width=300):
+                examples = gr.HTML(panels.examples_html(self.examples), js_on_load=panels.CLICKS)
+        problem = gr.HTML(visible=False)
+        with gr.Column(visible=False) as result:
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    picture = gr.HTML(elem_id="picture")
+                with gr.Column(min_width=300):
+                    answer = gr.HTML()
+                    choice, saved = self.correction_controls(state, private)
+            with gr.Row():
+                regions = self.section("The regions that decided", self.has_regions)
+                nearest = self.section("The most similar known paintings", self.nearest is not None)
+            painted = self.repainting_controls(state, private)
+        shown = [problem, state, file, result, picture, answer, regions, nearest, choice, saved, painted]
+        for event in (
+            file.upload(self.classify, [file, state], shown, preprocess=False, **private),
+            examples.click(self.classify_example, state, shown, **private),
+        ):
+            event.then(None, js=SHOW_ANSWER)
+
+    def section(self, title: str, visible: bool) -> gr.HTML:
+        """A part of the result below a title; it stays invisible where it can show nothing."""
+        with gr.Column(min_width=300, visible=visible):
+            gr.Markdown(f"### {title}")
+            return gr.HTML()
+
+    def correction_controls(self, state, private: dict) -> tuple:
+        choices = [(display_name(name), name) for name in self.classifier.classes]
+        choices += [(words, name) for name, words in NO_CLASS.items()]
+        target = self.classifier.target
+        info = "Labels are saved with the picture, for training. Nothing else that you upload is saved."
+        choice = gr.Dropdown(choices, value=None, label=f"Its {target} is", info=info)
+        with gr.Row():
+            save, undo = gr.Button("Save this label", variant="primary"), gr.Button("Undo", visible=False)
+        saved = gr.HTML()
+        save.click(self.save, [state, choice], [saved, state, undo], **private)
+        undo.click(self.undo, state, [saved, state, undo], **private)
+        return choice, saved
+
+    def repainting_controls(self, state, private: dict) -> gr.HTML:
+        with gr.Column(visible=self.repainter is not None):
+            gr.Markdown("### The same picture in another style")
+            with gr.Row():
+                with gr.Column(scale=1, min_width=280):
+                    names = [(display_name(name), name) for name in (self.repainter.classes if self.repainter else [])]
+                    style = gr.Dropdown(names, value=None, label="Repaint it as")
+                    strength = gr.Slider(0, 100, 100, step=5, label="Strength, %")
+                    button = gr.Button("Repaint")
+                with gr.Column(scale=3, min_width=300):
+                    painted = gr.HTML(elem_id="painted")
+            button.click(self.repaint, [state, style, strength], painted, **private)
+        return painted
+
+
+def new_state() -> dict:
+    """What one visitor has done: token, guess and probability of the picture, and (number, label) of saved labels."""
+    return {"token": "", "guess": "", "probability": 0.0, "saved": []}
+
+
+def api_text(request: gr.Request) -> str:
+    """The README's section on the API, with the address at which the visitor found the page."""
+    text = (ROOT / "README.md").read_text().partition("### API\n")[2].partition("\n## ")[0]
+    return text.replace(LOCAL, str(request.request.base_url))
 
 
 @contextlib.contextmanager
@@ -202,9 +295,10 @@ async def identity(resource):
 
 @contextlib.contextmanager
 def running(classifier, artist_classifier, corrections, config):
-    """Serve the page and the API during this block; yields the address. Raises UserError where it cannot listen."""
+    """Serve the page and the API; yields the address and the Page. Raises UserError where it cannot listen."""
     upload_store = uploads.Uploads()
-    blocks = Page(classifier, artist_classifier, corrections, upload_store, config).blocks()
+    page = Page(classifier, artist_classifier, corrections, upload_store, config)
+    blocks = page.blocks()
     routes = uploads.upload_routes(upload_store, gr.utils.get_upload_folder())
     os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1", "localhost"]))
     try:
@@ -219,7 +313,7 @@ def running(classifier, artist_classifier, corrections, config):
             run_history=False,
             share=False,
             quiet=True,
-            footer_links=["api"],
+            footer_links=[],
             state_session_capacity=200,
             prevent_thread_lock=True,
         )
@@ -227,14 +321,17 @@ def running(classifier, artist_classifier, corrections, config):
         advice = "is the address taken? give another --port, or --host"
         raise UserError(f"cannot listen at {config.host}:{config.port}: {advice} ({error})") from None
     try:
-        yield address
+        yield address, page
     finally:
         blocks.close(verbose=False)
 
 
 def serve(classifier, artist_classifier, corrections, config) -> None:
-    with running(classifier, artist_classifier, corrections, config) as address:
+    with running(classifier, artist_classifier, corrections, config) as (address, page):
+        for note in page.notes:
+            print(f"the page shows {note}")
         print(f"serving at {address}; Ctrl-C stops it", flush=True)
+        page.collection.html()  # now, so that no visitor waits for it
         threading.Event().wait()
 
 
@@ -248,7 +345,7 @@ def request_label(client: httpx.Client, address: str, image: bytes) -> dict:
 def request_times(classifier, files: list[Path], config, requests: int = 40) -> dict:
     """Median milliseconds of an API request, and of decoding and network alone; one at a time, alternating."""
     seconds = []
-    with running(classifier, None, None, config) as address, httpx.Client(timeout=60) as client:
+    with running(classifier, None, None, config) as (address, _), httpx.Client(timeout=60) as client:
         for path in files[: requests + 1]:
             data, start = path.read_bytes(), time.perf_counter()
             try:

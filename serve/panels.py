@@ -3,30 +3,80 @@
 import base64
 import html
 import io
-import re
-from collections import Counter
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.codes import codes_path, read_codes
-from common.images import FORMATS, open_rgb
-from common.names import artist_and_title, display_name, read_metadata, showable
+from common.codes import codes_path, made_from, read_codes
+from common.crops import mean_over_views
+from common.images import FORMATS, highlight, open_rgb
+from common.names import artist_and_title, display_name, read_metadata, showable, stem_of
+from common.painter import Artist, Scene
 from common.repaint import Repainter, check_model, open_picture
-from common.run import load_checkpoint, read_facts
+from common.run import load_checkpoint
 from wikiart import build_model
 
 NEIGHBOURS = 6
-SIDE = 512  # pixels of the longer side of an upload on the page
+SIDE = 720  # pixels of the longer side of an upload on the page
+REPAINTED = 1024  # and of a repainting
+EXAMPLES = (  # (style, artist, scene) of common/painter.py, none of them in the demo data set
+    ("Strokes", "vera-dumont", 4, "A landscape in brush strokes"),
+    ("Flat_outlines", "kei-amano", 5, "A portrait in flat areas"),
+    ("Facets", "leon-straka", 7, "A town in facets"),
+)
+EXAMPLE_SEED, EXAMPLE_SIDE = 1, 384
+MAX_NAMES = 40  # of classes on the first screen
+MAX_BARS = 8  # probabilities that are shown
+CLICKS = """element.addEventListener("click", event => {
+    const button = event.target.closest("button[data-example]");
+    if (button) trigger("click", {value: button.dataset.example});
+});"""
+
+
+def jpeg(image: Image.Image, quality: int = 85) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def inlined(picture: bytes) -> str:
+    """A JPEG file as an address that contains it."""
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
 def figure_html(image: Image.Image, alternative: str, caption: str) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    picture = f'<img src="{source}" alt="{html.escape(alternative)}">'
+    picture = f'<img src="{inlined(jpeg(image))}" alt="{html.escape(alternative)}">'
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def paint_examples() -> list[tuple[str, bytes]]:
+    """Caption and JPEG file of each of the EXAMPLES: painted by a program, because the repository has no paintings."""
+    pictures = []
+    for style, artist, number, caption in EXAMPLES:
+        scene = Scene(number, EXAMPLE_SEED, 2 * EXAMPLE_SIDE)
+        pictures.append((caption, jpeg(Image.fromarray(Artist(artist).paint(scene, style)).reduce(2), 92)))
+    return pictures
+
+
+def introduction_html(classifier) -> str:
+    """What the page does, in a sentence, and the classes that the classifier knows."""
+    names = [display_name(name) for name in classifier.classes]
+    more = len(names) - MAX_NAMES
+    shown = [*names[:MAX_NAMES], f"and {more} more"] if more > 0 else names
+    items = "".join(f"<li>{html.escape(name)}</li>" for name in shown)
+    count = f"{len(names)} {classifier.target}s"
+    sentence = f"Give it a picture of a painting, and it says which of these {count} fits best, and why:"
+    return f'<p>{sentence}</p><ul class="names">{items}</ul>'
+
+
+def examples_html(examples: list[tuple[str, bytes]]) -> str:
+    buttons = [
+        f'<button type="button" data-example="{number}"><img src="{inlined(picture)}" alt="">{caption}</button>'
+        for number, (caption, picture) in enumerate(examples)
+    ]
+    return f'<div>or try one of these, painted by a program:</div><div class="examples">{"".join(buttons)}</div>'
 
 
 def bars_html(rows: list[tuple[str, float, str]], maximum: float) -> str:
@@ -37,6 +87,34 @@ def bars_html(rows: list[tuple[str, float, str]], maximum: float) -> str:
         for name, value, words in rows
     ]
     return f'<ol class="bars">{"".join(items)}</ol>'
+
+
+def answer_html(classifier, probabilities) -> str:
+    """The likeliest classes of one image, by its probabilities (classes,), and whether the classifier is unsure."""
+    rows = [(display_name(name), share, f"{share:.0%}") for name, share in classifier.top(probabilities, MAX_BARS)]
+    (name, _, share), unsure = rows[0], bool(classifier.unsure(probabilities[None])[0])
+    title = f"Unsure: perhaps {name}, {share}" if unsure else f"{name}, {share}"
+    parts = [f'<div role="status"><h2>{html.escape(title)}</h2></div>']
+    if unsure:
+        parts.append(
+            f'<p class="unsure">It may be none of the {classifier.target}s: of 20 paintings that were set aside in '
+            "training, 19 got a surer answer.</p>"
+        )
+    others = len(classifier.classes) - len(rows)
+    parts.append(bars_html(rows, 1))
+    if others:
+        parts.append(f"<p>{others} others: {max(0.0, 1 - sum(row[1] for row in rows)):.0%}</p>")
+    if not classifier.calibrated:
+        parts.append("<p>These probabilities are not calibrated.</p>")
+    return "".join(parts)
+
+
+def regions_html(classifier, image, data: bytes, guess: str) -> str:
+    """An upload with the regions highlighted that spoke for a class; image: uint8 (1, 3, size, size)."""
+    evidence = classifier.evidence(image, classifier.classes.index(guess))
+    words = f"Evidence for {display_name(guess)}: strongest {position_of_maximum(evidence)}"
+    picture = thumbnail(data, SIDE, classifier.resize)
+    return figure_html(highlight(picture, evidence), words, f"{words}. Orange spoke for it; grey did not.")
 
 
 def thumbnail(source, side: int, resize: str = "squash") -> Image.Image:
@@ -60,28 +138,46 @@ def position_of_maximum(evidence: np.ndarray) -> str:
     return words.replace("middle centre", "centre")
 
 
-class NearestPaintings:
-    """The training paintings whose classifier features are most similar to an image's, by cosine similarity.
+def can_show_regions(classifier) -> bool:
+    """Whether Classifier.evidence knows the network: a CNN of train.py, or a backbone with the maps of its stages."""
+    return classifier.model_name == "CNN" or getattr(classifier.model, "stages", 0) > 0
 
-    Their features are those of `cluster.py --codes classifier`; `unavailable` says why there are none.
+
+def code_origin(classifier) -> str:
+    """How `made_from` starts in the file of codes that are the classifier's own features; "" where it has none.
+
+    A CNN's are written by cluster.py --codes classifier, those of a frozen backbone by embed.py.
+    """
+    if classifier.model_name == "CNN":
+        return classifier.hash
+    settings = classifier.checkpoint.get("config", {})
+    if classifier.model_name != "Pretrained" or settings.get("finetune") != "none":
+        return ""
+    origin = {"weights": classifier.checkpoint["backbone_weights"].split()[-1], "size": classifier.model.size}
+    origin |= {"stages": classifier.model.stages, "resize": classifier.resize, "shrink": settings["shrink"]}
+    return json.dumps(origin)[:-1]
+
+
+def own_codes(classifier, run) -> Path | None:
+    """The run folder's file with the classifier's features of the paintings, if there is one."""
+    origin = code_origin(classifier)
+    for path in sorted(codes_path(run, "").parent.glob("*.npz")) if origin else ():
+        if made_from(path).startswith(origin):
+            return path
+    return None
+
+
+class NearestPaintings:
+    """The training paintings whose features are most similar to an image's, by cosine similarity.
+
+    path: a file of the classifier's own features, see own_codes.
     """
 
-    def __init__(self, classifier, config):
-        self.classifier, self.root, self.unavailable = classifier, Path(config.data), ""
-        path = codes_path(config.run, "classifier")
-        table = read_codes(path) if path.exists() else {"made_from": ""}
-        if classifier.model_name != "CNN":
-            self.unavailable = f"Only with a CNN of train.py; this is a {classifier.model_name}."
-        elif str(table["made_from"]).startswith(classifier.hash):
-            self.load(table, config.hide)
-        else:
-            command = f"python cluster.py --codes classifier --data {config.data} --run {config.run}"
-            self.unavailable = f"This needs {path}, computed with this classifier: {command}"
-
-    def load(self, table, hide: list[str]) -> None:
+    def __init__(self, classifier, path: Path, config):
+        self.classifier, self.root, table = classifier, Path(config.data), read_codes(path)
         metadata = read_metadata(self.root / "metadata.csv")
         genres = [metadata.get(path, {}).get("genre", "") for path in table["train_paths"]]
-        shown = showable(genres, table["train_paths"], hide)
+        shown = showable(genres, table["train_paths"], config.hide)
         self.paths, self.artists = table["train_paths"][shown], table["train_artists"][shown]
         self.styles = table["classes"][table["train_labels"]][shown]
         self.mean, self.std = table["train"].mean(0), table["train"].std(0) + 1e-6
@@ -91,11 +187,16 @@ class NearestPaintings:
         features = (features - self.mean) / self.std
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
+    def features(self, image) -> np.ndarray:
+        """Features (1, D) of an image, as the codes were computed: embed.py shows a backbone the whole picture only."""
+        if self.classifier.model_name == "CNN":
+            return self.classifier.features(image).numpy()
+        pixels = self.classifier.prepare(image)
+        return mean_over_views(self.classifier.model.features, pixels, self.classifier.crop).cpu().numpy()
+
     def figures_html(self, image) -> str:
         """The NEIGHBOURS most similar paintings to an image, uint8 (1, 3, size, size)."""
-        if self.unavailable:
-            return f"<p>{html.escape(self.unavailable)}</p>"
-        similarity = self.codes @ self.normalise(self.classifier.features(image).numpy())[0]
+        similarity = self.codes @ self.normalise(self.features(image))[0]
         figures = []
         for row in np.argsort(-similarity, kind="stable")[:NEIGHBOURS]:
             artist, title = artist_and_title(self.artists[row], self.paths[row])
@@ -104,7 +205,7 @@ class NearestPaintings:
                 figures.append(figure_html(thumbnail(self.root / self.paths[row], 288), caption, caption))
             except Exception:  # the features are here, but the file may be absent or damaged
                 figures.append(f"<p>{html.escape(caption)}</p>")
-        return f'<div class="pictures small">{"".join(figures)}</div>'
+        return f'<div class="pictures">{"".join(figures)}</div>'
 
 
 def load_repainter(run, classifier) -> Repainter | None:
@@ -119,49 +220,13 @@ def load_repainter(run, classifier) -> Repainter | None:
     return Repainter(build_model(checkpoint), checkpoint["classes"], classifier, classifier.device)
 
 
-def repaint_html(repainter: Repainter, data: bytes, style: str) -> str:
-    """An uploaded file in a style, in its own proportions."""
-    words = f"The painting in the style {display_name(style)}"
-    return figure_html(repainter.repaint(open_picture(data, SIDE), {style: 1.0}), words, words)
-
-
-def collection_html(config) -> str:
-    """Paintings per style, styles over the years, and the t-SNE map, where the run and the data have them."""
-    sizes = read_facts(config.run).get("train", {}).get("class_sizes", {})
-    rows = [(display_name(name), size, str(size)) for name, size in sorted(sizes.items(), key=lambda item: -item[1])]
-    missing = f"<p>{html.escape(config.run)}/facts.json has no facts of train.py.</p>"
-    parts = ["<h2>Training paintings per style</h2>", bars_html(rows, max(sizes.values())) if rows else missing]
-    parts += ["<h2>Styles over the years</h2>", years_html(read_metadata(Path(config.data) / "metadata.csv"))]
-    parts.append("<h2>Map</h2>")
-    maps = sorted(Path(config.run).glob("tsne_*.png"), key=lambda path: path.stem != "tsne_classifier")
-    if maps:
-        caption = "Map by t-SNE: paintings with similar features are close together; coloured by style, and by cluster"
-        parts.append(figure_html(thumbnail(maps[0], 1600), caption, caption))
-    else:
-        parts.append("<p>cluster.py draws it.</p>")
-    return "".join(parts)
-
-
-def years_html(metadata: dict[str, dict]) -> str:
-    """A table of the number of paintings by style and period."""
-    dated = []  # (style, year)
-    for path, row in metadata.items():
-        year = re.search(r"\d{4}", row.get("year") or "")
-        folders = path.split("/")[:-1]
-        if year and folders:
-            dated.append((folders[folders[0] in ("train", "test") and len(folders) > 1], int(year[0])))
-    if not dated:
-        return "<p>metadata.csv of the data has no years.</p>"
-    first, last = (function(year for _, year in dated) for function in (min, max))
-    period = next((period for period in (5, 10, 25, 50) if (last - first) / period < 12), 100)
-    counts = Counter((style, year // period * period) for style, year in dated)
-    starts, maximum = sorted({start for _, start in counts}), max(counts.values())
-    header = "".join(f'<th scope="col">{start} to {start + period - 1}</th>' for start in starts)
-    table = f'<tr><th scope="col">Style</th>{header}</tr>'
-    for style in sorted({style for style, _ in counts}):
-        cells = [
-            f'<td style="background: rgb(68 119 170 / {0.6 * count / maximum:.2f})">{count or ""}</td>'
-            for count in (counts[style, start] for start in starts)
-        ]
-        table += f'<tr><th scope="row">{html.escape(display_name(style))}</th>{"".join(cells)}</tr>'
-    return f'<div class="wide" tabindex="0"><table>{table}</table></div>'
+def repaint_html(repainter: Repainter, data: bytes, name: str, style: str, strength: float) -> str:
+    """An uploaded file, called `name`, in a style, in its own proportions, with a link that saves it."""
+    painted = repainter.repaint(open_picture(data, REPAINTED), {style: 1.0}, strength=strength)
+    source, words = inlined(jpeg(painted, 92)), f"The painting in the style {display_name(style)}"
+    file = html.escape(f"{stem_of(name)}_{style}.jpg")
+    return (
+        f'<figure><img src="{source}" alt="{html.escape(words)}"><figcaption>{html.escape(words)}, strength '
+        f'{strength:.0%}. <a class="download" download="{file}" href="{source}">Download, {painted.width} x '
+        f"{painted.height} pixels</a></figcaption></figure>"
+    )

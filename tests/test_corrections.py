@@ -73,6 +73,26 @@ def test_the_export_is_an_image_folder_that_train_takes(demo, tmp_path):
     assert load_checkpoint(run / "classifier.pt")["classes"] == sorted({path.parent.name for path in files})
 
 
+def test_pictures_of_no_style_are_kept_but_not_exported(tmp_path, capsys):
+    """Also where they had a style in an earlier export; a label that is taken back leaves the one before."""
+    store, target = corrections.Corrections(tmp_path / "corrections.sqlite"), tmp_path / "exported"
+    data = [picture(tmp_path / f"{number}.png", number).read_bytes() for number in range(3)]
+    for number, choice in enumerate(("Dots", "Dots", "(none)")):
+        store.add(f"a_{number}.png", data[number], "m", "Dots", 0.5, choice)
+    corrections.export(store, target)
+    assert {path.read_bytes() for path in target.rglob("*.png")} == {data[0], data[1]}
+    last = [store.add(f"a_{n}.png", data[n], "m", "Dots", 0.5, list(corrections.NO_CLASS)[n]) for n in range(2)]
+    corrections.export(store, target)
+    assert list(target.rglob("*.png")) == []
+    assert "3 that are of none of the styles, or no paintings" in capsys.readouterr().out
+    store.remove(last[0])
+    corrections.export(store, target)
+    assert {path.parent.name: path.read_bytes() for path in target.rglob("*.png")} == {"Dots": data[0]}
+    for number in range(1, 6):
+        store.remove(number)
+    assert list(store.latest()) == []
+
+
 def test_test_paintings_are_not_exported_into_training(demo, tmp_path, capsys):
     store = corrections.Corrections(tmp_path / "corrections.sqlite")
     tested, other = tmp_path / "data/test/Dots/one.png", tmp_path / "other.png"
