@@ -352,11 +352,11 @@ def test_everything_is_reached_by_keyboard_alone(server, run, demo, phone):
     phone.get_by_role("heading", name="Styles over the years").wait_for()
 
 
-def test_nothing_is_preselected_and_labels_can_be_undone(server, run, demo, desktop):
+def test_nothing_is_preselected_and_labels_can_be_undone(server, run, demo, desktop, tmp_path):
     """A style, none of them, not a painting: counted for this visitor, undone from the last to the first."""
     from playwright.sync_api import expect
 
-    path, before = min((demo / "test").rglob("*.jpg")), corrections(run)
+    path, before = picture_file(tmp_path / "ann_new.png"), corrections(run)
     open_and_upload(desktop, server.address, path)
     expect(desktop.get_by_label("Its style is")).to_have_value("")
     undo = desktop.get_by_role("button", name="Undo")
