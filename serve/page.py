@@ -221,8 +221,8 @@ class Page:
                     answer = gr.HTML()
                     choice, saved = self.correction_controls(state, private)
             with gr.Row():
-                regions = self.section("The regions that decided", self.has_regions)
-                nearest = self.section("The most similar known paintings", self.nearest is not None)
+                regions = self.section("The regions that decided", self.has_regions, "regions")
+                nearest = self.section("The most similar known paintings", self.nearest is not None, "nearest")
             painted = self.repainting_controls(state, private)
         shown = [problem, state, file, result, picture, answer, regions, nearest, choice, saved, painted]
         for event in (
@@ -231,11 +231,11 @@ class Page:
         ):
             event.then(None, js=SHOW_ANSWER)
 
-    def section(self, title: str, visible: bool) -> gr.HTML:
+    def section(self, title: str, visible: bool, name: str) -> gr.HTML:
         """A part of the result below a title; it stays invisible where it can show nothing."""
         with gr.Column(min_width=300, visible=visible):
             gr.Markdown(f"### {title}")
-            return gr.HTML()
+            return gr.HTML(elem_id=name)
 
     def correction_controls(self, state, private: dict) -> tuple:
         choices = [(display_name(name), name) for name in self.classifier.classes]
