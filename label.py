@@ -9,8 +9,8 @@
 Uses classifier.pt of the run folder; where there is none, report/classifier.pt, which comes with the project. The table
 has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file could
 not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run again.
-`serve` needs Gradio: pip install -r requirements/label.txt. Labels
-confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
+`serve` needs Gradio: pip install -r requirements/label.txt. Labels confirmed on the page are kept, with their images,
+in corrections.sqlite in the run folder.
 """
 
 import contextlib

@@ -182,17 +182,17 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     repainted = [repaint(row.expand_as(source)) for row in tqdm(eye, "styles", leave=False)]
     megapixels = len(classes) * len(data) * originals.shape[-1] * originals.shape[-2] / 1e6
     facts = {"paintings": len(data), "seconds_per_megapixel": (time.perf_counter() - started) / megapixels}
-    own_style, labels = repaint(source), data.labels
+    reconstructed, labels = repaint(source), data.labels
 
     def predict(images):
         return judges[0].predict(to_bytes(images), calibrated=False).argmax(1)
 
-    facts |= judge_facts(predict, "", labels, originals, own_style, repainted)
-    facts |= picture_facts(test, data, originals, own_style, repainted)
+    facts |= judge_facts(predict, "", labels, originals, reconstructed, repainted)
+    facts |= picture_facts(test, data, originals, reconstructed, repainted)
     pairs = true_pairs(data)
     facts |= true_image_facts(pairs, originals, repainted)
     if len(judges) > 1:
-        before, own, *after = (features_of(judges[1], images) for images in (originals, own_style, *repainted))
+        before, own, *after = (features_of(judges[1], images) for images in (originals, reconstructed, *repainted))
         facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after)
         facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels, classes)
     if config.method == "model":
@@ -261,7 +261,7 @@ def mean_over_pairs(values, labels) -> float:
     return float(torch.cat([row[labels != style] for style, row in enumerate(values)]).float().mean())
 
 
-def judge_facts(predict, prefix: str, labels, originals, own_style, repainted) -> dict:
+def judge_facts(predict, prefix: str, labels, originals, reconstructed, repainted) -> dict:
     """How often a judge predicts the target style for repainted images, and the own style for the others.
 
     predict: images, or features of them, to styles (N,).
@@ -272,7 +272,7 @@ def judge_facts(predict, prefix: str, labels, originals, own_style, repainted) -
         f"{prefix}hit_rate": mean_over_pairs(hits, labels),
         f"{prefix}judge_accuracy": (before == labels).float().mean(),
         f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
-        f"{prefix}own_kept": (predict(own_style) == labels).float().mean(),
+        f"{prefix}own_kept": (predict(reconstructed) == labels).float().mean(),
         f"{prefix}hits": [[row[labels == source].float().mean() for row in hits] for source in labels.unique()],
     }
 
@@ -312,14 +312,14 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
     }
 
 
-def picture_facts(test: WikiArt, data: WikiArt, originals, own_style, repainted) -> dict:
+def picture_facts(test: WikiArt, data: WikiArt, originals, reconstructed, repainted) -> dict:
     """How much of the source is left in repainted images, and whether a style puts the same colours anywhere."""
     labels, others = data.labels, np.setdiff1d(test.rows, data.rows)[: max(0, GALLERY - len(data))]
     gallery = torch.cat([layout(originals), layout(torch.from_numpy(test.pixels[others]).float() / 255)])
     found = [(layout(images) @ gallery.T).argmax(1) == torch.arange(len(data)) for images in repainted]
     positions = [position_deviation(images[labels != k], originals[labels != k]) for k, images in enumerate(repainted)]
     return {
-        "own_psnr": psnr(F.mse_loss(own_style, originals).item()),
+        "own_psnr": psnr(F.mse_loss(reconstructed, originals).item()),
         "ssim": mean_over_pairs([ssim(originals, images) for images in repainted], labels),
         "source_found": mean_over_pairs(found, labels),
         "position": np.mean(positions),

@@ -29,7 +29,7 @@ plt.rcParams.update(
     }
 )
 
-# Nine hues of Paul Tol's and of Okabe and Ito's schemes, told apart by colour-blind readers too: tests/test_figures.py.
+# Nine hues of the schemes of Tol, and of Okabe and Ito, which colour-blind readers distinguish: tests/test_figures.py.
 # Those nearest to each other have different markers. Past nine classes the same hues come back with another marker and
 # line, so that 27 classes are 9 colours x 3 markers.
 HUES = ["#4477AA", "#E69F00", "#1B1B1B", "#EE6677", "#332288", "#88CCEE", "#997700", "#882255", "#DDCC77"]
