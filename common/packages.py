@@ -11,7 +11,8 @@ VENV = Path(__file__).resolve().parent.parent / ".venv"
 def advice(script: str, missing: list[str], venv: Path) -> str:
     """The line for a script that was started with a Python that lacks packages."""
     problem = f"{script}: {', '.join(missing)} not installed for {sys.executable}"
-    if (venv / "ready").exists() and Path(sys.prefix) != venv:
+    inside = Path(sys.executable).parent.parent.resolve() == venv  # sys.prefix needs site, which -S leaves out
+    if (venv / "ready").exists() and not inside:
         return f"{problem}: run it with .venv/bin/python, or first: source .venv/bin/activate"
     return f"{problem}: run `make .venv/ready`, or: {sys.executable} -m pip install -r requirements.txt"
 

@@ -403,12 +403,15 @@ def test_a_part_of_a_root_is_not_a_root(demo, tmp_path, monkeypatch, part):
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.py") if path.name != "wikiart.py"))
 def test_a_missing_package_is_one_line_with_the_command_that_installs_it(name):
     done = subprocess.run([sys.executable, "-S", ROOT / name, "--help"], capture_output=True, text=True, check=False)
-    assert "torch, torchvision" in clear_line(done) and "make .venv/ready" in done.stderr
+    assert "torch, torchvision" in clear_line(done) and ".venv" in done.stderr
 
 
-def test_a_virtual_environment_that_is_there_is_named(tmp_path):
+def test_a_virtual_environment_that_is_there_is_named(tmp_path, monkeypatch):
+    assert "run `make .venv/ready`" in packages.advice("train.py", ["torch"], tmp_path)
     (tmp_path / "ready").touch()
     assert "run it with .venv/bin/python" in packages.advice("train.py", ["torch"], tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert "run `make .venv/ready`" in packages.advice("train.py", ["torch"], tmp_path)
 
 
 def test_a_split_that_has_moved_is_noticed(tmp_path):
