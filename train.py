@@ -7,10 +7,11 @@
     python train.py -c settings/mlp.json --run runs/demo/mlp    # the baseline that test.py compares with
     torchrun --nproc-per-node=2 -- train.py                     # several GPUs: the same result with CNN and MLP
 
-The epoch with the best balanced accuracy on validation paintings is kept; test paintings are never used. A training
-that was interrupted resumes after its last finished epoch when the same command is run again; --restart starts anew.
-Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished), classifier.jsonl with one
-line per epoch, curves.png (every few epochs), classes.png and facts.json.
+The network is trained twice: on part of the training paintings, which shows on the others, those of validation, how
+well it does and how far its probabilities can be trusted; then on all of them (--no-refit leaves that out). Test
+paintings are never used. A training that was interrupted resumes after its last finished epoch when the same command is
+run again; --restart starts anew. Writes into the run folder: classifier.pt (classifier.partial.pt until training has
+finished), classifier.jsonl with one line per epoch, curves.png (every few epochs), classes.png and facts.json.
 """
 
 import copy
@@ -100,6 +101,9 @@ SETTINGS = {
         "test-time views that are averaged: 1 is the whole image, 0.7 four corner crops of 0.7 times its side, 1.5 the "
         "whole image enlarged",
     ),
+    "refit": Setting(
+        bool, None, "train anew on all training paintings, once the validation paintings have done their part"
+    ),
     "holdout": Setting(
         str,
         None,
@@ -116,18 +120,45 @@ def main(argv=None):
     config = configure("train", __doc__, SETTINGS, SHARED, argv)
     device = join_processes(pick_device(config.device))
     reuse_freed_memory()
-    lock = claim(config.run, "classifier") if rank() == 0 else None
+    run, lock = Path(config.run), claim(config.run, "classifier") if rank() == 0 else None
 
-    # Data
-    data_settings = {key: getattr(config, key) for key in DATA_SETTINGS}
-    data = WikiArt(config.data, "train", processes=config.processes, **data_settings)
-    data_settings["holdout"] = data.holdout  # a style as its folder is named
+    settings = {key: getattr(config, key) for key in DATA_SETTINGS}
+    data = WikiArt(config.data, "train", processes=config.processes, **settings)
     training, validation = data.split_off(config.validation, config.split_seed)
-    sampler = BalancedSampler(training.labels, config.balance, config.per_class, config.seed)
-    check_settings(config, training, validation, sampler)
-    training.move_to(device)
+    check_settings(config, training, validation)
+    refit_partial = run / "classifier_refit.partial.pt"
+    if rank() == 0:
+        print_classes(training, new_sampler(training, config), validation)
+        if not (run / "classifier.partial.pt").exists():  # then the second training is not of this run
+            refit_partial.unlink(missing_ok=True)
 
-    # Model, loss and optimizers
+    # The first training shows how well the network does and what its probabilities are worth; the second is the same
+    # on all paintings. Those of validation are a tenth of the data, and of a rare style every painting counts.
+    fitted, state = training, fit(config, "classifier", training, validation, device)
+    if config.refit:
+        fitted, refit_state = data, fit(config, "classifier_refit", data, None, device)
+    if rank() == 0:
+        state |= calibration(Classifier(publishable(state), device), validation)
+        if config.refit:
+            kept = ("history", "temperature", "unsure_below")
+            state = refit_state | {"refit_history": refit_state["history"]} | {key: state[key] for key in kept}
+        state = publishable(state)
+        report(run, state, fitted, validation, int(held_out(training, validation).sum()))
+        path = finish(run, "classifier", state)
+        refit_partial.unlink(missing_ok=True)
+        lock.close()
+        print(f"{path}: trained on {count(len(fitted), 'painting')}")
+    leave_processes()
+
+
+def fit(config, stem: str, training: WikiArt, validation: WikiArt | None, device) -> dict:
+    """Train a network, with its progress in <stem>.partial.pt; returns its checkpoint.
+
+    The weights are the averaged ones of the last epoch, where the learning rate has fallen to zero. The epoch that is
+    best on validation paintings would be an early one by chance, where rare styles have few of them.
+    """
+    training.move_to(device)
+    sampler = new_sampler(training, config)
     criterion = ClassifierLoss(training, config)
     arguments = model_arguments(config, training, criterion.aux_classes)
     model = new_model(config, arguments).to(device, memory_format=torch.channels_last)  # a fifth faster on CPUs
@@ -137,57 +168,52 @@ def main(argv=None):
     state = {
         "model": config.model,
         "arguments": arguments,
-        "classes": data.classes,
-        "data": data_settings,
+        "classes": training.classes,
+        "data": {key: getattr(config, key) for key in DATA_SETTINGS} | {"holdout": training.holdout},
         "crop": config.crop,
         "tta_scales": config.tta_scales,
         "config": fixed_settings(config),
-        "fingerprint": data.fingerprint,
-        "largest_class": int(data.counts().argmax()),
-        "artists": sorted({str(artist) for artist in data.artists} - {""}),
+        "fingerprint": training.fingerprint,
+        "largest_class": int(training.counts().argmax()),
+        "artists": sorted({str(artist) for artist in training.artists} - {""}),
         "history": [],
     }
     parts = {"model": model, "averaged": ema, "optimizers": optimizers}
-    state = resume(config, "classifier", state, parts)
-    if rank() == 0:
-        print_classes(training, draws_per_class(sampler), validation)
-        print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
+    state = resume(config, stem, state, parts)
+    if rank() == 0 and len(state["history"]) < config.epochs:
+        paintings = count(len(training), "painting") + ("" if validation else ", those of validation too")
+        print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}; {paintings}")
 
-    # Train, evaluate, save
     parallel = data_parallel(model)
     with interruptible(state):
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             timer = Timer()
             record = train_epoch(parallel, ema, training, sampler, criterion, optimizers, epoch, config, device)
             if rank() == 0:
-                record |= evaluate(ema.module, validation, config, device) | timer.seconds()
-                if is_best(record, state["history"]):
-                    state |= {"epoch": epoch, "weights": copy.deepcopy(ema.module).cpu().state_dict()}
-                save_and_show(config, state, {"epoch": epoch} | record, parts)
-    if rank() == 0:
-        state = publishable(state)
-        state |= calibration(Classifier(state, device), validation)
-        report(Path(config.run), state, training, validation, draws_per_class(sampler))
-        path = finish(config.run, "classifier", state)
-        lock.close()
-        print(f"{path}: epoch {state['epoch']} kept, the best on {count(len(validation), 'validation painting')}")
-    leave_processes()
+                record |= (evaluate(ema.module, validation, config, device) if validation else {}) | timer.seconds()
+                save_and_show(config, stem, state, {"epoch": epoch} | record, parts)
+    training.on_device = None  # frees the memory for another training
+    return state | {"weights": {name: value.cpu() for name, value in ema.module.state_dict().items()}}
 
 
 # Settings, data and model ---------------------------------------------------------------------------------------------
 
 
-def check_settings(config, training: WikiArt, validation: WikiArt, sampler) -> None:
+def check_settings(config, training: WikiArt, validation: WikiArt) -> None:
     """Raise UserError for settings that do not fit together; lower --batch-size where there are few paintings."""
     if len(training.classes) < 2:
         raise UserError(f"{config.data} has one class only, {training.classes[0]}: a classifier needs two or more")
-    fit_batch_size(config, len(sampler), validation)
+    fit_batch_size(config, len(new_sampler(training, config)), validation)
     if config.model in MODELS and config.model not in ("CNN", "MLP"):
         raise UserError(f"--model {config.model} is no classifier: give CNN, MLP or a classifier of torchvision.models")
     if not config.tta_scales:
         raise UserError("--tta-scales needs at least one number")
     if config.model == "MLP" and max(config.tta_scales) > 1:
         raise UserError("the MLP takes images of one size only: train it with -c settings/mlp.json")
+
+
+def new_sampler(training: WikiArt, config) -> BalancedSampler:
+    return BalancedSampler(training.labels, config.balance, config.per_class, config.seed)
 
 
 def model_arguments(config, training: WikiArt, aux_classes: int) -> dict:
@@ -335,19 +361,13 @@ def evaluate(model, data: WikiArt, config, device) -> dict:
     }
 
 
-def is_best(record: dict, history: list[dict]) -> bool:
-    """Whether an epoch's balanced accuracy on the validation set is at least as high as that of each earlier epoch.
-
-    The lowest loss would choose an earlier epoch: overconfident mistakes raise it while accuracy still improves.
-    """
-    return all(record["val_balanced_accuracy"] >= earlier["val_balanced_accuracy"] for earlier in history)
-
-
-def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
+def save_and_show(config, stem: str, state: dict, record: dict, parts: dict) -> None:
     """Save an epoch, print its line, and every few epochs draw the curves."""
-    scores = f"loss {record['loss']:.3f}, validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
-    save_epoch(config, "classifier", state, record, parts, scores)
-    if record["epoch"] % CURVE_EPOCHS == 0:
+    scores = f"loss {record['loss']:.3f}"
+    if "val_balanced_accuracy" in record:
+        scores += f", validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
+    save_epoch(config, stem, state, record, parts, scores)
+    if "val_balanced_accuracy" in record and record["epoch"] % CURVE_EPOCHS == 0:
         plot_curves(config.run, state)
 
 
@@ -366,9 +386,9 @@ def draws_per_class(sampler: BalancedSampler) -> np.ndarray:
     return np.bincount(sampler.labels[list(sampler)], minlength=int(sampler.labels.max()) + 1)
 
 
-def print_classes(training: WikiArt, drawn, validation: WikiArt) -> None:
+def print_classes(training: WikiArt, sampler: BalancedSampler, validation: WikiArt) -> None:
     """The paintings of each class, and of which classes no artist could be held out for validation."""
-    classes, counts, held = training.classes, training.counts(), validation.counts()
+    classes, counts, held, drawn = training.classes, training.counts(), validation.counts(), draws_per_class(sampler)
     print(f"\n{'class':30} {'paintings':>9} {'per epoch':>9} {'validation':>10}")
     for label in np.argsort(-counts, kind="stable"):
         print(f"{classes[label]:30} {counts[label]:9} {drawn[label]:9} {held[label]:10}")
@@ -396,19 +416,16 @@ def plot_curves(run, state: dict) -> None:
             "validation, balanced": "val_balanced_accuracy",
         },
     }
-    figures.curves(Path(run) / "curves.png", state["history"], panels, state["epoch"])
+    figures.curves(Path(run) / "curves.png", state["history"], panels)
 
 
-def report(run, state: dict, training: WikiArt, validation: WikiArt, drawn) -> None:
-    """Write curves.png, classes.png and the facts of a finished training."""
+def report(run, state: dict, fitted: WikiArt, validation: WikiArt, validation_held_out: int) -> None:
+    """Write curves.png, classes.png and the facts of a finished training on the paintings `fitted`."""
     plot_curves(run, state)
-    plot_classes(run / "classes.png", state, training, drawn)
-    add_facts(
-        run,
-        "train",
-        training_facts(state, training, validation),
-        outdated=("test", "test_train", "test_all", "cluster"),
-    )
+    sampler = BalancedSampler(fitted.labels, *(state["config"][key] for key in ("balance", "per_class", "seed")))
+    plot_classes(run / "classes.png", state, fitted, draws_per_class(sampler))
+    facts = training_facts(state, fitted, validation) | {"validation_held_out": validation_held_out}
+    add_facts(run, "train", facts, outdated=("test", "test_train", "test_all", "cluster"))
 
 
 def plot_classes(path, state: dict, training: WikiArt, drawn) -> None:
@@ -424,29 +441,27 @@ def plot_classes(path, state: dict, training: WikiArt, drawn) -> None:
     figures.bars(path, bars, names, f"Training paintings per {config['target']}", "paintings", values=True)
 
 
-def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
-    history, config, counts = state["history"], state["config"], training.counts()
-    best = history[state["epoch"] - 1]
+def training_facts(state: dict, fitted: WikiArt, validation: WikiArt) -> dict:
+    history, config, counts = state["history"], state["config"], fitted.counts()
+    all_epochs = history + state.get("refit_history", [])
     return {
         "model": state["model"],
         "epochs": len(history),
-        "epoch_kept": state["epoch"],
         "parameters": parameter_count(make_model(state["model"], state["arguments"])),
-        "left_out": training.left_out,
-        "training_images": len(training),
+        "left_out": fitted.left_out,
+        "training_images": len(fitted),
         "validation_images": len(validation),
-        "validation_held_out": int(held_out(training, validation).sum()),
         "classes": len(state["classes"]),
         "largest_class": int(counts.max()),
         "smallest_class": int(counts.min()),
         "class_sizes": dict(zip(state["classes"], counts.tolist(), strict=True)),
-        "val_accuracy": best["val_accuracy"],
-        "val_balanced_accuracy": best["val_balanced_accuracy"],
+        "val_accuracy": history[-1]["val_accuracy"],
+        "val_balanced_accuracy": history[-1]["val_balanced_accuracy"],
         "temperature": state["temperature"],
         "unsure_below": state["unsure_below"],
-        "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
-        "minutes": sum(record["seconds"] for record in history) / 60,
-        **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
+        "cpu_minutes": sum(record["cpu_seconds"] for record in all_epochs) / 60,
+        "minutes": sum(record["seconds"] for record in all_epochs) / 60,
+        **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "refit", "seed")},
     }
 
 
