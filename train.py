@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import figures
 from common.config import Setting, configure
-from common.crops import predict_probabilities, random_crops
+from common.crops import colour_cast, predict_probabilities, random_crops
 from common.errors import UserError
 from common.layers import parameter_count
 from common.losses import class_log_prior
@@ -77,6 +77,11 @@ SETTINGS = {
     "crop": Setting(int, "[16, inf)", "side of the network's input, in pixels"),
     "width": Setting(int, "[1, inf)", "channels of the first layer (CNN), or hidden units (MLP)"),
     "depth": Setting(int, "[1, inf)", "residual blocks at each of the CNN's three scales"),
+    "stem": Setting(
+        str,
+        ("patch", "convolution"),
+        "how the CNN quarters the image's size: in patches, or by overlapping convolutions",
+    ),
     "pooling": Setting(
         str, ("mean", "mean_std", "covariance"), "statistics of the feature maps that the CNN's last layer sees"
     ),
@@ -84,9 +89,9 @@ SETTINGS = {
     "optimizer": Setting(str, ("muon", "adamw"), "Muon for convolutions and AdamW for the rest, or AdamW for all"),
     "weight_decay": Setting(float, "[0, inf)", "weight decay of both optimizers"),
     "label_smoothing": Setting(float, "[0, 1]", "fraction of the target spread over all classes"),
-    "artist_weight": Setting(float, "[0, inf)", "weight of the auxiliary loss for predicting the artist (CNN)"),
-    "genre_weight": Setting(float, "[0, inf)", "weight of the auxiliary loss for predicting the genre (CNN)"),
+    "aux_weight": Setting(float, "[0, inf)", "weight of the auxiliary losses, for predicting artist and genre (CNN)"),
     "min_crop_area": Setting(float, "(0, 1]", "area of the smallest training crop, as a fraction of the image"),
+    "colour_cast": Setting(float, "[0, 1]", "how much the contrast and exposure of each colour vary between crops"),
     "ema_decay": Setting(float, "[0, 1]", "decay of the exponential moving average of weights; 0: no averaging"),
     "balance": Setting(
         str,
@@ -221,7 +226,7 @@ def model_arguments(config, training: WikiArt, aux_classes: int) -> dict:
     mean, std = channel_statistics(training)
     arguments = {"classes": len(training.classes), "mean": mean, "std": std}
     if config.model == "CNN":
-        arguments |= {key: getattr(config, key) for key in ("width", "depth", "pooling", "dropout")}
+        arguments |= {key: getattr(config, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
         arguments["aux_classes"] = aux_classes
     elif config.model == "MLP":
         arguments |= {"width": config.width, "crop": config.crop}
@@ -271,8 +276,8 @@ class ClassifierLoss:
         self.auxiliary = []  # (first output, end, weight, label of each painting with -1 for unknown)
         self.aux_classes = 0
         if config.model == "CNN":
-            self.add_auxiliary(data.artists, config.artist_weight if config.target != "artist" else 0)
-            self.add_auxiliary(data.genres, config.genre_weight if config.target != "genre" else 0)
+            self.add_auxiliary(data.artists, config.aux_weight if config.target != "artist" else 0)
+            self.add_auxiliary(data.genres, config.aux_weight if config.target != "genre" else 0)
 
     def add_auxiliary(self, names, weight: float) -> None:
         """Add outputs for the known ones among the `names` (N,) of all training paintings; "" is unknown."""
@@ -319,10 +324,11 @@ def train_epoch(model, ema, data, sampler, criterion, optimizers, epoch, config,
     batches = [batch for batch in batches if len(batch) == config.batch_size]  # so that processes have equal shares
     sums = torch.zeros(4, len(data.classes), dtype=torch.float64)  # images, loss, cross-entropy, correct: by class
     for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
-        random = torch.rand(7, len(batch))[:, local_share()]
+        random = torch.rand(13, len(batch))[:, local_share()]
         items = batch[local_share()]
         pixels, labels = data.batch(items, device)
-        images = random_crops(pixels, config.crop, random, config.min_crop_area)
+        images = random_crops(pixels, config.crop, random[:7], config.min_crop_area)
+        images = colour_cast(images, random[7:], config.colour_cast)
         with autocast(device, cpu=True):
             outputs = model(images.contiguous(memory_format=torch.channels_last))
         loss = criterion(outputs, labels, items)

@@ -68,8 +68,8 @@ SETTINGS = {
     "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW; Muon's is ten times as high"),
     "min_crop_area": Setting(float, "(0, 1]", "area of the smallest training crop, as a fraction of the image"),
     "contrastive_weight": Setting(float, "[0, inf)", "weight of the contrastive loss; 0: off"),
-    "contrastive_min_area": Setting(float, "(0, 1]", "area of the smallest second crop of the contrastive loss"),
 }
+CONTRASTIVE_MIN_AREA = 0.1  # of the smallest second crop of the contrastive loss, as a fraction of the image
 PATIENCE = 20  # epochs without a lower validation error after which training ends
 PCA_IMAGES = 5000  # training paintings that PCA is fitted to, at most
 PROJECTION_DIM = 128  # of the contrastive loss
@@ -198,7 +198,7 @@ def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, device
         pixels, _ = data.batch(batch[local_share()], device)
         crops = [batch_crop(pixels, config.crop, random, config.min_crop_area)]
         if config.contrastive_weight:
-            crops.append(random_crops(pixels, config.crop, second_random, config.contrastive_min_area))
+            crops.append(random_crops(pixels, config.crop, second_random, CONTRASTIVE_MIN_AREA))
         with autocast(device, cpu=True):
             loss, mse = criterion(*(images.contiguous(memory_format=torch.channels_last) for images in crops))
         check_finite(loss, step, epoch)

@@ -318,11 +318,11 @@ class CNN(nn.Module):
 
     PROJECTED = 32
 
-    def __init__(self, classes, width, depth, pooling, dropout, aux_classes=0, **normalisation):
+    def __init__(self, classes, width, depth, pooling, dropout, aux_classes=0, stem="patch", **normalisation):
         super().__init__()
         self.classes, self.std, self.project = classes, pooling != "mean", None
         self.normalise = Normalise(**normalisation)
-        self.body = backbone(width, depth)
+        self.body = backbone(width, depth, stem)
         features = 8 * width if self.std else 4 * width
         if pooling == "covariance":
             self.project = nn.Conv2d(4 * width, self.PROJECTED, 1, bias=False)

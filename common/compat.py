@@ -8,7 +8,6 @@ SETTINGS = {  # (section, key): (section, key) today
     ("train", "min_images"): ("", "min_images"),
     ("train_autoencoder", "smallest"): ("train_autoencoder", "min_crop_area"),
     ("train_autoencoder", "manner_weight"): ("train_autoencoder", "contrastive_weight"),
-    ("train_autoencoder", "glimpse"): ("train_autoencoder", "contrastive_min_area"),
     ("train_autoencoder", "validation"): ("", "validation"),
     ("train_autoencoder", "guide"): ("train_style", "features"),
     ("train_autoencoder", "told"): ("train_style", "condition"),

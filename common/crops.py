@@ -19,8 +19,7 @@ def random_crops(images, crop: int, random: torch.Tensor, min_area: float = 0.2)
 
     images: uint8 (B, 3, S, S); random: uniform numbers in [0, 1), (7, B); returns float (B, 3, crop, crop) around
     [0, 1]. A crop covers between `min_area` and all of the area, at aspect ratios up to 4:3: small crops show the
-    brushwork, large ones the composition. Exposure and contrast vary a little; hues do not, because they are evidence
-    of style.
+    brushwork, large ones the composition. Exposure and contrast vary a little.
     """
     area, stretch = min_area + (1 - min_area) * random[0], torch.exp(0.3 * (random[1] - 0.5))
     side, flip = images.shape[-1], random[4] < 0.5
@@ -32,6 +31,15 @@ def random_crops(images, crop: int, random: torch.Tensor, min_area: float = 0.2)
         crops = grid_sample_crops(images, crop, left, top, torch.where(flip, -width, width), height)
     contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
     return crops.mul_(1 + contrast).add_(0.25 * exposure - 0.5 * contrast)
+
+
+def colour_cast(images, random: torch.Tensor, strength: float) -> torch.Tensor:
+    """Training: contrast and exposure of each colour vary, in place, as between photographs of the same painting.
+
+    images: float (B, 3, H, W); random: uniform numbers in [0, 1), (6, B); strength 0.3 changes contrast by up to 15 %.
+    """
+    contrast, exposure = (strength * (random - 0.5)).view(2, 3, -1).mT[..., None, None].to(images.device)
+    return images.mul_(1 + contrast).add_(0.5 * exposure)
 
 
 def crop_each(images, crop: int, boxes, flip) -> torch.Tensor:
@@ -106,20 +114,18 @@ def resize(images, side: int) -> torch.Tensor:
 
 
 def views(images, crop: int, scale: float = 1.0) -> list[torch.Tensor]:
-    """Evaluation: the four corner crops of `scale` times the image's side, and their mirror images.
+    """Evaluation: the whole image and its mirror image; or crops of `scale` times its side, evenly spaced.
 
-    images: uint8 (B, 3, S, S); returns a list of float (B, 3, crop, crop) in [0, 1]. Scale 1 is the whole image, 1.5
-    the whole image at 1.5 times the size.
+    images: uint8 (B, 3, S, S); returns a list of float (B, 3, crop, crop) in [0, 1]. Scale 1.5 is the whole image at
+    1.5 times the size, 0.7 a grid of 3 x 3 crops, and 0.5 of 4 x 4.
     """
-    if scale > 1:
-        return views(images, round(crop * scale))
-    side = round(images.shape[-1] * scale)
-    starts = (0,) if scale == 1 else (0, images.shape[-1] - side)
-    crops = []
-    for top, left in itertools.product(starts, starts):
-        box = resize(images[:, :, top : top + side, left : left + side].float() / 255, crop)
-        crops += [box, box.flip(3)]
-    return crops
+    if scale >= 1:
+        whole = resize(images.float() / 255, round(crop * scale))
+        return [whole, whole.flip(3)]
+    side, steps = round(images.shape[-1] * scale), round(2 / scale)  # neighbours share half or more of their side
+    starts = torch.linspace(0, images.shape[-1] - side, steps).round().int().tolist()
+    places = itertools.product(starts, starts)
+    return [resize(images[:, :, top : top + side, left : left + side].float() / 255, crop) for top, left in places]
 
 
 @torch.no_grad()

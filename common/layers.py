@@ -83,12 +83,22 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-def backbone(width: int, depth: int = 1) -> nn.Sequential:
+def backbone(width: int, depth: int = 1, stem: str = "patch") -> nn.Sequential:
     """Residual blocks at three scales: images (B, 3, S, S) to maps (B, 4 * width, S / 16, S / 16).
 
-    The stem has patches of 4 x 4 pixels: brushwork is local, and the stride pays for larger crops.
+    Brushwork is local, so the stem quarters the size at once: in patches of 4 x 4 pixels or, with stem="convolution",
+    by overlapping convolutions (Xiao et al. 2021, "Early convolutions help transformers see better").
     """
-    layers = [nn.Conv2d(3, width, 4, stride=4, bias=False), BatchNorm(width), nn.ReLU()]
+    half = width // 2
+    layers = {
+        "patch": [nn.Conv2d(3, width, 4, stride=4, bias=False)],
+        "convolution": [
+            *(nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), BatchNorm(half), nn.ReLU()),
+            *(nn.Conv2d(half, half, 3, padding=1, bias=False), BatchNorm(half), nn.ReLU()),
+            nn.Conv2d(half, width, 4, stride=2, padding=1, bias=False),
+        ],
+    }[stem]
+    layers += [BatchNorm(width), nn.ReLU()]
     channels = width
     for channels_out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
         layers.append(Block(channels, channels_out, stride))

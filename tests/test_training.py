@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.run import load_checkpoint
 
 SETTINGS = {"model": "CNN", "target": "style", "balance": "none"}
-SETTINGS |= {"label_smoothing": 0.0, "artist_weight": 0.0, "genre_weight": 0.0}
+SETTINGS |= {"label_smoothing": 0.0, "aux_weight": 0.0}
 IN_FLOAT32 = "import contextlib, train; train.autocast = lambda *_, **__: contextlib.nullcontext()"
 CNN = {"width": 8, "depth": 1, "pooling": "mean_std", "dropout": 0.5}
 
@@ -71,14 +71,14 @@ def test_smoothing_spreads_alike_whatever_the_weights():
 
 
 def test_artists_and_genres_are_auxiliary_outputs():
-    both = criterion(artist_weight=0.5, genre_weight=0.25)
+    both = criterion(aux_weight=0.5)
     assert both.aux_classes == 4
     outputs = torch.cat([LOGITS, torch.tensor([[1.0, 0, 0, 0], [0, 0, 3.0, 1.0]])], 1)
     loss = both(outputs, LABELS, torch.tensor([2, 7]))  # painting 2 has no genre
     artist = F.cross_entropy(outputs[:, 2:4], torch.tensor([0, 1]))
     genre = F.cross_entropy(outputs[1:, 4:6], torch.tensor([1]), reduction="sum") / 2
     style = F.cross_entropy(LOGITS, LABELS)
-    assert loss.item() == pytest.approx((style + 0.5 * artist + 0.25 * genre).item(), abs=1e-6)
+    assert loss.item() == pytest.approx((style + 0.5 * artist + 0.5 * genre).item(), abs=1e-6)
 
 
 def test_auxiliary_outputs_are_for_training_only():
@@ -119,6 +119,18 @@ def test_a_crop_of_everything_is_the_picture():
     assert torch.allclose(crops.random_crops(images, 32, still), images / 255, atol=1e-3)
     still[4] = 0.1
     assert torch.allclose(crops.random_crops(images, 32, still), images.flip(3) / 255, atol=1e-3)
+
+
+def test_a_colour_cast_differs_between_pictures_and_colours():
+    images = torch.full((3, 3, 8, 8), 0.5)
+    assert torch.equal(crops.colour_cast(images.clone(), torch.full((6, 3), 0.5), 0.3), images)
+    assert torch.equal(crops.colour_cast(images.clone(), torch.rand(6, 3), 0.0), images)
+    random = torch.full((6, 3), 0.5)
+    random[1, 0], random[5, 2] = 1.0, 0.0  # contrast of green in the first picture, exposure of blue in the third
+    cast = crops.colour_cast(images.clone(), random, 0.3)
+    assert cast[:, :, 0, 0].tolist() == [
+        pytest.approx(row) for row in ([0.5, 0.575, 0.5], [0.5] * 3, [0.5, 0.5, 0.425])
+    ]
 
 
 def test_crops_stay_inside_and_differ_between_pictures():
@@ -166,15 +178,18 @@ def test_batch_crop_is_scaled_as_views_are():
         assert crops.batch_crop(images, 16, numbers, min_area=0.1).shape == (3, 3, 16, 16)
 
 
-def test_views_show_the_whole_and_the_corners():
+def test_views_show_the_whole_or_a_grid_of_crops():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     whole = crops.views(images, 32)
     assert len(whole) == 2
     assert torch.allclose(whole[0], images / 255, atol=1e-3)
     assert torch.equal(whole[1], whole[0].flip(3))
-    quarters = crops.views(images, 16, 0.5)
-    assert len(quarters) == 8
-    assert torch.allclose(quarters[6], images[:, :, 16:, 16:] / 255, atol=1e-3)
+    assert crops.views(images, 16, 1.5)[1].shape == (2, 3, 24, 24)
+    grid = crops.views(images, 16, 0.5)
+    assert len(grid) == 16 and len(crops.views(images, 16, 0.7)) == 9
+    assert torch.allclose(grid[0], images[:, :, :16, :16] / 255, atol=1e-3)
+    assert torch.allclose(grid[6], images[:, :, 5:21, 11:27] / 255, atol=1e-3)
+    assert torch.allclose(grid[15], images[:, :, 16:, 16:] / 255, atol=1e-3)
 
 
 # What is published, and what is plotted
@@ -190,7 +205,19 @@ def test_the_published_classifier_has_outputs_for_its_classes_alone(trained):
 
 def test_training_and_validation_loss_are_the_same_quantity(demo):
     """A network that does not change has the same loss in both curves, whatever the objective adds."""
-    flags = [*TINY_TRAIN, "--data", str(demo), "--model", "MLP", "--lr", "1e-12", "--min-crop-area", "1"]
+    flags = [
+        *TINY_TRAIN,
+        "--data",
+        str(demo),
+        "--model",
+        "MLP",
+        "--lr",
+        "1e-12",
+        "--min-crop-area",
+        "1",
+        "--colour-cast",
+        "0",
+    ]
     config = train.configure("train", "", train.SETTINGS, train.SHARED, [*flags, "--balance", "logit"])
     data = wikiart.WikiArt(demo, "train", size=32, processes=1)
     sampler = wikiart.BalancedSampler(data.labels, "none", 0)

@@ -17,8 +17,8 @@ def test_settings_are_combined_and_named():
     grid = tune.read_grid('{"seed": [0, 1], "lr": [0.1]}')
     assert list(grid) == ["seed-0_lr-0.1", "seed-1_lr-0.1"]
     assert tune.read_grid('{"base": {}, "no_mirror": {"flip": 0}}') == {"base": {}, "no_mirror": {"flip": 0}}
-    listed = tune.read_grid('[{}, {"tta_scales": [1.0, 0.5]}, {"artist_weight": 0}]')
-    assert list(listed) == ["as-is", "tta_scales-1.0-0.5", "artist_weight-0"]
+    listed = tune.read_grid('[{}, {"tta_scales": [1.0, 0.5]}, {"aux_weight": 0}]')
+    assert list(listed) == ["as-is", "tta_scales-1.0-0.5", "aux_weight-0"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": 1}', "missing.json"])
