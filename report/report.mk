@@ -17,12 +17,12 @@ lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 # Trainings of the classifier that are compared. A finished one is kept, unless something that it depends on is newer.
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
-balance_flags := --epochs 8 --per-class 0
+balance_flags := --epochs 8 --per-class 0 --no-refit
 styles := $(notdir $(or $(wildcard $(DATA)/train/*),$(wildcard $(DATA)/*)))
 unknown := {"holdout": [$(shell printf '"%s", ' $(styles) | sed 's/, $$//')]}
-unknown_flags := --epochs 12
+unknown_flags := --epochs 12 --crop 96 --no-refit
 ablation := report/ablation.json
-ablation_flags := --epochs 8
+ablation_flags := --epochs 8 --no-refit
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md unknown.md)
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt report/ablation.json | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
