@@ -59,7 +59,7 @@ from wikiart import WikiArt
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
 SETTINGS = {
     "backbone": Setting(list[str], None, "models of timm, by name"),
-    "weights": Setting(list[str], None, "a weights file for each, safetensors or .pt; none: timm fetches them"),
+    "weights": Setting(list[str], None, "a weights file for each; none: those of a package, or timm fetches them"),
     "target": Setting(list[str], None, "what to predict: style, genre, artist; unknown and rare ones are left out"),
     "shrink": Setting(int, "[0, inf)", "resize images to this side before extracting features; 0: off"),
     "stages": Setting(int, "[0, inf)", "last stages whose maps' means and deviations are features as well"),

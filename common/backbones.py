@@ -1,6 +1,6 @@
 """Pre-trained backbones of timm: their weights, and the features that they extract from paintings.
 
-model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", 0)    # "" for weights: from the hub
+model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", 0)    # "" for weights: see load
 features, speed = extract(model, path, weights_id, {"train": ..., "test": ...}, config, device)
 """
 
@@ -131,9 +131,10 @@ def replace_modules(model: nn.Module, **modules) -> nn.Module:
 def load(name: str, weights: str, stages: int) -> tuple[Pretrained, str, dict]:
     """A network with a pre-trained backbone, an identifier of its weights, and its constructor arguments.
 
-    The weights of a file must fit; names may differ if they come in the same order. Raises UserError.
+    weights: a file, which must fit; names may differ if they come in the same order. "": those of an installed package,
+    else from the hub. Raises UserError.
     """
-    timm = import_timm()
+    timm, weights = import_timm(), weights or str(installed_weights(name) or "")
     try:
         backbone = timm.create_model(name, pretrained=not weights)
         if weights:
@@ -173,7 +174,7 @@ def backbone_weights(checkpoint: dict) -> dict:
     Raises UserError where they cannot be had, or are not those that the head was trained on.
     """
     name, expected = checkpoint["backbone"], checkpoint["backbone_weights"].split()[-1]
-    model, weights_id, _ = load(name, str(installed_weights(name) or ""), checkpoint["arguments"]["stages"])
+    model, weights_id, _ = load(name, "", checkpoint["arguments"]["stages"])
     if weights_id.split()[-1] != expected:
         raise UserError(f"the head was trained on other weights of {name} ({expected}) than {weights_id}")
     return {f"backbone.{key}": value for key, value in model.backbone.state_dict().items()}
