@@ -232,7 +232,8 @@ def open_table(out: Path, header: list[str], model: str):
         if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
-            raise UserError(f"{out} was made with another checkpoint or from another folder: give another --out")
+            advice = "give another --out, or delete it"
+            raise UserError(f"{out} was made with another checkpoint or from another folder: {advice}")
         file.truncate(len(complete.encode("utf-8", "surrogateescape")))
         if not rows:
             csv.writer(file).writerow(header)
