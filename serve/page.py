@@ -60,9 +60,8 @@ class Page:
             lines.append(f"no regions: {self.classifier.model_name} has no maps of them")
         if not self.nearest:
             why = f"{self.classifier.model_name} has no features"
-            if self.classifier.model_name in panels.COMMANDS:
-                command = panels.COMMANDS[self.classifier.model_name].format(**self.classifier.checkpoint["arguments"])
-                why = f"python {command} --data {config.data} --run {config.run}"
+            if panels.code_origin(self.classifier):
+                why = f"python {panels.code_command(self.classifier)} --data {config.data} --run {config.run}"
             lines.append(f"no nearest paintings: {why}")
         if not self.repainter:
             lines.append(f"no repainting: {config.run} has no style.pt of these styles, nor has report/")

@@ -22,10 +22,6 @@ from wikiart import build_model
 NEIGHBOURS = 6
 SIDE = 720  # pixels of the longer side of an upload on the page
 REPAINTED = 1024  # and of a repainting
-COMMANDS = {  # that write a classifier's own features of the paintings
-    "CNN": "cluster.py --codes classifier",
-    "Pretrained": "embed.py --backbone {backbone} --stages {stages}",
-}
 EXAMPLES = (  # (style, artist, scene) of common/painter.py, none of them in the demo data set
     ("Strokes", "vera-dumont", 4, "A landscape in brush strokes"),
     ("Flat_outlines", "kei-amano", 5, "A portrait in flat areas"),
@@ -157,6 +153,14 @@ def code_origin(classifier) -> str:
     origin = {"weights": classifier.checkpoint["backbone_weights"].split()[-1], "size": classifier.model.size}
     origin |= {"stages": classifier.model.stages, "resize": classifier.resize, "shrink": settings["shrink"]}
     return json.dumps(origin)[:-1]
+
+
+def code_command(classifier) -> str:
+    """The script and flags that write the codes of code_origin()."""
+    if classifier.model_name == "CNN":
+        return "cluster.py --codes classifier"
+    model, shrink = classifier.checkpoint["arguments"], classifier.checkpoint["config"]["shrink"]
+    return f"embed.py --backbone {model['backbone']} --stages {model['stages']}" + f" --shrink {shrink}" * bool(shrink)
 
 
 def own_codes(classifier, run) -> Path | None:

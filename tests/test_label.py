@@ -515,6 +515,7 @@ def test_the_nearest_paintings_of_a_frozen_backbone(frozen, demo):
     config = SimpleNamespace(run=str(run), data=str(demo), hide=[])
     path = panels.own_codes(classifier, run)
     assert path == run / "codes/test_efficientnet.npz"
+    assert panels.code_command(classifier) == "embed.py --backbone test_efficientnet --stages 4"
     nearest = panels.NearestPaintings(classifier, path, config)
     for file in sorted((demo / "train").rglob("*.jpg"))[::20]:
         image = torch.from_numpy(uploads.read_upload(file.read_bytes(), classifier.size, classifier.resize))[None]
