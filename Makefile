@@ -3,7 +3,7 @@
 #   make                              demo: draws its own data set first
 #   make WIKIART=/scratch/wikiart     the same on real paintings: <root>/train/<Style>/*, <root>/test/<Style>/*
 #   make report WIKIART=...           ... and renew report/ and the README's results from that run (report/report.mk)
-#   make label FOLDER=my_folder       labels.csv and labels.png: the styles of the pictures below a folder
+#   make label FOLDER=my_folder       labels.csv and labels.png: the styles of the pictures below a folder (OUT=)
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make lora                         optional: LoRA on a small text-to-image model that is trained first (minutes)
@@ -112,7 +112,7 @@ embed: $(VENV)/ready-embed
 features: $(RUN)/paintings.txt
 	$(PY) embed.py $(FLAGS)
 label: $(VENV)/ready
-	$(PY) label.py '$(or $(FOLDER),$(error give a folder of pictures: make label FOLDER=my_folder))' --run $(RUN)
+	$(PY) label.py '$(or $(FOLDER),$(error give FOLDER=my_folder, of pictures))' --run $(RUN) $(if $(OUT),--out '$(OUT)')
 serve: $(VENV)/ready-label
 	$(PY) label.py serve $(FLAGS) --host $(HOST) --port $(PORT)
 

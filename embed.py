@@ -10,7 +10,8 @@ Needs timm: pip install -r requirements/embed.txt. Features are extracted once; 
 continues when the same command is run again. Validation paintings choose the weight decay of the linear classifier, the
 epoch of the MLP and the classifier that is kept; test paintings are never used for that. Writes into the run folder:
 codes/<backbone>.npz (and .float32, .json, see common/backbones.py), embed_<backbone>.pt (the style classifier, a
-checkpoint like classifier.pt), embed.md (the table), embed/ (scores of each classifier by class) and facts.json.
+checkpoint like classifier.pt), head_<backbone>.pt (the linear one without its backbone: some ten kilobytes), embed.md
+(the table), embed/ (scores of each classifier by class) and facts.json.
 """
 
 import copy
@@ -31,7 +32,15 @@ from common.config import Setting, configure
 from common.crops import predict_probabilities, random_crops
 from common.errors import DataError, UserError
 from common.losses import class_log_prior
-from common.metrics import METRICS, balanced_accuracy, bootstrap_scores, fit_temperature, seen_unseen_accuracy
+from common.metrics import (
+    METRICS,
+    balanced_accuracy,
+    bootstrap_scores,
+    calibrate,
+    confidence_threshold,
+    fit_temperature,
+    seen_unseen_accuracy,
+)
 from common.optim import Optimizers
 from common.run import (
     add_facts,
@@ -50,7 +59,7 @@ from wikiart import WikiArt
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
 SETTINGS = {
     "backbone": Setting(list[str], None, "models of timm, by name"),
-    "weights": Setting(list[str], None, "a weights file for each, safetensors or .pt; none: timm fetches them"),
+    "weights": Setting(list[str], None, "a weights file for each; none: those of a package, or timm fetches them"),
     "target": Setting(list[str], None, "what to predict: style, genre, artist; unknown and rare ones are left out"),
     "shrink": Setting(int, "[0, inf)", "resize images to this side before extracting features; 0: off"),
     "stages": Setting(int, "[0, inf)", "last stages whose maps' means and deviations are features as well"),
@@ -61,6 +70,7 @@ SETTINGS = {
 }
 DATA_SETTINGS = ("size", "resize", "split_seed")  # of WikiArt
 TARGETS = ("style", "genre", "artist")
+SCORES = ("temperature", "unsure_below", "unseen_artists_accuracy")  # that a checkpoint holds
 WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the linear classifier
 HIDDEN, MLP_LR = 512, 1e-3
 DROPOUT = 0.5  # of features too: without, the MLP was behind the linear classifier in cross-validation
@@ -88,10 +98,13 @@ def main(argv=None):
         facts = {}
         for target, (train, test) in targets.items():
             task = Task(target, train, test, model, features, rows, config, device)
-            best, scores = fit_classifiers(task, run / "embed" / stem, config)
+            models, scores = fit_classifiers(task, run / "embed" / stem, config)
             facts[target] = scores | speed
             if target == "style":
-                save(run / f"embed_{stem}.pt", best, task, scores["temperature"], arguments, weights_id, config)
+                described = arguments, weights_id, config
+                save_checkpoint(run / f"embed_{stem}.pt", checkpoint(models[scores["kept"]], task, scores, *described))
+                linear = checkpoint(models["linear"], task, scores["linear"], *described)
+                save_checkpoint(run / f"head_{stem}.pt", without_backbone(linear))
         add_facts(run, "embed", {re.sub(r"\W", "_", stem): facts}, merge=True)
         lock.close()
     write_table(run / "embed.md", read_facts(run))
@@ -172,14 +185,16 @@ class Task:
         """Balanced accuracy of probabilities (N, classes) of the validation paintings."""
         return balanced_accuracy(self.splits["validation"].labels, probabilities.argmax(1))
 
-    def temperature(self, probabilities) -> float:
-        return fit_temperature(probabilities, self.splits["validation"].labels)
+    def calibration(self, probabilities) -> dict:
+        """The temperature of probabilities of the validation paintings, and the confidence that is an unsure one."""
+        temperature = fit_temperature(probabilities, self.splits["validation"].labels)
+        return {"temperature": temperature, "unsure_below": confidence_threshold(calibrate(probabilities, temperature))}
 
 
-def fit_classifiers(task: Task, path: Path, config) -> tuple[Pretrained, dict]:
+def fit_classifiers(task: Task, path: Path, config) -> tuple[dict, dict]:
     """Fit the classifiers of one target and evaluate them on the test paintings.
 
-    Returns the network of the best one on validation paintings; and its scores, followed by those of each.
+    Returns their networks by name; and the scores of the best one on validation paintings, followed by those of each.
     """
     training, test = task.splits["all"], task.splits["test"]
     truth, classes = test.labels.numpy(), training.classes
@@ -200,7 +215,7 @@ def fit_classifiers(task: Task, path: Path, config) -> tuple[Pretrained, dict]:
     kept = max(facts, key=lambda name: facts[name].get("val_balanced_accuracy", -1.0))
     counts = {"images": len(test), "left_out": test.left_out, "training_images": len(training)}
     counts |= {"training_left_out": training.left_out, "classes": len(classes)}
-    return models[kept], counts | {"kept": kept} | facts[kept] | facts
+    return models, counts | {"kept": kept} | facts[kept] | facts
 
 
 def fit_linear(task: Task, config):
@@ -211,8 +226,7 @@ def fit_linear(task: Task, config):
         probabilities = task.predict(layer, "validation")
         score = task.score(probabilities)
         if score > best["val_balanced_accuracy"]:
-            best = {"strength": weight_decay, "val_balanced_accuracy": score}
-            best["temperature"] = task.temperature(probabilities)
+            best = {"strength": weight_decay, "val_balanced_accuracy": score} | task.calibration(probabilities)
             task.model = replace_modules(task.model, head=copy.deepcopy(layer))
     fit_logistic_regression(task, layer, "all", best["strength"])
     return replace_modules(task.model, head=layer), task.predict_test(layer), best
@@ -294,7 +308,7 @@ def train_network(task: Task, model, inputs, predict, epochs: int, batch_size: i
         elif epoch - best["epoch"] >= PATIENCE:
             break
     model.load_state_dict(weights)
-    return best | {"temperature": task.temperature(best_probabilities)}
+    return best | task.calibration(best_probabilities)
 
 
 @torch.no_grad()
@@ -315,12 +329,12 @@ def predict_neighbours(task: Task, config):
 # The checkpoint and the table -----------------------------------------------------------------------------------------
 
 
-def save(path: Path, model: Pretrained, task: Task, temperature, arguments: dict, weights_id: str, config) -> None:
-    """Write the classifier as a checkpoint for Classifier.load, with the backbone's weights in half precision."""
+def checkpoint(model: Pretrained, task: Task, scores: dict, arguments: dict, weights_id: str, config) -> dict:
+    """The classifier as a checkpoint for Classifier.load, with weights in half precision."""
     data = task.splits["all"]
     hidden = 0 if isinstance(model.head, torch.nn.Linear) else HIDDEN
     settings = {key: getattr(config, key) for key in (*DATA_SETTINGS, "min_images")}
-    state = {
+    return {
         "model": "Pretrained",
         "arguments": arguments | {"classes": len(data.classes), "hidden": hidden, "dropout": DROPOUT},
         "weights": half_precision({name: value.cpu() for name, value in model.state_dict().items()}),
@@ -330,13 +344,18 @@ def save(path: Path, model: Pretrained, task: Task, temperature, arguments: dict
         "data": settings | {"size": config.shrink or config.size, "target": task.target, "holdout": "none"},
         "crop": config.shrink or model.size,
         "tta_scales": [1.0],
-        "temperature": temperature,
-        "config": fixed_settings(config),
+        **{key: float(scores[key]) for key in SCORES if key in scores},
+        "config": fixed_settings(config) | {"weights": [Path(path).name for path in config.weights]},
         "fingerprint": data.fingerprint,
         "largest_class": int(data.counts().argmax()),
         "artists": sorted({str(artist) for artist in data.artists} - {""}),
     }
-    save_checkpoint(path, state)
+
+
+def without_backbone(state: dict) -> dict:
+    """A checkpoint whose backbone build_model() takes from elsewhere, see backbone_weights()."""
+    weights = {name: value for name, value in state["weights"].items() if not name.startswith("backbone.")}
+    return state | {"weights": weights}
 
 
 def write_table(path: Path, facts: dict) -> None:

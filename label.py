@@ -6,9 +6,10 @@
     python label.py export /scratch/wikiart/train       # labels confirmed on the page, as <Style>/<name>, to train with
     python label.py measure paintings/                  # throughput, compared with the network alone; into facts.json
 
-Uses classifier.pt of the run folder; where there is none, report/classifier.pt, which comes with the project. The table
-has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file could
-not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run again.
+Uses classifier.pt of the run folder; where there is none, a network that comes with the project: on EfficientNet-Lite0
+where requirements/embed.txt is installed, otherwise report/classifier.pt. The table has a row for each file; `unsure`
+marks paintings that may be of none of the styles, and `problem` says why a file could not be read. labels.png beside it
+is a contact sheet. An interrupted run continues when the same command is run again.
 `serve` needs Gradio: pip install -r requirements/label.txt. Labels confirmed on the page are kept, with their images,
 in corrections.sqlite in the run folder.
 """
@@ -32,18 +33,29 @@ import torch
 from tqdm import tqdm
 
 from common import figures
+from common.backbones import installed_weights
 from common.config import ROOT, Setting, configure
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
 from common.names import cell_text, count, display_name, printable, safe_cell
-from common.run import add_facts, checkpoint_path, pick_device, read_facts, reuse_freed_memory, run_script
+from common.run import (
+    add_facts,
+    checkpoint_path,
+    load_checkpoint,
+    pick_device,
+    read_facts,
+    reuse_freed_memory,
+    run_script,
+)
 from serve.corrections import Corrections, export
 from wikiart import Classifier
 
 SHARED = ("data", "run", "device", "processes", "hide")
 SETTINGS = {
     "checkpoint": Setting(
-        str, None, "classifier: a path, or a file of the run folder; where that has none, report/classifier.pt"
+        str,
+        None,
+        "classifier: a path, or a file of the run folder; where that has none, one that comes with the project",
     ),
     "artist_checkpoint": Setting(str, None, "classifier of train.py --target artist, whose likeliest artist is added"),
     "out": Setting(str, None, "table to write or to continue"),
@@ -55,7 +67,9 @@ SETTINGS = {
 COMMANDS = ("serve", "export", "measure")  # a folder of this name is ./serve
 BATCH_SIZE = 64  # images per forward pass
 TOP = 3  # likeliest classes in a row of the table
+BACKBONE = "tf_efficientnet_lite0"
 COMMITTED = ROOT / "report" / "classifier.pt"
+HEAD = ROOT / "report" / f"head_{BACKBONE}.pt"  # of embed.py: more often right, and in need of the backbone
 SHEET, COLUMNS, SIDE = 48, 6, 256  # pictures on the contact sheet, at most; in a row; pixels of their longer sides
 
 
@@ -95,9 +109,13 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     """The classifiers of --checkpoint and of --artist-checkpoint. Raises UserError where they do not fit together."""
     device, path = pick_device(config.device), checkpoint_path(config.run, config.checkpoint)
     if config.checkpoint == COMMITTED.name and not path.exists():
-        path = COMMITTED
+        path = HEAD if installed_weights(BACKBONE) else COMMITTED
     classifier = Classifier.load(path, device)
     print(describe(classifier, path), flush=True)
+    if path == COMMITTED:
+        accuracy = load_checkpoint(HEAD)["unseen_artists_accuracy"]
+        better = f"a network on a pre-trained backbone is right for {accuracy:.0%} of them"
+        print(f"{better}: .venv/bin/pip install -r requirements/embed.txt", flush=True)
     if not config.artist_checkpoint:
         return classifier, None
     artist_classifier = Classifier.load(checkpoint_path(config.run, config.artist_checkpoint), device)
@@ -109,16 +127,20 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
 
 
 def describe(classifier: Classifier, path: Path) -> str:
-    """One line: which checkpoint it is, its classes, and its accuracy on artists that it never saw, from facts.json."""
+    """One line: which checkpoint it is, its classes, and its accuracy on artists that it never saw.
+
+    It was measured by embed.py, which keeps it in the checkpoint, or by test.py, which adds it to facts.json.
+    """
     names, more = ", ".join(map(display_name, classifier.classes[:40])), len(classifier.classes) - 40
     names += f" and {more} more" if more > 0 else ""
-    facts, own = read_facts(path.parent).get("test", {}), classifier.hash[:12]
-    accuracy = facts.get("unseen_artists_accuracy")
-    if accuracy is None or path.name != "classifier.pt" or facts.get("checkpoint", own) != own:
-        tested = "not yet tested on artists that it never saw (python test.py)"
-    else:
+    accuracy, facts = classifier.checkpoint.get("unseen_artists_accuracy"), read_facts(path.parent).get("test", {})
+    if path.name == "classifier.pt" and facts.get("checkpoint", classifier.hash[:12]) == classifier.hash[:12]:
+        accuracy = facts.get("unseen_artists_accuracy")
+    tested = "not yet tested on artists that it never saw (python test.py)"
+    if accuracy is not None:
         tested = f"right for {accuracy:.0%} of test paintings by artists that it never saw"
-    return f"{os.path.relpath(path)}: {len(classifier.classes)} {classifier.target}s ({names}), {tested}"
+    shown = os.path.relpath(path) if path.is_relative_to(ROOT) else path
+    return f"{shown}: {len(classifier.classes)} {classifier.target}s ({names}), {tested}"
 
 
 def import_page():
@@ -210,7 +232,8 @@ def open_table(out: Path, header: list[str], model: str):
         if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
-            raise UserError(f"{out} was made with another checkpoint or from another folder: give another --out")
+            advice = "give another --out, or delete it"
+            raise UserError(f"{out} was made with another checkpoint or from another folder: {advice}")
         file.truncate(len(complete.encode("utf-8", "surrogateescape")))
         if not rows:
             csv.writer(file).writerow(header)

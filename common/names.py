@@ -37,6 +37,14 @@ def artist_and_title(artist: str, path: str) -> tuple[str, str]:
     return printable(artist).replace("-", " ").title(), printable(title_of(path)).capitalize()
 
 
+def caption_of(artist: str, path: str, style: str, year: str = "") -> str:
+    """ "Water lilies by Claude Monet, Impressionism, 1906"; a year that the title ends with is written once."""
+    artist, title = artist_and_title(artist, path)
+    title = title.removesuffix(f" {year}") if year else title
+    words = f"{title or 'Painting'} by {artist or 'unknown'}", display_name(style), printable(year)
+    return ", ".join(filter(None, words))
+
+
 def safe_cell(text: str) -> str:
     """A cell of a CSV file that a spreadsheet takes for text, and not for a formula: with an apostrophe before it."""
     return "'" + text if re.match("'*[=+@-]", text) else text

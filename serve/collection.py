@@ -18,7 +18,7 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
 from common.codes import SPLITS, codes_path, read_codes
-from common.names import artist_and_title, display_name, printable, read_metadata, showable
+from common.names import artist_and_title, caption_of, display_name, read_metadata, showable
 from common.run import read_facts
 from serve.panels import bars_html, inlined, jpeg, thumbnail
 
@@ -96,18 +96,16 @@ def map_html(codes: Path | None, root: Path, metadata: dict, hide: list[str]) ->
     paintings = []
     for row, place in zip(rows, places.tolist(), strict=True):
         years = metadata.get(paths[row], {}).get("year") or ""
-        artist, title = artist_and_title(artists[row], paths[row])
-        words = [f"{title or 'Painting'} by {artist or 'unknown'}", display_name(styles[row]), printable(years)]
+        words = caption_of(artists[row], paths[row], styles[row], years)
         artist = names["artist"].index(artists[row]) if artists[row] else -1
         point = {"place": [round(value, 4) for value in place], "style": names["style"].index(styles[row])}
-        point |= {"artist": artist, "words": ", ".join(filter(None, words)), "size": pictures[row].size}
+        point |= {"artist": artist, "words": words, "size": pictures[row].size}
         paintings.append(point)
     shown = {"style": [display_name(name) for name in names["style"]]}
     shown |= {"artist": [artist_and_title(name, "")[0] for name in names["artist"]]}
     content = {"side": SIDE, "paintings": paintings, "styles": shown["style"]}
-    words = (
-        f"{len(rows)} of {len(paths)} paintings: those with similar features (codes/{codes.name}) are near each other."
-    )
+    some = f"{len(rows)} of {len(paths)} paintings" if len(rows) < len(paths) else f"{len(paths)} paintings"
+    words = f"{some}. Those that look similar to the network are near each other."
     return map_markup(content, atlas(list(pictures.values())), shown, words)
 
 
@@ -125,8 +123,8 @@ def map_markup(content: dict, picture: Image.Image, names: dict[str, list[str]],
     label = "Map of paintings by likeness: arrow keys go from painting to painting, plus and minus zoom, 0 shows all."
     return (
         f'<div class="map" data-content="{html.escape(json.dumps(content))}"><p>{html.escape(words)} Point at one '
-        "to see it. The wheel, two fingers, or + and − zoom; drag to move. With the keyboard, arrow keys go from one "
-        f'to the next.</p><div class="filters">{filters}<span class="zoom">{buttons}</span><output></output></div>'
+        "or tap it to see it larger. Zoom with the wheel, two fingers or + and −, and drag to move; arrow keys go from "
+        f'one to the next.</p><div class="filters">{filters}<span class="zoom">{buttons}</span><output></output></div>'
         f'<div class="sheet"><canvas tabindex="0" role="img" aria-label="{label}"></canvas>'
         '<div class="card" aria-live="polite" hidden><canvas aria-hidden="true"></canvas><p></p></div></div>'
         f'<ul class="names legend"></ul><img class="atlas" alt="" hidden src="{inlined(jpeg(picture, 80))}"></div>'

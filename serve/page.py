@@ -50,7 +50,7 @@ class Page:
         self.nearest = panels.NearestPaintings(classifier, codes, config) if codes else None
         self.repainter = panels.load_repainter(config.run, classifier)
         self.collection = collection.Collection(config, codes)
-        self.has_regions = panels.can_show_regions(classifier)
+        self.has_regions = classifier.has_evidence
         self.notes = self.missing(config)
 
     def missing(self, config) -> list[str]:
@@ -59,12 +59,12 @@ class Page:
         if not self.has_regions:
             lines.append(f"no regions: {self.classifier.model_name} has no maps of them")
         if not self.nearest:
-            command = "embed.py" if self.classifier.model_name == "Pretrained" else "cluster.py --codes classifier"
-            flags = f"--data {config.data} --run {config.run}"
-            why = f"python {command} {flags}" if self.has_regions else f"{self.classifier.model_name} has no features"
+            why = f"{self.classifier.model_name} has no features"
+            if panels.code_origin(self.classifier):
+                why = f"python {panels.code_command(self.classifier)} --data {config.data} --run {config.run}"
             lines.append(f"no nearest paintings: {why}")
         if not self.repainter:
-            lines.append(f"no repainting: {config.run} has no style.pt of the same styles")
+            lines.append(f"no repainting: {config.run} has no style.pt of these styles, nor has report/")
         return lines
 
     def decode(self, data: bytes) -> torch.Tensor:
@@ -261,7 +261,8 @@ class Page:
                     button = gr.Button("Repaint")
                 with gr.Column(scale=3, min_width=300):
                     painted = gr.HTML(elem_id="painted")
-            button.click(self.repaint, [state, style, strength], painted, **private)
+            events, inputs = [button.click, style.input, strength.release], [state, style, strength]
+            gr.on(events, self.repaint, inputs, painted, trigger_mode="always_last", **private)
         return painted
 
 
@@ -282,7 +283,7 @@ def request_errors():
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False, duration=None) from None
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def token_of(file) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common.codes import codes_path, made_from, read_codes
+from common.config import ROOT
 from common.crops import mean_over_views
 from common.images import FORMATS, highlight, open_rgb
-from common.names import artist_and_title, display_name, read_metadata, showable, stem_of
+from common.names import caption_of, display_name, read_metadata, showable, stem_of
 from common.painter import Artist, Scene
 from common.repaint import Repainter, check_model, open_picture
 from common.run import load_checkpoint
@@ -82,16 +83,17 @@ def examples_html(examples: list[tuple[str, bytes]]) -> str:
 def bars_html(rows: list[tuple[str, float, str]], maximum: float) -> str:
     """Bars of (name, value, value in words), which screen readers read out."""
     items = [
-        f'<li>{html.escape(name)}: <b>{words}</b><meter aria-label="{html.escape(name)}" aria-valuetext="{words}" '
+        f'<li>{name}: <b>{words}</b><meter aria-label="{name}" aria-valuetext="{words}" '
         f'max="{maximum:g}" value="{value:.4f}"></meter></li>'
-        for name, value, words in rows
+        for name, value, words in ((html.escape(name), value, html.escape(words)) for name, value, words in rows)
     ]
     return f'<ol class="bars">{"".join(items)}</ol>'
 
 
 def answer_html(classifier, probabilities) -> str:
     """The likeliest classes of one image, by its probabilities (classes,), and whether the classifier is unsure."""
-    rows = [(display_name(name), share, f"{share:.0%}") for name, share in classifier.top(probabilities, MAX_BARS)]
+    rows = classifier.top(probabilities, MAX_BARS)
+    rows = [(display_name(name), share, f"{share:.0%}" if share >= 0.005 else "<1%") for name, share in rows]
     (name, _, share), unsure = rows[0], bool(classifier.unsure(probabilities[None])[0])
     title = f"Unsure: perhaps {name}, {share}" if unsure else f"{name}, {share}"
     parts = [f'<div role="status"><h2>{html.escape(title)}</h2></div>']
@@ -114,7 +116,7 @@ def regions_html(classifier, image, data: bytes, guess: str) -> str:
     evidence = classifier.evidence(image, classifier.classes.index(guess))
     words = f"Evidence for {display_name(guess)}: strongest {position_of_maximum(evidence)}"
     picture = thumbnail(data, SIDE, classifier.resize)
-    return figure_html(highlight(picture, evidence), words, f"{words}. Orange spoke for it; grey did not.")
+    return figure_html(highlight(picture, evidence), words, f"{words}. Orange regions count for it, grey ones do not.")
 
 
 def thumbnail(source, side: int, resize: str = "squash") -> Image.Image:
@@ -138,11 +140,6 @@ def position_of_maximum(evidence: np.ndarray) -> str:
     return words.replace("middle centre", "centre")
 
 
-def can_show_regions(classifier) -> bool:
-    """Whether Classifier.evidence knows the network: a CNN of train.py, or a backbone with the maps of its stages."""
-    return classifier.model_name == "CNN" or getattr(classifier.model, "stages", 0) > 0
-
-
 def code_origin(classifier) -> str:
     """How `made_from` starts in the file of codes that are the classifier's own features; "" where it has none.
 
@@ -156,6 +153,14 @@ def code_origin(classifier) -> str:
     origin = {"weights": classifier.checkpoint["backbone_weights"].split()[-1], "size": classifier.model.size}
     origin |= {"stages": classifier.model.stages, "resize": classifier.resize, "shrink": settings["shrink"]}
     return json.dumps(origin)[:-1]
+
+
+def code_command(classifier) -> str:
+    """The script and flags that write the codes of code_origin()."""
+    if classifier.model_name == "CNN":
+        return "cluster.py --codes classifier"
+    model, shrink = classifier.checkpoint["arguments"], classifier.checkpoint["config"]["shrink"]
+    return f"embed.py --backbone {model['backbone']} --stages {model['stages']}" + f" --shrink {shrink}" * bool(shrink)
 
 
 def own_codes(classifier, run) -> Path | None:
@@ -177,9 +182,10 @@ class NearestPaintings:
         self.classifier, self.root, table = classifier, Path(config.data), read_codes(path)
         metadata = read_metadata(self.root / "metadata.csv")
         genres = [metadata.get(path, {}).get("genre", "") for path in table["train_paths"]]
+        years = np.array([metadata.get(path, {}).get("year") or "" for path in table["train_paths"]])
         shown = showable(genres, table["train_paths"], config.hide)
         self.paths, self.artists = table["train_paths"][shown], table["train_artists"][shown]
-        self.styles = table["classes"][table["train_labels"]][shown]
+        self.styles, self.years = table["classes"][table["train_labels"]][shown], years[shown]
         self.mean, self.std = table["train"].mean(0), table["train"].std(0) + 1e-6
         self.codes = self.normalise(table["train"][shown])
 
@@ -199,8 +205,7 @@ class NearestPaintings:
         similarity = self.codes @ self.normalise(self.features(image))[0]
         figures = []
         for row in np.argsort(-similarity, kind="stable")[:NEIGHBOURS]:
-            artist, title = artist_and_title(self.artists[row], self.paths[row])
-            caption = f"{title or 'Painting'} by {artist or 'unknown'}, {display_name(self.styles[row])}"
+            caption = caption_of(self.artists[row], self.paths[row], self.styles[row], self.years[row])
             try:
                 figures.append(figure_html(thumbnail(self.root / self.paths[row], 288), caption, caption))
             except Exception:  # the features are here, but the file may be absent or damaged
@@ -209,15 +214,17 @@ class NearestPaintings:
 
 
 def load_repainter(run, classifier) -> Repainter | None:
-    """What repaints uploads, where the run folder has a style.pt for the classifier's styles. Raises UserError."""
-    path = Path(run) / "style.pt"
-    if not path.exists():
-        return None
-    checkpoint = load_checkpoint(path, "StyleAutoencoder")
-    check_model(checkpoint, path)
-    if checkpoint["classes"] != classifier.classes:
-        return None
-    return Repainter(build_model(checkpoint), checkpoint["classes"], classifier, classifier.device)
+    """What repaints uploads: a style.pt for the classifier's styles, of the run folder or of report/.
+
+    Raises UserError.
+    """
+    for path in (Path(run) / "style.pt", ROOT / "report" / "style.pt"):
+        if path.exists():
+            checkpoint = load_checkpoint(path, "StyleAutoencoder")
+            check_model(checkpoint, path)
+            if checkpoint["classes"] == classifier.classes:
+                return Repainter(build_model(checkpoint), checkpoint["classes"], classifier, classifier.device)
+    return None
 
 
 def repaint_html(repainter: Repainter, data: bytes, name: str, style: str, strength: float) -> str:

@@ -291,6 +291,12 @@ def test_artists_titles_and_metadata(folder):
     assert names.stem_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "claude-monet_water-lilies"
     assert names.title_of("A/claude-monet_water-lilies_jpg.rf.0a1b.jpg") == "water lilies"
     assert names.title_of("A/claude-monet_water-lilies-1907(2).jpg") == "water lilies 1907"
+    for year, caption in (
+        ("1907", "Water lilies by Claude Monet, Ukiyo-e, 1907"),
+        ("", "Water lilies 1907 by Claude Monet, Ukiyo-e"),
+    ):
+        assert names.caption_of("claude-monet", "A/claude-monet_water-lilies-1907(2).jpg", "Ukiyo_e", year) == caption
+    assert names.caption_of("", "A/noname.jpg", "Cubism") == "Painting by unknown, Cubism"
     odd = b"A/am\xe9lie_le-caf\xe9.jpg".decode(errors="surrogateescape")  # Latin-1
     artist, title = names.artist_and_title(names.artist_of(odd), odd)
     assert (artist + title).encode() and artist[:2] + title[:6] == "AmLe caf"

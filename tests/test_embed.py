@@ -121,6 +121,29 @@ def test_the_checkpoint_predicts_what_was_measured(embedded, demo):
     assert tested["accuracy"] == pytest.approx(facts["accuracy"], abs=0.2)  # the mean with mirror images, of few images
 
 
+def test_a_head_predicts_with_the_weights_that_it_was_trained_on(small, demo, tmp_path, monkeypatch):
+    """As the linear classifier was measured; with other weights of the same network it is refused."""
+    embed.main([*small.flags, str(small.files[0]), "--data", str(demo), "--run", str(tmp_path)])
+    head, facts = tmp_path / f"head_{SMALL}.pt", facts_of(tmp_path)[SMALL]["style"]["linear"]
+    assert head.stat().st_size < 0.5 * (tmp_path / f"embed_{SMALL}.pt").stat().st_size
+    checkpoint = load_checkpoint(head)
+    assert checkpoint["config"]["weights"] == ["small.pt"]
+    for key in embed.SCORES:
+        assert checkpoint[key] == pytest.approx(facts[key], abs=1e-5)
+    monkeypatch.setattr(backbones, "installed_weights", lambda _: small.files[0])
+    model = wikiart.build_model(checkpoint)
+    with np.load(tmp_path / f"codes/{SMALL}.npz") as table, torch.inference_mode():
+        predictions = model.classify(torch.from_numpy(table["test"])).argmax(1).numpy()
+        assert np.mean(predictions == table["test_labels"]) == pytest.approx(facts["accuracy"], abs=1e-2)
+    data = wikiart.WikiArt(demo, "test", size=32, processes=1)
+    pixels = torch.from_numpy(data.pixels[data.rows[:6]]) / 255
+    with torch.inference_mode(), np.load(tmp_path / f"codes/{SMALL}.npz") as table:
+        assert torch.allclose(model.features(pixels), torch.from_numpy(table["test"][:6]), rtol=0.1, atol=0.1)
+    monkeypatch.setattr(backbones, "installed_weights", lambda _: small.files[1])
+    with pytest.raises(UserError, match="trained on other weights"):
+        wikiart.build_model(checkpoint)
+
+
 def test_features_do_not_depend_on_the_batch_size(small, folder, tmp_path):
     tables = []
     for size in ("1", "4"):

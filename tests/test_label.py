@@ -288,14 +288,35 @@ def test_without_gradio_there_is_one_clear_line(run, monkeypatch):
 # Before anything is trained
 
 
-def test_it_works_right_after_set_up_and_says_what_it_knows(folder, tmp_path, capsys):
+@pytest.mark.parametrize("installed", [True, False])
+def test_it_works_right_after_set_up_and_says_what_it_knows(folder, tmp_path, capsys, monkeypatch, installed):
+    """With the backbone's package the head on it is taken; without, the network from scratch, and a line says so."""
+    if not installed:
+        monkeypatch.setattr(label, "installed_weights", lambda _: None)
     rows = run_label(folder, tmp_path / "empty_run", tmp_path / "labels.csv")
-    committed = wikiart.Classifier.load(ROOT / "report/classifier.pt", "cpu")
-    assert {row["style_1"] for row in rows.values()} <= {*committed.classes, ""}
-    accuracy = json.loads((ROOT / "report/facts.json").read_text())["test"]["unseen_artists_accuracy"]
-    line = next(line for line in capsys.readouterr().out.splitlines() if "classifier.pt" in line)
-    assert "report/classifier.pt: 8 styles (" in line and "Ukiyo-e" in line
-    assert f"right for {accuracy:.0%} of test paintings by artists that it never saw" in line
+    path = label.HEAD if installed else label.COMMITTED
+    taken = wikiart.Classifier.load(path, "cpu")
+    read = {name: row for name, row in rows.items() if not row["problem"]}
+    predicted = taken.predict([folder / name for name in read])
+    assert [row["style_1"] for row in read.values()] == [taken.top(each, 1)[0][0] for each in predicted]
+    scratch = json.loads((ROOT / "report/facts.json").read_text())["test"]["unseen_artists_accuracy"]
+    better = load_checkpoint(label.HEAD)["unseen_artists_accuracy"]
+    assert better > scratch + 0.05
+    lines = [line for line in capsys.readouterr().out.splitlines() if "right for" in line]
+    assert f"report/{path.name}: 8 styles (" in lines[0] and "Ukiyo-e" in lines[0]
+    accuracy = better if installed else scratch
+    assert f"right for {accuracy:.0%} of test paintings by artists that it never saw" in lines[0]
+    assert [f"right for {better:.0%} of them" in line and "embed.txt" in line for line in lines[1:]] == [True] * (
+        not installed
+    )
+
+
+def test_the_committed_head_is_small_and_has_the_styles_of_the_committed_network():
+    head = load_checkpoint(label.HEAD, "Pretrained")
+    assert label.HEAD.stat().st_size < 100_000
+    assert head["classes"] == load_checkpoint(label.COMMITTED)["classes"]
+    assert not [name for name in head["weights"] if name.startswith("backbone.")]
+    assert 0 < head["unsure_below"] < 1
 
 
 def test_the_run_s_own_checkpoint_comes_first_with_its_own_accuracy(folder, run, tmp_path, capsys):
@@ -440,12 +461,61 @@ def test_a_transformer_has_regions_of_its_patches():
     assert regions.std() > 0
 
 
+def torchvision_classifier(name: str) -> wikiart.Classifier:
+    """One with random weights, for 64 pixels."""
+    torch.manual_seed(0)
+    arguments = {"classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    state = {"model": name, "arguments": arguments, "weights": wikiart.make_model(name, arguments).state_dict()}
+    state |= {"classes": ["A", "B", "C"], "data": {"size": 64, "resize": "squash"}, "crop": 64, "tta_scales": [1.0]}
+    return wikiart.Classifier(state, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_a_network_of_torchvision_has_regions_of_its_last_maps(name):
+    """Those of ResNet, which has a linear head, add up to the logit but for its bias."""
+    classifier, left = torchvision_classifier(name), []
+    assert classifier.has_evidence
+    for number in range(3):
+        pixels = torch.from_numpy(np.random.default_rng(number).integers(0, 256, (1, 3, 64, 64), dtype=np.uint8))
+        regions = classifier.evidence(pixels, 1)
+        assert regions.shape == (2, 2) and regions.std() > 0
+        with torch.no_grad():
+            logits = classifier.model(crops.views(pixels, 64)[0])[0]
+        left.append(float(logits[1] - logits.mean()) - regions.sum())
+    assert name != "resnet18" or left == pytest.approx([left[0]] * 3, abs=1e-4)
+
+
+def test_the_regions_are_those_of_one_s_own_picture(monkeypatch):
+    """Another request runs through the same network in another thread, after the first one has its maps."""
+    classifier = torchvision_classifier("resnet18")
+    own, other = (torch.full((1, 3, 64, 64), value, dtype=torch.uint8) for value in (10, 250))
+    own[..., :32] = 200
+    expected, head = classifier.evidence(own, 1), classifier.model[1].fc
+    forward = head.forward
+
+    def interrupted(features):
+        monkeypatch.setattr(head, "forward", forward)
+        thread = threading.Thread(target=classifier.predict, args=(other,))
+        thread.start()
+        thread.join()
+        return forward(features)
+
+    monkeypatch.setattr(head, "forward", interrupted)
+    assert np.array_equal(classifier.evidence(own, 1), expected)
+
+
+def test_what_has_no_maps_at_its_end_has_no_regions(trained):
+    assert not torchvision_classifier("vit_b_32").has_evidence
+    assert not wikiart.Classifier.load(trained / "mlp/classifier.pt", "cpu").has_evidence
+
+
 def test_the_nearest_paintings_of_a_frozen_backbone(frozen, demo):
     """Of a painting of the collection, itself; not with features of another backbone, or one that was fine-tuned."""
     run, classifier = frozen
     config = SimpleNamespace(run=str(run), data=str(demo), hide=[])
     path = panels.own_codes(classifier, run)
     assert path == run / "codes/test_efficientnet.npz"
+    assert panels.code_command(classifier) == "embed.py --backbone test_efficientnet --stages 4"
     nearest = panels.NearestPaintings(classifier, path, config)
     for file in sorted((demo / "train").rglob("*.jpg"))[::20]:
         image = torch.from_numpy(uploads.read_upload(file.read_bytes(), classifier.size, classifier.resize))[None]

@@ -219,7 +219,9 @@ def test_ci_fails_without_a_browser_instead_of_skipping_its_tests(tmp_path):
 def test_a_folder_is_labelled_without_a_run(project):
     assert make(project, "label", "FOLDER=my pictures")[0] == ["label.py"]
     assert calls(project) == ["label.py my pictures --run runs/demo"]
-    assert "give a folder of pictures: make label FOLDER=" in make(project, "label")[1]
+    assert make(project, "label", "FOLDER=others", "OUT=others.csv")[0][-1:] == ["label.py"]
+    assert calls(project)[-1] == "label.py others --run runs/demo --out others.csv"
+    assert "give FOLDER=my_folder" in make(project, "label")[1]
 
 
 def test_spaces_in_paths_get_one_clear_line(project):
