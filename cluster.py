@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from common import figures
 from common.codes import SPLITS, codes_path, read_codes, write_codes
-from common.compat import rename_facts
 from common.config import Setting, configure
 from common.crops import FEATURE_SCALES, mean_over_views, views
 from common.errors import UserError
@@ -47,10 +46,10 @@ SETTINGS = {
     "split": Setting(str, ("test", "train"), "paintings to cluster"),
     "clusters": Setting(int, "[0, inf)", "number of clusters; 0: the number of styles"),
 }
-CHECKPOINTS = {  # of each source: model, files in the run folder (older runs have the second)
-    "autoencoder": ("Autoencoder", ["autoencoder.pt"]),
-    "contrastive": ("Autoencoder", ["contrastive/autoencoder.pt", "manner/autoencoder.pt"]),
-    "classifier": ("CNN", ["classifier.pt"]),
+CHECKPOINTS = {  # of each source: model, file in the run folder
+    "autoencoder": ("Autoencoder", "autoencoder.pt"),
+    "contrastive": ("Autoencoder", "contrastive/autoencoder.pt"),
+    "classifier": ("CNN", "classifier.pt"),
 }
 COMPUTED = (*CHECKPOINTS, "pixels", "colours")  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
@@ -82,7 +81,7 @@ def main(argv=None):
     if not results:
         raise UserError("--codes needs a source, or all")
     settings = {facts["setting"] for facts in results.values()}
-    all_facts = rename_facts(read_facts(run)["cluster"])
+    all_facts = read_facts(run)["cluster"]
     comparable = {name: facts for name, facts in all_facts.items() if facts.get("setting") in settings}
     write_table(run / "clusters.md", comparable)
 
@@ -92,17 +91,12 @@ def main(argv=None):
 
 def find_sources(run: Path) -> list[str]:
     """All sources that a run folder has, and the two that need no checkpoint."""
-    weights = {source: find_weights(run, source) for source in CHECKPOINTS}
+    weights = {source: run / name for source, (_, name) in CHECKPOINTS.items()}
     existing = [source for source, path in weights.items() if path.exists()]
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
     files = sorted((run / "codes").glob("*.npz"))
-    embedded = [path.stem for path in files if path.stem not in (*COMPUTED, "manner")]  # an old name of contrastive
+    embedded = [path.stem for path in files if path.stem not in COMPUTED]
     return [*trained, "pixels", "colours", *embedded]
-
-
-def find_weights(run: Path, source: str) -> Path:
-    paths = [run / name for name in CHECKPOINTS[source][1]]
-    return next((path for path in paths if path.exists()), paths[0])
 
 
 def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
@@ -114,8 +108,9 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
     checkpoint, identity = None, f"{settings}"
     if source in CHECKPOINTS:
-        weights = find_weights(run, source)
-        checkpoint, identity = load_checkpoint(weights, CHECKPOINTS[source][0]), file_hash(weights)
+        model, name = CHECKPOINTS[source]
+        weights = run / name
+        checkpoint, identity = load_checkpoint(weights, model), file_hash(weights)
         settings = {key: checkpoint["data"][key] for key in settings}
         if checkpoint["data"].get("holdout", "none") != "none":
             raise UserError(f"{weights} was trained with --holdout, on some test paintings: train it without")

@@ -15,7 +15,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
-from common.compat import rename_settings
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +139,7 @@ def read_settings(files: list[str] | None = None) -> dict:
     """config.json, overridden by the given files: the settings of all scripts, by section."""
     settings = read_json(ROOT / "config.json")
     for path in files or []:
-        override(settings, rename_settings(read_json(path)), path)
+        override(settings, read_json(path), path)
     return settings
 
 

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.compat import rename_checkpoint
 from common.config import FREE_SETTINGS
 from common.errors import UserError
 from common.names import count
@@ -233,7 +232,7 @@ def load_checkpoint(path, model: str = "") -> dict:
         raise UserError(f"{path} holds no model: is it a checkpoint of this project?")
     if model and checkpoint["model"] != model:
         raise UserError(f"{path} holds a {checkpoint['model']}, but a {model} is needed here")
-    return rename_checkpoint(checkpoint)
+    return checkpoint
 
 
 def file_hash(path) -> str:

@@ -20,7 +20,6 @@ REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
-from common.compat import rename_facts  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -68,7 +67,7 @@ def read_facts(folder: Path) -> dict:
     if not path.exists():
         sys.exit(f"build.py: no {path}: run make first, or give another --run")
     parts = {part.parent.name: json.loads(part.read_text()) for part in sorted(folder.glob("*/facts.json"))}
-    return rename_facts(parts | json.loads(path.read_text()))
+    return parts | json.loads(path.read_text())
 
 
 def fill(template: Path, facts: dict) -> str:

@@ -170,17 +170,6 @@ def test_codes_of_other_paintings_that_embed_wrote_are_left_out_of_all(clustered
         cluster.main([*arguments, "convnext"])
 
 
-def test_the_contrastive_autoencoder_of_an_older_run_is_read(clustered, demo, tmp_path):
-    (tmp_path / "manner").mkdir()
-    (tmp_path / "manner/autoencoder.pt").write_bytes((clustered / "contrastive/autoencoder.pt").read_bytes())
-    scores = json.loads((clustered / "facts.json").read_text())["cluster"]["contrastive"]
-    (tmp_path / "facts.json").write_text(json.dumps({"cluster": {"manner": scores | {"nmi": 9.0}, "old": scores}}))
-    cluster.main([*TINY, "--data", str(demo), "--run", str(tmp_path), "--codes", "contrastive"])
-    table = (tmp_path / "clusters.md").read_text()
-    assert "| contrastive |" in table and "| old |" in table
-    assert "manner" not in table and "9.000" not in table
-
-
 def test_codes_that_are_not_finite_get_one_clear_line(clustered, demo, tmp_path):
     (tmp_path / "autoencoder.pt").write_bytes((clustered / "autoencoder.pt").read_bytes())
     (tmp_path / "codes").mkdir()

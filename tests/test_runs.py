@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import embed
 import train
-from common import compat, config, run
+from common import config, run
 from common.errors import UserError
 
 SCRIPTS = [key for key, value in json.loads((ROOT / "config.json").read_text()).items() if isinstance(value, dict)]
@@ -103,18 +103,6 @@ def test_every_key_is_explained(name, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "settings").glob("*.json")), ids=lambda path: path.stem)
 def test_the_settings_files_are_valid(path):
     configure("-c", str(path))
-
-
-def test_settings_flags_and_checkpoints_under_old_names_can_be_read(tmp_path):
-    old = {"train": {"smallest": 0.3, "windows": [1.0], "average": 0.5, "pooling": "mean-deviation", "validation": 0.2}}
-    (tmp_path / "old.json").write_text(json.dumps(old))
-    settings = configure("-c", str(tmp_path / "old.json"))
-    assert (settings.min_crop_area, settings.tta_scales, settings.ema_decay) == (0.3, [1.0], 0.5)
-    assert (settings.pooling, settings.validation) == ("mean_std", 0.2)
-    arguments = {"classes": 2, "pooling": "mean-deviation", "extra": 3}
-    checkpoint = compat.rename_checkpoint({"model": "CNN", "arguments": arguments, "windows": [1.0]})
-    assert checkpoint["tta_scales"] == [1.0]
-    assert checkpoint["arguments"] == {"classes": 2, "pooling": "mean_std", "aux_classes": 3}
 
 
 def test_there_are_at_most_120_settings_and_every_one_belongs_to_a_script():
