@@ -233,7 +233,7 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
     title = f"The most confident mistakes on {PAINTINGS[data.split]}s" if rows else "No mistakes to show"
     figures.contact_sheet(run / f"mistakes{suffix}.png", data.pixels[data.rows[rows]], captions, 4, title)
 
-    if classifier.model_name == "CNN":
+    if classifier.has_evidence:
         rows = [members[0] for members in by_class[:12] if members]
         images, captions = [], []
         for row in rows:

@@ -36,7 +36,8 @@ SETTINGS = {
     "name": Setting(str, None, "folder of these trainings in the run folder, and name of their table"),
     "jobs": Setting(int, "[1, inf)", "trainings at a time"),
 }
-MEASURED = (*METRICS, "ece_after", "unseen_artists_accuracy", "unseen_artists_balanced_accuracy", "unknown_auroc")
+MEASURED = (*METRICS, "ece_after", "unseen_artists_accuracy", "unseen_artists_balanced_accuracy")
+MEASURED += ("unknown_auroc", "unknown_unsure", "unknown_confidence")
 RUNNING = []  # processes
 
 
