@@ -1,6 +1,9 @@
-"""Optimizers: Muon for convolutions, AdamW for the rest, and their learning-rate schedule."""
+"""Optimizers: Muon for convolutions, AdamW for the rest, their learning-rate schedule; a moving average of weights."""
+
+import copy
 
 import torch
+from torch import nn
 
 
 class Muon(torch.optim.Optimizer):
@@ -77,3 +80,27 @@ class Optimizers:
     def load_state_dict(self, states):
         for part, state in zip((*self.optimizers, *self.schedules), states, strict=True):
             part.load_state_dict(state)
+
+
+class MovingAverage(nn.Module):
+    """The exponential moving average of a network's weights and buffers, as the network `module`.
+
+    torch's AveragedModel would send its counter to the device at each step, and wait for that.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model), decay
+        self.register_buffer("n_averaged", torch.tensor(0))
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards the weights of `model`; the first call copies them."""
+        averages, weights = ([*network.parameters(), *network.buffers()] for network in (self.module, model))
+        pairs = list(zip(averages, weights, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - self.decay if self.n_averaged > 0 else 1.0)
+        for average, count in pairs:
+            if not average.is_floating_point():  # batches that a norm has seen
+                average.copy_(count)
+        self.n_averaged += 1
