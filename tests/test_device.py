@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, flags
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import embed
@@ -21,9 +22,10 @@ import train_style
 import wikiart
 from common import run
 from common.backbones import Pretrained
+from common.crops import batch_crop, predict_probabilities, random_crops, views, windows
 from common.losses import FeatureMaps, ReconstructionLoss
 
-META = torch.device("meta")
+META, CUDA = torch.device("meta"), torch.device("cuda", 0)
 aten = torch.ops.aten
 # Whose result has a size that depends on numbers, or that return a number: the host waits for the device.
 READ_BY_THE_HOST = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim)
@@ -182,18 +184,119 @@ def test_a_step_of_lora_waits_for_the_token_ids_only(paintings, monkeypatch):
 # A fake CUDA device ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """The device `cuda`, in torch's FakeTensorMode; bf16 autocast and pinned memory need a real one."""
-    no_autocast = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
-    for module in (train, train_autoencoder, train_style, embed, wikiart, reconstruction):
-        monkeypatch.setattr(module, "autocast", no_autocast, raising=False)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    torch.__future__.set_swap_module_params_on_conversion(False)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield torch.device("cuda", 0)
+class FakeCuda(FakeTensorMode):
+    """Tensors on `cuda` are fake: they have no numbers. Those on the CPU stay as they are, for crops' coordinates."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        values = flat((arguments, options or {}))
+        if any(isinstance(value, FakeTensor) or value == CUDA for value in values if not is_real(value)):
+            return super().__torch_dispatch__(function, types, arguments, options)
+        return function(*arguments, **(options or {}))
 
 
-def fake(module, device):
-    """A network with fake weights on the device."""
+def is_real(value) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+
+
+def move(module, device, **_):
+    """Module.to, which cannot exchange a real tensor for a fake one."""
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            part.register_parameter(name, torch.nn.Parameter(weight.detach().to(device), weight.requires_grad))
+        for name, value in part.named_buffers(recurse=False):
+            part.register_buffer(name, value.to(device))
     return module
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The device `cuda`, faked. Autocast, backward and pinned memory need a real one, so they are switched off."""
+    for module in (train, train_autoencoder, train_style, embed, wikiart):
+        monkeypatch.setattr(module, "autocast", lambda *_, **__: contextlib.nullcontext(), raising=False)
+    monkeypatch.setattr(train_style, "update", lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
+    with FakeCuda(allow_non_fake_inputs=True):
+        yield CUDA
+
+
+def on(device, *values) -> bool:
+    return all(value.device == device for value in flat(values))
+
+
+def test_the_fake_device_refuses_tensors_of_the_cpu(cuda):
+    with pytest.raises(RuntimeError, match="two devices"):
+        torch.rand(4).to(cuda) + torch.rand(4)
+
+
+NETWORKS = {
+    "CNN": {"classes": 8, "width": 8, "depth": 1, "pooling": "covariance", "dropout": 0.5, "aux_classes": 3},
+    "MLP": {"classes": 8, "width": 8, "crop": 64},
+    "Autoencoder": {"crop": 64, "code": 4, "width": 8, "projection_dim": 16},
+    "StyleAutoencoder": {"styles": 8, "width": 8},
+    "Pretrained": {"classes": 8, "backbone": "test_efficientnet", "size": 32, "features": 256, "stages": 0},
+    "resnet18": {"classes": 8, "mean": [0.5] * 3, "std": [0.2] * 3},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_leaves_nothing_on_the_cpu(cuda, name, training):
+    if name == "Pretrained":
+        pytest.importorskip("timm")
+    network = wikiart.make_model(name, NETWORKS[name]).train(training).to(cuda)
+    styles = [torch.eye(8)[:4].to(cuda)] * 2 if name == "StyleAutoencoder" else []
+    images = torch.rand(4, 3, 64, 64).to(cuda)
+    assert on(cuda, network(images, *styles))
+    if name == "Autoencoder":
+        assert on(cuda, network(images, images), network.features(images))
+    if name == "CNN":
+        assert on(cuda, network.features(images), network.evidence(images[:1], 2))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_batch_is_on_the_device_completely(paintings, cuda, held):
+    if held:
+        paintings.move_to(cuda)
+    assert (paintings.on_device is not None) == held
+    batches = torch.arange(80).split(16)
+    count = 0
+    for items, pixels, labels in paintings.batches(batches, cuda):
+        assert torch.equal(items, batches[count])
+        crops = random_crops(pixels, 32, torch.rand(7, 16)), batch_crop(pixels, 32, torch.rand(5))
+        assert on(cuda, pixels, labels, crops, windows(pixels, 32, torch.rand(2), torch.rand(2, 16)), views(pixels, 32))
+        count += 1
+    assert count == 5
+
+
+@pytest.mark.parametrize("balance", ["logit", "weights"])
+def test_the_losses_are_on_the_device(paintings, cuda, balance):
+    config = settings(train, *flags(balance=balance))
+    criterion, items = train.ClassifierLoss(paintings, config, cuda), torch.arange(16)
+    outputs = torch.rand(16, 8 + criterion.aux_classes).to(cuda)
+    assert criterion.auxiliary
+    assert on(cuda, criterion(outputs, paintings.labels[items].to(cuda), items))
+    network = wikiart.make_model("Autoencoder", NETWORKS["Autoencoder"]).to(cuda)
+    images = torch.rand(4, 3, 64, 64).to(cuda)
+    assert on(cuda, ReconstructionLoss(network, 0.15, 0.06)(images, images))
+
+
+def test_a_step_of_the_style_model_is_on_the_device(paintings, cuda):
+    config = settings(train_style, *flags(crop=64, width=8))
+    images, labels = torch.rand(4, 3, 64, 64).to(cuda), torch.arange(4).to(cuda)
+    features = FeatureMaps(wikiart.make_model("CNN", NETWORKS["CNN"]).to(cuda), images)
+    _, parts = train_style.new_networks(features, paintings, 5, config, cuda)
+    numbers = torch.rand(4, train_style.CANDIDATES), [0.2, 0.5, 0.5]
+    record = train_style.train_step(parts, features, images, images, labels, labels.flip(0), *numbers, config)
+    assert len(record) == 11 and on(cuda, record)
+
+
+def test_labelling_is_on_the_device(cuda):
+    checkpoint = {"model": "CNN", "arguments": NETWORKS["CNN"] | {"aux_classes": 0}, "classes": list("abcdefgh")}
+    checkpoint |= {"data": {"size": 64, "resize": "squash"}, "crop": 32, "tta_scales": [1.0, 1.5, 0.7]}
+    checkpoint["weights"] = wikiart.make_model("CNN", checkpoint["arguments"]).state_dict()
+    classifier = wikiart.Classifier(checkpoint, cuda)
+    images = torch.zeros(2, 3, 80, 70, dtype=torch.uint8)
+    prepared = classifier.prepare(images)
+    assert on(cuda, prepared, predict_probabilities(classifier.model, prepared, 32, [1.0, 1.5, 0.7]))
