@@ -35,7 +35,7 @@ from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
 from common.names import display_name, find_style
-from common.optim import linear_warmup_decay
+from common.optim import FUSED, linear_warmup_decay
 from common.run import (
     Steps,
     Timer,
@@ -184,7 +184,7 @@ def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, conf
 
     # Adapter and optimizer
     adapter = diffusion.Adapter(pipe, config)
-    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr)
+    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr, fused=device.type in FUSED)
     lr_schedule = linear_warmup_decay(optimizer, steps, warmup=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=diffusion.precision(device) == torch.float16)
     parts = {"adapter": adapter, "optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}

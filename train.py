@@ -65,7 +65,7 @@ from common.run import (
 from wikiart import MODELS, BalancedSampler, Classifier, WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
-SHARED += ("restart", "tensorboard")
+SHARED += ("restart", "tensorboard", "compile")
 SETTINGS = {
     "model": Setting(str, None, "CNN, MLP (the baseline), or a classifier of torchvision.models such as resnet18"),
     "target": Setting(str, ("style", "artist", "genre"), "what to predict; unknown and rare ones are left out"),
@@ -153,7 +153,7 @@ def main(argv=None):
         print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
 
     # Train, evaluate, save
-    parallel = data_parallel(model)
+    parallel = data_parallel(model, config.compile)
     with interruptible(state):
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             timer = Timer()

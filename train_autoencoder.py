@@ -58,7 +58,7 @@ from common.run import (
 from wikiart import WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
-SHARED += ("tensorboard",)
+SHARED += ("tensorboard", "compile")
 SETTINGS = {
     "crop": Setting(int, "[16, inf)", "side of the images that are encoded, in pixels; a multiple of 16"),
     "code": Setting(int, "[1, inf)", "numbers in the code of a painting"),
@@ -107,7 +107,7 @@ def main(argv=None):
         }
 
     # Train, evaluate, save
-    parallel = data_parallel(criterion)
+    parallel = data_parallel(criterion, config.compile)
     with interruptible(state):
         for epoch in remaining_epochs(state["history"], config.epochs):
             timer = Timer()

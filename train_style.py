@@ -57,7 +57,7 @@ from common.run import (
 from wikiart import BalancedSampler, Classifier, StyleAutoencoder, WikiArt, channel_statistics
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
-SHARED += ("tensorboard",)
+SHARED += ("tensorboard", "compile")
 SETTINGS = {
     "features": Setting(str, None, "frozen network of the losses: a classifier of train.py, or a backbone of timm"),
     "weights": Setting(str, None, "file with the weights of a backbone of timm; none: from the hub"),
@@ -192,7 +192,7 @@ def new_networks(features, training: WikiArt, steps: int, config, device) -> tup
     arguments |= {"mean": mean, "std": std}
     model = StyleAutoencoder(**arguments).to(device, memory_format=torch.channels_last)
     critic = losses.Critic(features.channels, styles).to(device, memory_format=torch.channels_last)
-    return arguments, {
+    parts = {
         "model": model,
         "critic": critic,
         "style_stat": losses.StyleStatLoss(styles, features.channels).to(device),
@@ -201,6 +201,11 @@ def new_networks(features, training: WikiArt, steps: int, config, device) -> tup
         "optimizers": Optimizers(model, config.lr, 0.0, steps, betas=BETAS),
         "critic_optimizers": Optimizers(critic, config.lr, 1e-3, steps, betas=BETAS, momentum=0.5),
     }
+    if config.compile:  # last: the moving average is a copy of the model
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+        critic.compile()
+        features.compile()
+    return arguments, parts
 
 
 # Training -------------------------------------------------------------------------------------------------------------

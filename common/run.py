@@ -56,6 +56,8 @@ def run_script(main) -> None:
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator that torch finds (CUDA, ROCm, MPS, XPU), else the CPU. Raises UserError."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, in Muon for example
     if name != "auto":
         try:
             torch.empty(0, device=name)
@@ -81,7 +83,7 @@ def autocast(device: torch.device, cpu: bool = False):
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")  # there, the copy may start after the tensor is gone
 
@@ -142,8 +144,10 @@ def fit_batch_size(config, images: int, validation) -> None:
         raise UserError(f"--batch-size must be a multiple of the {world_size()} processes")
 
 
-def data_parallel(model):
-    """The model, with gradients averaged over all processes where there are several."""
+def data_parallel(model, compile: bool = False):
+    """The model, compiled if asked, with gradients averaged over all processes where there are several."""
+    if compile:
+        model.compile()  # in place, so that weights keep their names
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
