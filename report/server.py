@@ -129,12 +129,8 @@ def training(command: str, config, step, network, images_per_epoch: float) -> di
     weights = 4 * 5 * parameter_count(network)  # weights, their average, gradients, two moments
     hours = max(operations / (GPU_TFLOPS * 1e12 * GPU_SHARE), PASSES * kept / 2 / BANDWIDTH) * steps / 3600  # bf16
     pixels = TRAIN * (1 - config.validation) * 3 * config.size**2
-    return {
-        "command": command,
-        "operations": operations * steps,
-        "memory": (pixels + weights + kept) / 1e9,
-        "hours": hours,
-    }
+    row = {"command": command, "operations": operations * steps, "hours": hours, "size": config.size}
+    return row | {"memory": (pixels + weights + kept) / 1e9}
 
 
 def forward(command: str, config) -> dict:
@@ -144,7 +140,7 @@ def forward(command: str, config) -> dict:
     operations, _ = count(lambda: predict_probabilities(network, batch, config.crop, config.tta_scales))
     operations *= (WIKIART - TRAIN) / 64
     hours = operations / (GPU_TFLOPS * 1e12 * GPU_SHARE) / 3600
-    return {"command": command, "operations": operations, "memory": 0, "hours": hours}
+    return {"command": command, "operations": operations, "memory": 0, "hours": hours, "size": config.size}
 
 
 def trainings() -> list[dict]:
@@ -171,17 +167,18 @@ def trainings() -> list[dict]:
     ]
 
 
-def table(rows: list[dict], cache: float) -> str:
-    """The table of docs/gpu.md, in Markdown; `cache` is the size of the cached pixels in GB."""
+def table(rows: list[dict]) -> str:
+    """The table of docs/gpu.md, in Markdown."""
     jpegs = WIKIART * SIDE**2 * ASPECT * BITS_PER_PIXEL / 8 / 1e9
     lines = ["| command | operations | GPU memory | disk | hours |", "|---|---|---|---|---|"]
     lines.append(f"| `python download.py --data /scratch/wikiart --size {SIDE}` | | | {jpegs:.0f} GB | the network's |")
-    disk = f"{cache:.0f} GB, the cached pixels"
+    cached = set()
     for row in rows:
+        disk = f"{WIKIART * 3 * row['size'] ** 2 / 1e9:.0f} GB, the cached pixels" if row["size"] not in cached else ""
+        cached.add(row["size"])
         memory = f"{row['memory']:.0f} GB" if row["memory"] else "as above"
-        cells = [f"`python {row['command']}`", f"{row['operations']:.1e}", memory, disk, f"{row['hours']:.2f}"]
+        cells = [f"`python {row['command']}`", f"{row['operations']:.1e}", memory, disk, f"{row['hours']:.2g}"]
         lines.append(f"| {' | '.join(cells)} |")
-        disk = ""
     for command in ("cluster.py --codes all", "style_transfer.py"):
         lines.append(f"| `python {command} --data /scratch/wikiart --run runs/wikiart` | not counted | | | |")
     return "\n".join([*lines, "| `python report/build.py --run runs/wikiart` | none | | | |"])
@@ -204,7 +201,7 @@ sent batch by batch, {pixels / LINK:.1f} s an epoch at an assumed {LINK / 1e9:.0
 def counted() -> str:
     """What stands between the marks of docs/gpu.md."""
     rows, config = trainings(), settings("train")
-    return table(rows, WIKIART * 3 * config.size**2 / 1e9) + "\n" + summary(rows, config)
+    return table(rows) + "\n" + summary(rows, config)
 
 
 def main() -> None:
