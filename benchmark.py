@@ -39,10 +39,9 @@ SHARED = ("data", "run", "size", "resize", "seed", "split_seed", "validation")
 SETTINGS = {
     "measures": Setting(list[str], None, "what to measure"),
     "turns": Setting(int, "[1, inf)", "times that everything is measured; the median counts"),
-    "images": Setting(int, "[4, inf)", "full-size JPEGs to measure on"),
 }
 SIDE, BATCH_SIZE = 128, 32  # of the images in batches
-WIDTH, HEIGHT = 1095, 822  # of the JPEGs, about WikiArt's
+IMAGES, WIDTH, HEIGHT = 300, 1095, 822  # JPEGs to measure on, about as large as WikiArt's
 MEMORY_IMAGES = 20_000  # kept as floats, 200 KB each
 FEW, MANY = 1000, 32_000  # images of the small and the large data set of `growth`
 EPOCHS = 12  # of ResNet-18 and of our network; the reference recipe has 90
@@ -149,7 +148,7 @@ class Bench:
 
     def large_images(self) -> Path:
         """JPEGs as large as WikiArt's, which decode as slowly."""
-        return benchmarks.write_images(self.scratch / "large", self.config.images, WIDTH, HEIGHT, self.config.seed)
+        return benchmarks.write_images(self.scratch / "large", IMAGES, WIDTH, HEIGHT, self.config.seed)
 
     def small_images(self, count: int) -> Path:
         """Many small JPEGs: the cost of their cached pixels is that of large ones."""
@@ -158,8 +157,8 @@ class Bench:
     def compare_with_image_folder(self, name: str, ours, epochs: int = 1) -> dict:
         """The facts of ours(), `epochs` passes over the large images, compared with an epoch of ImageFolder."""
         theirs = partial(benchmarks.image_folder_epoch, self.large_images(), SIDE, BATCH_SIZE)
-        seconds, images = in_turns(self.config.turns, {"ours": ours, "theirs": theirs}), self.config.images
-        return compare(name, 1000 * seconds["ours"] / epochs / images, 1000 * seconds["theirs"] / images, speedup=True)
+        seconds = in_turns(self.config.turns, {"ours": ours, "theirs": theirs})
+        return compare(name, 1000 * seconds["ours"] / epochs / IMAGES, 1000 * seconds["theirs"] / IMAGES, speedup=True)
 
 
 def open_cached(root: Path) -> WikiArt:

@@ -25,7 +25,6 @@ import common.packages  # noqa: F401
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import classification_report
-from tqdm import tqdm
 
 from common.backbones import Pretrained, extract, head, import_timm, load, replace_modules
 from common.config import Setting, configure
@@ -43,6 +42,7 @@ from common.metrics import (
 )
 from common.optim import Optimizers
 from common.run import (
+    Steps,
     add_facts,
     autocast,
     claim,
@@ -52,6 +52,7 @@ from common.run import (
     read_facts,
     run_script,
     save_checkpoint,
+    to_device,
     write_text,
 )
 from wikiart import WikiArt
@@ -161,11 +162,11 @@ class Task:
 
     def inputs(self, rows):
         """Standardised features (B, features) of the paintings in these rows."""
-        return self.model.standardise(torch.from_numpy(self.features[rows.numpy()]).to(self.device))
+        return self.model.standardise(to_device(torch.from_numpy(self.features[rows.numpy()]), self.device))
 
     def batches(self, split: str):
         for rows, labels in zip(self.rows[split].split(2048), self.splits[split].labels.split(2048), strict=True):
-            yield self.inputs(rows), labels.to(self.device)
+            yield self.inputs(rows), to_device(labels, self.device)
 
     def losses(self, logits, labels, smoothing: float = 0.0):
         losses = F.cross_entropy(logits.float() + self.prior, labels, label_smoothing=smoothing, reduction="none")
@@ -289,14 +290,15 @@ def train_network(task: Task, model, inputs, predict, epochs: int, batch_size: i
     """
     labels, best = task.splits["training"].labels, {"val_balanced_accuracy": -1.0, "epoch": 0}
     optimizers = Optimizers(model, lr, WEIGHT_DECAY, epochs * -(-len(labels) // batch_size), muon=False)
-    for epoch in tqdm(range(1, epochs + 1), "epochs", leave=False):
+    for epoch in range(1, epochs + 1):
         model.train()
-        for items in torch.randperm(len(labels)).split(batch_size):
+        batches = torch.randperm(len(labels)).split(batch_size)
+        steps = Steps(batches, len(batches), epoch, epochs, "give another --backbone or --weights")
+        for items in steps:
             with autocast(task.device):
                 logits = model(inputs(items))
-            loss = task.losses(logits, labels[items].to(task.device), LABEL_SMOOTHING).mean()
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} in epoch {epoch}: give another --backbone or --weights")
+            loss = task.losses(logits, to_device(labels[items], task.device), LABEL_SMOOTHING).mean()
+            steps.record(loss)
             optimizers.zero_grad()
             loss.backward()
             optimizers.step()

@@ -35,12 +35,12 @@ from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
 from common.names import display_name, find_style
-from common.optim import linear_warmup_decay
+from common.optim import FUSED, linear_warmup_decay
 from common.run import (
+    Steps,
     Timer,
     add_facts,
     atomic_write,
-    check_finite,
     checkpoint_path,
     claim,
     fixed_settings,
@@ -55,6 +55,7 @@ from common.run import (
     run_script,
     save_epoch,
     sum_over_processes,
+    to_device,
     world_size,
     write_text,
 )
@@ -183,7 +184,7 @@ def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, conf
 
     # Adapter and optimizer
     adapter = diffusion.Adapter(pipe, config)
-    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr)
+    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr, fused=device.type in FUSED)
     lr_schedule = linear_warmup_decay(optimizer, steps, warmup=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=diffusion.precision(device) == torch.float16)
     parts = {"adapter": adapter, "optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
@@ -239,19 +240,19 @@ def train_epoch(adapter, data: WikiArt, latents, sampler, parts: dict, epoch: in
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # see common.run.resume
     batches = torch.tensor(list(sampler)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]
-    total = torch.zeros(1, dtype=torch.float64)
-    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
+    snr_weights = diffusion.min_snr_weight(schedule, torch.arange(schedule.config.num_train_timesteps))
+    steps, sums = Steps(batches, len(batches), epoch, config.epochs), []
+    for batch in steps:
         noise = torch.randn(len(batch), *latents.shape[1:], generator=generator)
         timesteps = torch.randint(schedule.config.num_train_timesteps, (len(batch),), generator=generator)
         captions = diffusion.training_captions(data, batch, torch.rand(len(batch), 3, generator=generator))
-        weights = diffusion.min_snr_weight(schedule, timesteps)
         for rows in torch.arange(len(batch))[local_share()].chunk(config.accumulate):
             inputs = (latents[batch[rows]], noise[rows], timesteps[rows], [captions[row] for row in rows])
             losses = diffusion.denoising_loss(adapter.pipe, schedule, *inputs)
-            loss = (losses * weights[rows].to(losses.device)).sum() / len(batch)
-            check_finite(loss, step, epoch)
+            loss = (losses * to_device(snr_weights[timesteps[rows]], losses.device)).sum() / len(batch)
+            steps.record(loss)
             scaler.scale(loss).backward()
-            total += losses.detach().sum().cpu() / len(batch)
+            sums.append(losses.detach().sum())
         for parameter in parameters:
             if parameter.grad is not None:  # SDXL does not use the last layer of its first text encoder
                 sum_over_processes(parameter.grad)  # not the mean: each gradient is that of a part of the batch
@@ -261,7 +262,8 @@ def train_epoch(adapter, data: WikiArt, latents, sampler, parts: dict, epoch: in
         scaler.update()
         parts["lr_schedule"].step()
         optimizer.zero_grad()
-    return float(sum_over_processes(total)) / len(batches)
+    total = sum_over_processes(torch.stack(sums).cpu().double().sum())
+    return total.item() / (len(batches) * config.batch_size)
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------

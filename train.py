@@ -22,8 +22,6 @@ import common.packages  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from common import figures
 from common.config import Setting, configure
@@ -40,12 +38,12 @@ from common.metrics import (
     negative_log_likelihood,
 )
 from common.names import count, display_name
-from common.optim import Optimizers
+from common.optim import MovingAverage, Optimizers
 from common.run import (
+    Steps,
     Timer,
     add_facts,
     autocast,
-    check_finite,
     claim,
     data_parallel,
     finish,
@@ -63,11 +61,12 @@ from common.run import (
     run_script,
     save_epoch,
     sum_over_processes,
+    to_device,
 )
 from wikiart import MODELS, BalancedSampler, Classifier, WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "min_images", "processes")
-SHARED += ("restart", "tensorboard")
+SHARED += ("restart", "tensorboard", "compile")
 SETTINGS = {
     "model": Setting(str, None, "CNN, MLP (the baseline), or a classifier of torchvision.models such as resnet18"),
     "target": Setting(str, ("style", "artist", "genre"), "what to predict; unknown and rare ones are left out"),
@@ -164,10 +163,10 @@ def fit(config, stem: str, training: WikiArt, validation: WikiArt | None, device
     """
     training.move_to(device)
     sampler = new_sampler(training, config)
-    criterion = ClassifierLoss(training, config)
+    criterion = ClassifierLoss(training, config, device)
     arguments = model_arguments(config, training, criterion.aux_classes)
     model = new_model(config, arguments).to(device, memory_format=torch.channels_last)  # a fifth faster on CPUs
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    ema = MovingAverage(model, config.ema_decay)
     steps = config.epochs * (len(sampler) // config.batch_size)
     optimizers = Optimizers(model, config.lr, config.weight_decay, steps, muon=config.optimizer == "muon")
     state = {
@@ -189,7 +188,7 @@ def fit(config, stem: str, training: WikiArt, validation: WikiArt | None, device
         paintings = count(len(training), "painting") + ("" if validation else ", those of validation too")
         print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}; {paintings}")
 
-    parallel = data_parallel(model)
+    parallel = data_parallel(model, config.compile)
     with interruptible(state):
         for epoch in range(len(state["history"]) + 1, config.epochs + 1):
             timer = Timer()
@@ -266,8 +265,8 @@ class ClassifierLoss:
     The auxiliary outputs are dropped after training.
     """
 
-    def __init__(self, data: WikiArt, config):
-        log_prior = class_log_prior(data.labels, len(data.classes))
+    def __init__(self, data: WikiArt, config, device="cpu"):
+        log_prior = class_log_prior(data.labels, len(data.classes)).to(device)
         # Logit adjustment (Menon et al. 2021): the loss sees logits plus log-prior, so that the network itself learns
         # the evidence for a class beyond its frequency.
         self.prior = TAU * log_prior if config.balance == "logit" else None
@@ -293,13 +292,13 @@ class ClassifierLoss:
         """The mean loss of a batch: outputs (B, classes + aux_classes), labels (B,), items (B,) of the training set."""
         logits = outputs[:, : self.classes].float()
         if self.prior is not None:
-            logits = logits + self.prior.to(logits.device)
+            logits = logits + self.prior
         losses = F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none")
         if self.weights is not None:  # not cross_entropy's own `weight`, which would weight the smoothed target as well
-            losses = losses * self.weights.to(logits.device)[labels]
+            losses = losses * self.weights[labels]
         loss = losses.mean()
         for start, end, weight, all_labels in self.auxiliary:
-            aux_labels = all_labels[items].to(logits.device)
+            aux_labels = to_device(all_labels[items], logits.device)
             aux_logits = outputs[:, start:end].float()
             aux_losses = F.cross_entropy(
                 aux_logits, aux_labels, ignore_index=-1, reduction="sum", label_smoothing=self.smoothing
@@ -322,17 +321,16 @@ def train_epoch(model, ema, data, sampler, criterion, optimizers, epoch, config,
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # for each epoch, so that a resumed training draws the same
     batches = torch.tensor(list(sampler)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]  # so that processes have equal shares
-    sums = torch.zeros(4, len(data.classes), dtype=torch.float64)  # images, loss, cross-entropy, correct: by class
-    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
-        random = torch.rand(13, len(batch))[:, local_share()]
-        items = batch[local_share()]
-        pixels, labels = data.batch(items, device)
+    batches = [batch[local_share()] for batch in batches]
+    steps, scores = Steps(data.batches(batches, device), len(batches), epoch, config.epochs), []
+    for items, pixels, labels in steps:
+        random = torch.rand(13, config.batch_size)[:, local_share()]
         images = random_crops(pixels, config.crop, random[:7], config.min_crop_area)
         images = colour_cast(images, random[7:], config.colour_cast)
         with autocast(device, cpu=True):
             outputs = model(images.contiguous(memory_format=torch.channels_last))
         loss = criterion(outputs, labels, items)
-        check_finite(loss, step, epoch)
+        steps.record(loss)
         optimizers.zero_grad()
         loss.backward()
         optimizers.step()
@@ -341,8 +339,9 @@ def train_epoch(model, ema, data, sampler, criterion, optimizers, epoch, config,
         logits = outputs.detach()[:, : len(data.classes)].float()
         cross_entropy = F.cross_entropy(logits, labels, reduction="none")
         correct = (logits.argmax(1) == labels).float()
-        values = torch.stack([torch.ones_like(correct), loss.detach().expand_as(correct), cross_entropy, correct])
-        sums.index_add_(1, labels.cpu(), values.cpu().double())
+        scores.append(torch.stack([torch.ones_like(correct), loss.detach().expand_as(correct), cross_entropy, correct]))
+    sums = torch.zeros(4, len(data.classes), dtype=torch.float64)  # images, loss, cross-entropy, correct: by class
+    sums = sums.index_add(1, data.labels[torch.cat(batches)], torch.cat(scores, 1).cpu().double())
     sums = sum_over_processes(sums)
     count, loss, _, correct = sums.sum(1).tolist()
     present = sums[0] > 0

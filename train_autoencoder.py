@@ -20,7 +20,6 @@ import common.packages  # noqa: F401
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
-from tqdm import tqdm
 
 from common import figures
 from common.config import Setting, configure
@@ -33,10 +32,10 @@ from common.names import count
 from common.optim import Optimizers
 from common.reconstruction import items_to_show, mean_squared_error, plot_reconstructions
 from common.run import (
+    Steps,
     Timer,
     add_facts,
     autocast,
-    check_finite,
     claim,
     data_parallel,
     finish,
@@ -54,11 +53,12 @@ from common.run import (
     run_script,
     save_epoch,
     sum_over_processes,
+    world_size,
 )
 from wikiart import WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
-SHARED += ("tensorboard",)
+SHARED += ("tensorboard", "compile")
 SETTINGS = {
     "crop": Setting(int, "[16, inf)", "side of the images that are encoded, in pixels; a multiple of 16"),
     "code": Setting(int, "[1, inf)", "numbers in the code of a painting"),
@@ -107,7 +107,7 @@ def main(argv=None):
         }
 
     # Train, evaluate, save
-    parallel = data_parallel(criterion)
+    parallel = data_parallel(criterion, config.compile)
     with interruptible(state):
         for epoch in remaining_epochs(state["history"], config.epochs):
             timer = Timer()
@@ -190,23 +190,23 @@ def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, device
     """One pass over the training set; returns mean squared error and PSNR on its crops."""
     criterion.train()
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # for each epoch, so that a resumed training draws the same
-    steps = len(data) // config.batch_size
-    batches = torch.randperm(len(data))[: steps * config.batch_size].split(config.batch_size)
-    total = torch.zeros(1, dtype=torch.float64)
-    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
-        random, second_random = torch.rand(5), torch.rand(7, len(batch))[:, local_share()]
-        pixels, _ = data.batch(batch[local_share()], device)
+    count = len(data) // config.batch_size
+    batches = torch.randperm(len(data))[: count * config.batch_size].split(config.batch_size)
+    batches = [batch[local_share()] for batch in batches]
+    steps, errors = Steps(data.batches(batches, device), count, epoch, config.epochs), []
+    for _, pixels, _ in steps:
+        random, second_random = torch.rand(5), torch.rand(7, config.batch_size)[:, local_share()]
         crops = [batch_crop(pixels, config.crop, random, config.min_crop_area)]
         if config.contrastive_weight:
             crops.append(random_crops(pixels, config.crop, second_random, CONTRASTIVE_MIN_AREA))
         with autocast(device, cpu=True):
             loss, mse = criterion(*(images.contiguous(memory_format=torch.channels_last) for images in crops))
-        check_finite(loss, step, epoch)
+        steps.record(loss)
         optimizers.zero_grad()
         loss.backward()
         optimizers.step()
-        total += mse.item() * len(pixels)
-    mse = sum_over_processes(total).item() / (steps * config.batch_size)
+        errors.append(mse.detach())
+    mse = sum_over_processes(torch.stack(errors).cpu().double().mean()).item() / world_size()
     return {"mse": mse, "psnr": psnr(mse)}
 
 

@@ -21,8 +21,6 @@ import common.packages  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from common import backbones, figures, losses
 from common.config import Setting, configure
@@ -31,13 +29,13 @@ from common.errors import UserError
 from common.layers import parameter_count
 from common.metrics import psnr
 from common.names import display_name
-from common.optim import Optimizers
+from common.optim import MovingAverage, Optimizers
 from common.run import (
+    Steps,
     Timer,
     add_facts,
     autocast,
     average_gradients,
-    check_finite,
     checkpoint_path,
     claim,
     finish,
@@ -59,7 +57,7 @@ from common.run import (
 from wikiart import BalancedSampler, Classifier, StyleAutoencoder, WikiArt, channel_statistics
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "validation", "processes", "hide", "restart")
-SHARED += ("tensorboard",)
+SHARED += ("tensorboard", "compile")
 SETTINGS = {
     "features": Setting(str, None, "frozen network of the losses: a classifier of train.py, or a backbone of timm"),
     "weights": Setting(str, None, "file with the weights of a backbone of timm; none: from the hub"),
@@ -194,15 +192,20 @@ def new_networks(features, training: WikiArt, steps: int, config, device) -> tup
     arguments |= {"mean": mean, "std": std}
     model = StyleAutoencoder(**arguments).to(device, memory_format=torch.channels_last)
     critic = losses.Critic(features.channels, styles).to(device, memory_format=torch.channels_last)
-    return arguments, {
+    parts = {
         "model": model,
         "critic": critic,
         "style_stat": losses.StyleStatLoss(styles, features.channels).to(device),
         "palette": losses.PaletteLoss(styles, config.crop).to(device),
-        "averaged": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True),
+        "averaged": MovingAverage(model, EMA_DECAY),
         "optimizers": Optimizers(model, config.lr, 0.0, steps, betas=BETAS),
         "critic_optimizers": Optimizers(critic, config.lr, 1e-3, steps, betas=BETAS, momentum=0.5),
     }
+    if config.compile:  # last: the moving average is a copy of the model
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+        critic.compile()
+        features.compile()
+    return arguments, parts
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -216,8 +219,8 @@ def train_epoch(parts: dict, features, data: WikiArt, sampler, epoch: int, confi
     members = [torch.nonzero(data.labels == label).flatten() for label in range(len(data.classes))]
     batches = torch.tensor(list(sampler)).split(config.batch_size)
     batches = [batch for batch in batches if len(batch) == config.batch_size]  # so that processes have equal shares
-    total, share = 0, local_share()
-    for step, items in enumerate(tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=rank() > 0)):
+    steps, values, share = Steps(batches, len(batches), epoch, config.epochs), [], local_share()
+    for items in steps:
         sources = data.labels[items]
         targets = (sources + torch.randint(1, len(members), sources.shape)) % len(members)
         style_items = torch.stack([members[target][torch.randint(len(members[target]), ())] for target in targets])
@@ -228,10 +231,9 @@ def train_epoch(parts: dict, features, data: WikiArt, sampler, epoch: int, confi
         pixels, targets = data.batch(style_items[share], device)
         style_images = windows(pixels, config.crop, scales[1], places[1][:, share])
         record = train_step(parts, features, images, style_images, sources, targets, picks[share], random, config)
-        values = torch.stack(list(record.values())).double().cpu()
-        check_finite(values[0], step, epoch)
-        total = total + values
-    means = sum_over_processes(total) / len(batches) / world_size()
+        steps.record(record["loss"])
+        values.append(torch.stack(list(record.values())))
+    means = sum_over_processes(torch.stack(values).cpu().double().mean(0)) / world_size()
     return dict(zip(record, means.tolist(), strict=True))
 
 

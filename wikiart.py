@@ -15,6 +15,8 @@ import copy
 import hashlib
 import os
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,7 @@ from common.layers import (
 )
 from common.metrics import calibrate, confidence
 from common.names import artist_and_title, artist_of, count, match_style, read_metadata, showable, stem_of
-from common.run import autocast, file_hash, load_checkpoint, pick_device
+from common.run import autocast, file_hash, load_checkpoint, pick_device, to_device
 from common.splits import connected_groups, hold_out
 
 # The data set ---------------------------------------------------------------------------------------------------------
@@ -195,10 +197,30 @@ class WikiArt(Dataset):
 
     def batch(self, items, device):
         """Images uint8 (B, 3, S, S) and labels (B,) of the given items (B,), on the device."""
-        labels = self.labels[items].to(device)
+        labels = to_device(self.labels[items], device)
         if self.on_device is not None:
-            return self.on_device[items.to(self.on_device.device)].to(device), labels
-        return torch.from_numpy(self.pixels[self.rows[items.numpy()]]).to(device, non_blocking=True), labels
+            return self.on_device[to_device(items, self.on_device.device)].to(device), labels
+        return to_device(self.read(items), device), labels
+
+    def read(self, items) -> torch.Tensor:
+        """Images uint8 (B, 3, S, S) of the given items (B,), from the cache."""
+        return torch.from_numpy(self.pixels[self.rows[items.numpy()]])
+
+    def batches(self, batches: list, device):
+        """Yield each batch of items with what `batch` returns for it: items, images, labels.
+
+        Where a GPU gets its pixels from the cache, a thread reads the next two batches meanwhile.
+        """
+        if device.type != "cuda" or self.on_device is not None:
+            for items in batches:
+                yield items, *self.batch(items, device)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead = deque(reader.submit(self.read, items) for items in batches[:2])
+            for number, items in enumerate(batches):
+                pixels = ahead.popleft().result()
+                ahead.extend(reader.submit(self.read, later) for later in batches[number + 2 : number + 3])
+                yield items, to_device(pixels, device), to_device(self.labels[items], device)
 
     def counts(self) -> np.ndarray:
         """Paintings per class, int64 (classes,)."""

@@ -19,7 +19,7 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings that do not change what a training computes, so they may differ when it is resumed.
-FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide", "tensorboard")
+FREE_SETTINGS = ("data", "run", "device", "processes", "config", "restart", "hide", "tensorboard", "compile")
 # Those that --help lists first.
 COMMON = (
     "data",
@@ -66,6 +66,7 @@ SHARED = {
     "processes": Setting(int, "[0, inf)", "processes that decode images; 0: one per core"),
     "hide": Setting(list[str], None, "genres that no figure shows, and text files with further parts of file names"),
     "tensorboard": Setting(bool, None, "write each epoch's record for TensorBoard, too: requirements/tensorboard.txt"),
+    "compile": Setting(bool, None, "compile the networks before training: a minute or more that pays on a GPU"),
     "restart": Setting(bool, None, "discard an unfinished training in the run folder instead of resuming it"),
 }
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.run import to_device
+
 FEATURE_SCALES = (1.0, 0.7)  # of the views over which features of a classifier are averaged
 
 
@@ -29,7 +31,7 @@ def random_crops(images, crop: int, random: torch.Tensor, min_area: float = 0.2)
         crops = crop_each(images, crop, torch.stack([top, top + height, left, left + width]), flip)
     else:
         crops = grid_sample_crops(images, crop, left, top, torch.where(flip, -width, width), height)
-    contrast, exposure = (0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1).to(images.device)
+    contrast, exposure = to_device((0.3 * (random[5:7] - 0.5)).view(2, -1, 1, 1, 1), images.device)
     return crops.mul_(1 + contrast).add_(0.25 * exposure - 0.5 * contrast)
 
 
@@ -61,13 +63,13 @@ def grid_sample_crops(images, crop: int, left, top, width, height) -> torch.Tens
     """Crops of a whole batch on a GPU: uint8 (B, 3, S, S) to float (B, 3, crop, crop); a negative width flips."""
     side, zero = images.shape[-1], torch.zeros_like(width)
     x, y = (2 * left + width.abs()) / side - 1, (2 * top + height) / side - 1  # centres, in affine_grid's [-1, 1]
-    theta = torch.stack([width / side, zero, x, zero, height / side, y], 1).view(-1, 2, 3).to(images.device)
-    grid = F.affine_grid(theta, (len(images), 3, crop, crop), align_corners=False)
+    theta = torch.stack([width / side, zero, x, zero, height / side, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(to_device(theta, images.device), (len(images), 3, crop, crop), align_corners=False)
     # grid_sample does not antialias: where a crop is reduced, average its pixels first.
     level = (torch.maximum(width.abs(), height) / crop).log2().round().clamp(min=0)
     crops = torch.empty(len(images), 3, crop, crop, device=images.device)
     for value in level.unique():
-        rows = torch.nonzero(level == value).flatten().to(images.device)
+        rows = to_device(torch.nonzero(level == value).flatten(), images.device)
         source = F.avg_pool2d(images[rows].float() / 255, int(2**value))
         crops[rows] = F.grid_sample(source, grid[rows], padding_mode="reflection", align_corners=False)
     return crops

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.images import open_rgb, read_image
 from common.names import display_name
-from common.run import atomic_write, save_checkpoint
+from common.run import atomic_write, save_checkpoint, to_device
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 SNR_GAMMA = 5.0
@@ -108,7 +108,7 @@ def text_conditions(pipe, captions: list[str], side: int) -> dict:
     )
     if not pooled:
         return {"encoder_hidden_states": embeddings}
-    sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(captions), device=embeddings.device)
+    sizes = to_device(torch.tensor([[side, side, 0, 0, side, side]] * len(captions)), embeddings.device)
     added = {"text_embeds": pooled[0], "time_ids": sizes.to(embeddings.dtype)}
     return {"encoder_hidden_states": embeddings, "added_cond_kwargs": added}
 
@@ -116,7 +116,7 @@ def text_conditions(pipe, captions: list[str], side: int) -> dict:
 def denoising_loss(pipe, schedule, latents, noise, timesteps, captions: list[str]) -> torch.Tensor:
     """Mean squared error of the UNet's prediction for each image, (B,); latents and noise (B, 4, h, w)."""
     device, dtype = pipe.unet.device, precision(pipe.unet.device)
-    latents, noise, timesteps = latents.float().to(device), noise.to(device), timesteps.to(device)
+    latents, noise, timesteps = (to_device(values, device) for values in (latents.float(), noise, timesteps))
     noisy = schedule.add_noise(latents, noise, timesteps)
     predicts_velocity = schedule.config.prediction_type == "v_prediction"
     target = schedule.get_velocity(latents, noise, timesteps) if predicts_velocity else noise

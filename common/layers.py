@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
+from common.run import to_device
+
 
 class Normalise(nn.Module):
     """Pixels in [0, 1] to mean 0 and standard deviation 1 per channel; the statistics are saved with the weights."""
@@ -62,7 +64,7 @@ class Dropout(nn.Module):
             return x
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mask = torch.rand(len(x) * world_size, *x.shape[1:])[rank::world_size] >= self.p
-        return x * mask.to(x.device) / (1 - self.p)
+        return x * to_device(mask, x.device) / (1 - self.p)
 
 
 class Block(nn.Module):
@@ -130,7 +132,7 @@ def covariances(maps):
     outweigh the others (Lin et al. 2015, "Bilinear CNNs").
     """
     values = (maps - maps.mean((2, 3), keepdim=True)).flatten(2).float()
-    first, second = torch.triu_indices(maps.shape[1], maps.shape[1])
+    first, second = torch.triu_indices(maps.shape[1], maps.shape[1], device=maps.device)
     values = (values @ values.mT / values.shape[2])[:, first, second]
     return (values / (values.abs() + 1e-3).sqrt())[:, :, None, None]
 

@@ -8,6 +8,7 @@ from torch.distributed.nn.functional import all_gather
 
 from common.layers import Block, mean_std
 from common.metrics import layout
+from common.run import to_device
 
 
 def class_log_prior(labels, classes: int) -> torch.Tensor:
@@ -145,14 +146,18 @@ class StyleQueue(nn.Module):
     def add(self, rows, labels) -> None:
         """Add rows (B, ...) of styles `labels` (B,), from all processes, in the order that one process would use."""
         rows, labels = (gather(x).unflatten(0, (-1, len(x))).transpose(0, 1).flatten(0, 1) for x in (rows, labels))
-        for row, label in zip(rows, labels.tolist(), strict=True):
-            self.rows[label, self.counts[label] % self.rows.shape[1]] = row
-            self.counts[label] += 1
+        order = torch.arange(len(labels), device=labels.device)
+        earlier = ((labels[:, None] == labels) & (order[:, None] > order)).sum(1)  # of this style in the batch
+        places = (self.counts[labels] + earlier) % self.rows.shape[1]
+        same_place = (labels[:, None] == labels) & (places[:, None] == places)
+        last = (same_place * order).amax(1)  # where a batch fills a style's places more than once, its last rows stay
+        self.rows[labels, places] = rows[last]
+        self.counts.index_add_(0, labels, torch.ones_like(labels))
 
     def sample(self, labels, random):
         """Rows (B, n, ...) of styles `labels` (B,), for uniform numbers `random` (B, n)."""
         counts = self.counts[labels].clamp(1, self.rows.shape[1])
-        return self.rows[labels[:, None], (random.to(labels.device) * counts[:, None]).long()]
+        return self.rows[labels[:, None], (to_device(random, labels.device) * counts[:, None]).long()]
 
 
 def style_statistics(images, maps):
@@ -185,7 +190,7 @@ class StyleStatLoss(nn.Module):
         self.queue.add(style_statistics, targets)
         candidates = self.queue.sample(targets, random)
         nearest = (candidates - statistics.detach()[:, None]).square().sum(2).argmin(1)
-        wanted = candidates[torch.arange(len(nearest)), nearest]
+        wanted = candidates[torch.arange(len(nearest), device=nearest.device), nearest]
         pairs = zip(statistics.split(self.sizes, 1), wanted.split(self.sizes, 1), strict=True)
         return sum(F.smooth_l1_loss(x, target) for x, target in pairs) / len(self.sizes)
 
@@ -207,7 +212,7 @@ class PaletteLoss(nn.Module):
     def forward(self, images, style_images, targets, random):
         """Repainted images and real paintings (B, 3, crop, crop) of the styles `targets` (B,)."""
         self.queue.add(self.colours(style_images), targets)
-        directions = F.normalize(torch.randn(3, 16), dim=0).to(images.device)
+        directions = to_device(F.normalize(torch.randn(3, 16), dim=0), images.device)
         candidates = (self.queue.sample(targets, random) @ directions).sort(2).values
         values = (self.colours(images) @ directions).sort(1).values[:, None]
         return (values - candidates).abs().mean((2, 3)).amin(1).mean()

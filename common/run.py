@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from common.config import FREE_SETTINGS
 from common.errors import UserError
 from common.names import count
 
 MIN_STEPS = 4  # of an epoch
+LOG_STEPS = 20  # between two looks at the losses, for which the host has to wait for the device
 
 
 def run_script(main) -> None:
@@ -53,6 +55,8 @@ def run_script(main) -> None:
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator that torch finds (CUDA, ROCm, MPS, XPU), else the CPU. Raises UserError."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, in Muon for example
     if name != "auto":
         try:
             torch.empty(0, device=name)
@@ -74,6 +78,13 @@ def autocast(device: torch.device, cpu: bool = False):
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "mps")  # there, the copy may start after the tensor is gone
 
 
 def reuse_freed_memory() -> None:
@@ -132,8 +143,10 @@ def fit_batch_size(config, images: int, validation) -> None:
         raise UserError(f"--batch-size must be a multiple of the {world_size()} processes")
 
 
-def data_parallel(model):
-    """The model, with gradients averaged over all processes where there are several."""
+def data_parallel(model, compile: bool = False):
+    """The model, compiled if asked, with gradients averaged over all processes where there are several."""
+    if compile:
+        model.compile()  # in place, so that weights keep their names
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
@@ -365,10 +378,38 @@ def finish(run, stem: str, state: dict) -> Path:
     return path
 
 
-def check_finite(loss: torch.Tensor, step: int, epoch: int) -> None:
-    """Raise UserError if the loss of a step is not finite."""
-    if not torch.isfinite(loss):
-        raise UserError(f"the loss is {loss.item()} at step {step + 1} of epoch {epoch}: lower --lr")
+class Steps:
+    """The steps of an epoch, with a progress bar: yields its batches, and is told the loss of each.
+
+    A GPU works on what the host has queued, and reading a number from it waits until the queue is empty. So losses stay
+    on the device for LOG_STEPS steps; then all are read at once, and the bar shows the last one. Raises UserError with
+    the step and the `advice` where one was not finite.
+    """
+
+    def __init__(self, batches, count: int, epoch: int, epochs: int, advice: str = "lower --lr"):
+        self.batches, self.count, self.epoch, self.epochs, self.advice = batches, count, epoch, epochs, advice
+        self.step, self.losses = 0, []
+
+    def __iter__(self):
+        title = f"epoch {self.epoch}/{self.epochs}"
+        with tqdm(self.batches, title, self.count, leave=False, disable=rank() > 0) as bar:
+            for self.step, batch in enumerate(bar, 1):
+                yield batch
+                if self.step % LOG_STEPS == 0 or self.step == self.count:
+                    bar.set_postfix(loss=f"{self.read_losses():.3g}", refresh=False)
+
+    def record(self, loss: torch.Tensor) -> None:
+        """Note a loss of the present step, a scalar on any device."""
+        self.losses.append((self.step, loss.detach()))
+
+    def read_losses(self) -> float:
+        """The last loss noted, after checking all since the last call."""
+        steps, losses = zip(*self.losses, strict=True)
+        self.losses = []
+        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step} of epoch {self.epoch}: {self.advice}")
+        return loss
 
 
 # Facts ----------------------------------------------------------------------------------------------------------------

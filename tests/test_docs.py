@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT, TINY, TINY_TRAIN, picture
+from conftest import ROOT, TINY, TINY_TRAIN, picture, script
 
 import test as evaluation
 import train
@@ -48,3 +48,13 @@ def test_an_old_checkpoint_leaves_the_ninth_out_and_says_so(demo, trained, tmp_p
     flags = [*TINY, "--data", str(tmp_path / "nine"), "--run", str(tmp_path)]
     evaluation.main([*flags, "--checkpoint", str(trained / "classifier.pt")])
     assert "left out: 1 of 33 paintings" in capsys.readouterr().err
+
+
+def test_what_a_gpu_server_needs_is_counted_from_the_code():
+    assert script("report/server.py", "--check").returncode == 0
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert "counted, not measured" in page
+    commands = re.findall(r"^\| `python (?:report/)?(\w+\.py)", page, re.M)
+    assert commands[0] == "download.py" and commands[-1] == "build.py"
+    for needs, script_before in (("test.py", "train.py"), ("cluster.py", "train_autoencoder.py")):
+        assert commands.index(script_before) < commands.index(needs)

@@ -304,6 +304,9 @@ def test_queues_of_two_processes_have_the_order_of_one(monkeypatch):
     two.add(rows[0::2], labels[0::2])
     assert torch.equal(one.rows, two.rows)
     assert torch.equal(one.counts, two.counts)
+    for label in (0, 1):  # as if they had come one after the other
+        kept = rows[labels == label][-3:].flatten().tolist()
+        assert sorted(one.rows[label].flatten().tolist()) == sorted([0.0] * (3 - len(kept)) + kept)
 
 
 def test_the_nearest_real_painting_is_the_target():

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_TRAIN
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import train
 import wikiart
@@ -93,6 +95,37 @@ def test_muon_makes_updates_orthogonal():
     for shape in ((16, 40), (40, 16)):
         singular = torch.linalg.svdvals(optim.orthogonalize(torch.randn(shape)))
         assert 0.5 < singular.min() < singular.max() < 1.5
+
+
+def test_muon_makes_the_same_step_for_weights_of_one_shape_as_for_each_by_itself():
+    torch.manual_seed(0)
+    together = [torch.randn(8, 4, 3, 3).requires_grad_() for _ in range(3)] + [torch.randn(6, 8, 1, 1).requires_grad_()]
+    alone = [weight.detach().clone().requires_grad_() for weight in together]
+    optimizers = [optim.Muon(together, 0.1, weight_decay=0.1), *(optim.Muon([w], 0.1, weight_decay=0.1) for w in alone)]
+    for _ in range(3):
+        for weight, other in zip(together, alone, strict=True):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, other in zip(together, alone, strict=True):
+        assert torch.allclose(weight, other, atol=1e-5)
+
+
+def test_the_moving_average_is_that_of_torch():
+    torch.manual_seed(0)
+    model = wikiart.CNN(2, **CNN)
+    ours = optim.MovingAverage(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value.data.add_(torch.randn_like(value))
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()  # so that earlier partial checkpoints can be resumed
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
 
 
 def test_the_learning_rates_rise_and_fall_to_zero():
@@ -358,3 +391,14 @@ def test_every_balancing_method_trains(demo, tmp_path):
         run = tmp_path / method
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(run), "--balance", method, "--epochs", "1"])
         assert json.loads((run / "facts.json").read_text())["train"]["balance"] == method
+
+
+def test_a_compiled_network_trains_like_any_other(trained, demo, tmp_path, monkeypatch):
+    """Without a C++ compiler: traced, and differentiated ahead of time, but run by PyTorch's own kernels."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--compile"])
+    lines, others = ((run / "classifier.jsonl").read_text().splitlines() for run in (tmp_path, trained))
+    for line, other in zip(lines, others, strict=True):
+        assert json.loads(line)["loss"] == pytest.approx(json.loads(other)["loss"], rel=0.05)
+    one, two = (load_checkpoint(run / "classifier.pt")["weights"] for run in (tmp_path, trained))
+    assert one.keys() == two.keys()
