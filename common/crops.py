@@ -40,7 +40,7 @@ def colour_cast(images, random: torch.Tensor, strength: float) -> torch.Tensor:
 
     images: float (B, 3, H, W); random: uniform numbers in [0, 1), (6, B); strength 0.3 changes contrast by up to 15 %.
     """
-    contrast, exposure = (strength * (random - 0.5)).view(2, 3, -1).mT[..., None, None].to(images.device)
+    contrast, exposure = to_device((strength * (random - 0.5)).view(2, 3, -1).mT[..., None, None], images.device)
     return images.mul_(1 + contrast).add_(0.5 * exposure)
 
 
