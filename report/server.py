@@ -78,7 +78,7 @@ def classifier_step(config, model: str):
     """A training step of train.py, without the optimizer of a network of torchvision; and its network."""
     arguments = {"classes": STYLES, "mean": [0.5] * 3, "std": [0.25] * 3}
     if model == "CNN":
-        arguments |= {key: getattr(config, key) for key in ("width", "depth", "pooling", "dropout")}
+        arguments |= {key: getattr(config, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
         arguments["aux_classes"] = ARTISTS_AND_GENRES
     elif model == "MLP":
         arguments |= {"width": config.width, "crop": config.crop}
@@ -154,8 +154,11 @@ def trainings() -> list[dict]:
     plain, contrastive, style = settings("train_autoencoder"), settings("train_autoencoder"), settings("train_style")
     contrastive.contrastive_weight = 0.15
     return [
-        training(f"train.py {paths}", cnn, *classifier_step(cnn, cnn.model), inner),
-        training(f"train.py -c settings/mlp.json {paths}/mlp", mlp, *classifier_step(mlp, mlp.model), inner),
+        training(f"train.py {paths}", cnn, *classifier_step(cnn, cnn.model), inner + cnn.refit * TRAIN),
+        training(
+            f"train.py -c settings/mlp.json {paths}/mlp",
+            *(mlp, *classifier_step(mlp, mlp.model), inner + mlp.refit * TRAIN),
+        ),
         forward(f"test.py {paths}", cnn),
         training(f"train_autoencoder.py {paths}", plain, *autoencoder_step(plain), inner),
         training(
