@@ -84,7 +84,7 @@ def main(argv=None):
     check_model(checkpoint, path)
     known = config.image and config.from_style
     classifier = None if known else Classifier.load(path.parent / "classifier.pt", device)
-    repainter = Repainter(build_model(checkpoint), checkpoint["classes"], classifier, device)
+    repainter = Repainter(build_model(checkpoint, path), checkpoint["classes"], classifier, device)
     if config.image:
         repaint_files(repainter, config)
     else:
