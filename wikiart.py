@@ -44,7 +44,7 @@ from common.layers import (
     mean_std,
 )
 from common.metrics import calibrate, confidence
-from common.names import artist_and_title, artist_of, count, match_style, read_metadata, showable, stem_of
+from common.names import artist_and_title, artist_of, count, match_style, printable, read_metadata, showable, stem_of
 from common.run import autocast, check_entries, file_hash, load_checkpoint, pick_device, to_device
 from common.splits import connected_groups, hold_out
 
@@ -252,6 +252,9 @@ def find_styles(root: Path) -> tuple[bool, list[str]]:
         raise DataError(f"{root} is the folder {name}/ beside {other}/: did you mean --data {os.path.relpath(parent)}?")
     split = "train" if (root / "train").is_dir() else "test" if subfolders(root) == ["test"] else ""
     has_splits, styles = bool(split), subfolders(root / split)
+    for style in (*styles, *(subfolders(root / "test") if has_splits and (root / "test").is_dir() else ())):
+        if printable(style) != style:
+            raise DataError(f"{root} has a style folder named {printable(style)}, which cannot be shown: rename it")
     splits = [name for name in styles if name.lower() in ("train", "test", "val", "valid", "validation")]
     if not styles or splits:
         problem = f"a folder {splits[0]}" if splits else "no style folders"

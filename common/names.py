@@ -137,7 +137,7 @@ def hidden_parts(hide: list[str]) -> list[str]:
     for path in (Path(entry) for entry in hide if entry.endswith(".txt")):
         if not path.is_file():
             raise DataError(f"no file {path}: --hide takes genres, and text files with a part of a file name a line")
-        parts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        parts += [line.strip() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip()]
     return parts
 
 

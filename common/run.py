@@ -72,10 +72,55 @@ def pick_device(name: str = "auto") -> torch.device:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"the device {name!r} is not available: {str(error).splitlines()[0]}") from None
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+        device = torch.device(name)
+    elif torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    else:
+        device = torch.device("cpu")
+    if device.type == "cpu":
+        use_free_cores()
+    return device
+
+
+@cache
+def use_free_cores() -> None:
+    """Compute with as many threads as cores are free, and say so where that is fewer; OMP_NUM_THREADS comes first.
+
+    Threads wait for each other after every layer: one that shares its core with another program holds up all of them,
+    which spin meanwhile.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    free, threads = free_cores(), torch.get_num_threads()
+    if free < threads:
+        torch.set_num_threads(free)
+        print(f"{count(free, 'thread')} instead of {threads}: other programs use the cores (OMP_NUM_THREADS sets it)")
+
+
+def free_cores(stat="/proc/stat", quota="/sys/fs/cgroup/cpu.max", seconds: float = 0.25) -> int:
+    """Cores, 1 at least, that this process may use and that are idle for the next moment.
+
+    stat, quota: files of Linux with the time that each core was idle, and with a container's share of the cores; where
+    there are none, all cores count as free.
+    """
+    allowed = os.sched_getaffinity(0)
+    free = float(len(allowed))
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        limit, period = Path(quota).read_text().split()
+        free = free if limit == "max" else min(free, int(limit) / int(period))
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        before = idle_and_total(stat, allowed)
+        time.sleep(seconds)
+        idle = [(i - i0) / (t - t0) for (i, t), (i0, t0) in zip(idle_and_total(stat, allowed), before, strict=True)]
+        free = min(free, sum(idle))
+    return max(1, round(free))
+
+
+def idle_and_total(stat, cores: set[int]) -> list[tuple[int, int]]:
+    """For each core, how long it has been idle, and since it was started, in clock ticks."""
+    lines = [line.split() for line in Path(stat).read_text().splitlines() if re.match(r"cpu\d", line)]
+    ticks = [list(map(int, line[1:9])) for line in lines if int(line[0][3:]) in cores]
+    return [(sum(each[3:5]), sum(each)) for each in ticks]
 
 
 def autocast(device: torch.device, cpu: bool = False):
