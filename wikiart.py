@@ -555,6 +555,8 @@ def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
     """
     check_entries(checkpoint, path, ("model", "arguments", "weights"))
     name, arguments, weights = (checkpoint[key] for key in ("model", "arguments", "weights"))
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} is damaged: its weights are no state dict: train again")
     if name == "Pretrained" and not any(key.startswith("backbone.") for key in weights):
         check_entries(checkpoint, path, ("backbone", "backbone_weights"))
         weights = weights | backbone_weights(checkpoint)
@@ -572,11 +574,11 @@ def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
 
 def check_sizes(arguments: dict, weights: dict) -> None:
     """Raise ValueError for weights that are not finite or share memory, and for arguments that they cannot have."""
-    if not all(torch.isfinite(value).all() for value in weights.values()):
-        raise ValueError("its weights are not finite")
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
     if sum(value.nbytes for value in weights.values()) > sum(stored.values()):
         raise ValueError("its weights share memory")
+    if not all(torch.isfinite(value).all() for value in weights.values()):
+        raise ValueError("its weights are not finite")
     numbers = sum(value.numel() for value in weights.values())
     for key, value in arguments.items():
         if isinstance(value, int) and value > (len(weights) if key == "depth" else numbers):
@@ -598,7 +600,8 @@ class Classifier:
     """
 
     def __init__(self, checkpoint: dict, device, hash: str = "", path="the checkpoint"):
-        check_entries(checkpoint, path, ("classes", "data", "crop", "tta_scales"))
+        check_entries(checkpoint, path, ("model", "arguments", "weights", "classes", "data", "crop", "tta_scales"))
+        check_entries(checkpoint["data"], path, ("size", "resize"))
         if checkpoint["arguments"].get("classes") != len(checkpoint["classes"]):
             raise UserError(f"{path} is damaged: the number of its classes is not that of its network: train again")
         self.model = build_model(checkpoint, path).to(device, memory_format=torch.channels_last)

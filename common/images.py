@@ -128,13 +128,15 @@ def list_files(folder: Path) -> dict[str, tuple[int, int]]:
 
     Hidden files are left out. A broken link has size and time 0. Raises DataError for unreadable folders.
     """
-    files, visited, prefix = {}, set(), len(os.path.join(folder, ""))
+    files, visited, prefix = {}, {os.path.realpath(folder)}, len(os.path.join(folder, ""))
     for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=cannot_read):
-        target = os.path.realpath(directory)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and target not in visited]
-        is_top, is_loop = Path(directory) == folder, target in visited  # links may lead back up
-        visited.add(target)
-        if is_top or is_loop:  # files beside the style folders, a README for example, are not paintings
+        targets = {name: os.path.realpath(os.path.join(directory, name)) for name in sorted(subfolders)}
+        subfolders.clear()
+        for name, target in targets.items():
+            if not name.startswith(".") and target not in visited:  # links may lead back up, or to another style
+                visited.add(target)
+                subfolders.append(name)
+        if Path(directory) == folder:  # files beside the style folders, a README for example, are not paintings
             continue
         for name in names:
             path = os.path.join(directory, name)  # a string: Paths of all files would take 25 MB for full WikiArt

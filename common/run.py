@@ -339,7 +339,8 @@ def check_entries(checkpoint: dict, path, required: tuple[str, ...] = ()) -> Non
         raise UserError(f"{path} is damaged: its crop and size must be 1 to {LARGEST_SIDE} pixels: train again")
     if checkpoint.get("data", {}).get("resize", "squash") not in ("squash", "crop"):
         raise UserError(f"{path} is damaged: its resize must be squash or crop: train again")
-    if not all(isinstance(scale, float | int) and 0 < scale <= 8 for scale in checkpoint.get("tta_scales", [])):
+    scales = checkpoint.get("tta_scales", [1.0])
+    if not scales or not all(isinstance(scale, float | int) and 0 < scale <= 8 for scale in scales):
         raise UserError(f"{path} is damaged: its tta_scales must be numbers up to 8: train again")
     weights = checkpoint.get("weights", {})
     if isinstance(weights, dict) and not all(map(torch.is_tensor, weights.values())):

@@ -26,7 +26,7 @@ from common.images import read_image
 
 STYLES = ["Baroque", "Cubism", "Fauvism"]
 SHAPE = {"classes": 3, "width": 8, "depth": 1, "pooling": "mean", "dropout": 0.0, "mean": [0.5] * 3, "std": [0.25] * 3}
-ODD = ['qu"o,te.png', "line\nbreak.png", "esc\x1b[2J\a.png", "turned\u202egnp.png", "caf\udce9.png", "é" * 125 + ".png"]
+ODD = ['qu"o,te.png', "line\nbreak.png", "esc\x1b[2J\a.png", "turned\u202egnp.png", "caf\udce9.png", "é" * 122 + ".png"]
 
 
 def load(root, split="train", **settings):
@@ -96,7 +96,7 @@ def test_the_checkpoint_of_these_tests_is_good(tmp_path):
     ("changes", "message"),
     [
         *((lambda key=key: {key: None}, f"its {key} is not of type") for key in ("arguments", "classes", "data")),
-        (lambda: {"weights": None}, "its weights are not of type dict"),
+        (lambda: {"weights": None}, "its weights are no state dict"),
         (lambda: {"weights": {"out.weight": [1.0]}}, "its weights are not tensors"),
         (lambda: {"classes": [*STYLES[:2], "esc\x1b[2J"]}, "not different printable names"),
         (lambda: {"classes": [1, 2, 3]}, "not different printable names"),
@@ -115,7 +115,7 @@ def test_the_checkpoint_of_these_tests_is_good(tmp_path):
         (lambda: {"model": "StyleAutoencoder"}, "does not fit a StyleAutoencoder"),
         (lambda: {"model": "os.system"}, "no model os.system"),
         (lambda: {"model": ["CNN"]}, "its model is not of type str"),
-        (lambda: {"weights": {}}, "does not fit a CNN.*Missing key"),
+        (lambda: {"weights": {}}, "does not fit a CNN"),
         (lambda: weights(**{"out.bias": torch.tensor([1, float("nan"), 1])}), "not finite"),
         (lambda: weights(**{"out.weight": torch.zeros(1, 1).expand(10**6, 10**6)}), "unpacks to more|share memory"),
     ],
@@ -259,13 +259,14 @@ def test_the_longest_names_of_folders(tmp_path):
 
 def test_a_user_sees_one_line_without_control_characters(folder, tmp_path):
     saved(tmp_path)
-    (folder / "train" / "esc\x1b]0;owned\a\nTraceback").mkdir()
+    (folder / "train" / "esc\x1b]0;owned\a\nRococo").mkdir()
     line = clear_line(script("test.py", *TINY, "--data", folder, "--run", tmp_path))
-    assert "esc\\x1b]0;owned\\x07\\nTraceback, which cannot be shown" in line and "\x1b" not in line
+    assert "esc\\x1b]0;owned\\x07\\nRococo, which cannot be shown" in line and "\x1b" not in line
 
 
 def run_label(folder, tmp_path, *flags):
-    saved(tmp_path)
+    if not (tmp_path / "classifier.pt").exists():
+        saved(tmp_path)
     out = str(tmp_path / "labels.csv")
     label.main([str(folder), "--run", str(tmp_path), "--out", out, "--device", "cpu", "--processes", "1", *flags])
     return label.read_rows(tmp_path / "labels.csv")
@@ -351,8 +352,8 @@ def test_loops_of_links_end(folder, tmp_path):
     os.symlink("../Baroque", folder / "train" / "Cubism" / "across")
     os.symlink("../Cubism", folder / "train" / "Baroque" / "across")
     data = load(folder)
-    assert len(data) == 12 and len({os.path.basename(path) for path in data.paths}) == 12
-    assert images.files_below(folder / "train" / "Cubism") == sorted(os.listdir(folder / "train" / "Cubism"))[2:]
+    assert data.counts().tolist() == [4, 6, 2] and not any("across" in path or "up" in path for path in data.paths)
+    assert [path[-4:] for path in images.files_below(folder / "train" / "Cubism")] == [".png"] * 6
     os.symlink("root2", tmp_path / "root2")
     with pytest.raises(DataError, match="no folder"):
         load(tmp_path / "root2")
