@@ -561,7 +561,7 @@ def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
         check_entries(checkpoint, path, ("backbone", "backbone_weights"))
         weights = weights | backbone_weights(checkpoint)
     try:
-        check_sizes(arguments, weights)
+        check_arguments(arguments, weights)
         with torch.device("meta"):
             make_model(name, arguments).load_state_dict({key: value.to("meta") for key, value in weights.items()})
         model = make_model(name, arguments)
@@ -572,13 +572,8 @@ def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
     return model.eval()
 
 
-def check_sizes(arguments: dict, weights: dict) -> None:
-    """Raise ValueError for weights that are not finite or share memory, and for arguments that they cannot have."""
-    stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
-    if sum(value.nbytes for value in weights.values()) > sum(stored.values()):
-        raise ValueError("its weights share memory")
-    if not all(torch.isfinite(value).all() for value in weights.values()):
-        raise ValueError("its weights are not finite")
+def check_arguments(arguments: dict, weights: dict) -> None:
+    """Raise ValueError for a number among a network's arguments that is too large for these weights."""
     numbers = sum(value.numel() for value in weights.values())
     for key, value in arguments.items():
         if isinstance(value, int) and value > (len(weights) if key == "depth" else numbers):

@@ -304,6 +304,8 @@ def load_checkpoint(path, model: str = "") -> dict:
     if model and checkpoint["model"] != model:
         raise UserError(f"{path} holds a {checkpoint['model']}, but a {model} is needed here")
     check_entries(checkpoint, path)
+    if isinstance(checkpoint.get("weights"), dict):
+        check_weights(checkpoint["weights"].values(), path)
     return checkpoint
 
 
@@ -342,9 +344,19 @@ def check_entries(checkpoint: dict, path, required: tuple[str, ...] = ()) -> Non
     scales = checkpoint.get("tta_scales", [1.0])
     if not scales or not all(isinstance(scale, float | int) and 0 < scale <= 8 for scale in scales):
         raise UserError(f"{path} is damaged: its tta_scales must be numbers up to 8: train again")
-    weights = checkpoint.get("weights", {})
-    if isinstance(weights, dict) and not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{path} is damaged: its weights are not tensors: train again")
+
+
+def check_weights(weights, path) -> None:
+    """Raise UserError where weights are not tensors, would need more memory than the file has, or are not finite."""
+    problem = ""
+    if not all(map(torch.is_tensor, weights)):
+        problem = "are not tensors"
+    elif sum(value.nbytes for value in weights) > path.stat().st_size:
+        problem = "share memory"
+    elif not all(torch.isfinite(value).all() for value in weights):
+        problem = "are not finite"
+    if problem:
+        raise UserError(f"{path} is damaged: its weights {problem}: train again")
 
 
 def file_hash(path) -> str:
