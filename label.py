@@ -37,7 +37,7 @@ from common.backbones import installed_weights
 from common.config import ROOT, Setting, configure
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
-from common.names import cell_text, count, display_name, printable, safe_cell
+from common.names import cell_text, count, display_name, file_part, printable, safe_cell
 from common.run import (
     add_facts,
     checkpoint_path,
@@ -185,7 +185,8 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     print(f"{count(labelled, 'image')} in {seconds:.1f} s, {labelled / seconds:.1f} per second: {out}")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        print(f"{len(broken)} could not be read (column problem): {'; '.join(broken[:3])}{more}", file=sys.stderr)
+        names = printable("; ".join(broken[:3]))
+        print(f"{len(broken)} could not be read (column problem): {names}{more}", file=sys.stderr)
     return labelled / seconds
 
 
@@ -228,7 +229,10 @@ def open_table(out: Path, header: list[str], model: str):
         file.seek(0)
         text = file.read()
         complete = text[: text.rfind("\r\n") + 2] if "\r\n" in text else ""
-        rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
+        try:
+            rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
+        except csv.Error:
+            rows = []
         if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
@@ -250,7 +254,11 @@ def plot_sheet(folder: Path, out: Path) -> None:
     rows = [row for row in read_rows(out) if row[1] and (folder / row[0]).is_file()]
     chosen, images, captions = rows[:: -(-len(rows) // SHEET) or 1], [], []
     for path, name, probability, *rest in chosen:
-        image = open_rgb(folder / path, 2 * SIDE)
+        try:
+            image = open_rgb(folder / path, 2 * SIDE)
+        except Exception as error:  # it has changed since it was labelled
+            print(f"not on the contact sheet: {printable(path)} ({printable(str(error))})", file=sys.stderr)
+            continue
         image.thumbnail((SIDE, SIDE))
         images.append(np.asarray(image).transpose(2, 0, 1))
         file = printable(Path(path).name)
@@ -267,7 +275,9 @@ def copy_by_class(folder: Path, out: Path, target: Path) -> None:
     """Copy the labelled images to <target>/<class>/<path>, except for those that are there already."""
     copied = 0
     for path, name, *_ in tqdm(read_rows(out), "copying", unit="image"):
-        source, copy = folder / path, target / name / path
+        source, copy = folder / path, target / file_part(name) / path
+        if ".." in Path(path).parts or Path(path).is_absolute():
+            raise UserError(f"{out} has the path {path}, which is not below {folder}: give another --out")
         if name and source.exists() and not (copy.exists() and copy.stat().st_size == source.stat().st_size):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)

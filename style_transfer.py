@@ -33,7 +33,7 @@ from common import figures
 from common.baselines import Magenta, Transplant
 from common.config import Setting, configure
 from common.errors import UserError
-from common.images import files_below
+from common.images import files_below, named_errors
 from common.metrics import (
     balanced_accuracy,
     frechet_distance,
@@ -43,7 +43,7 @@ from common.metrics import (
     psnr,
     ssim,
 )
-from common.names import count, display_name, find_style, title_of
+from common.names import count, display_name, file_part, find_style, fit_name, title_of
 from common.repaint import Repainter, check_model, open_picture, read_mixture
 from common.run import add_facts, atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
@@ -84,7 +84,7 @@ def main(argv=None):
     check_model(checkpoint, path)
     known = config.image and config.from_style
     classifier = None if known else Classifier.load(path.parent / "classifier.pt", device)
-    repainter = Repainter(build_model(checkpoint), checkpoint["classes"], classifier, device)
+    repainter = Repainter(build_model(checkpoint, path), checkpoint["classes"], classifier, device)
     if config.image:
         repaint_files(repainter, config)
     else:
@@ -104,13 +104,14 @@ def repaint_files(repainter: Repainter, config) -> None:
     for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
         try:
             image = open_picture(path, config.longest)
-        except (OSError, ValueError, UserError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
             broken.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
             continue
         # In a folder, a.jpg and a.png may lie side by side.
-        stem = path.relative_to(source) if source.is_dir() else path.stem
+        below, stem = (path.relative_to(source).parent, path.name) if source.is_dir() else ("", path.stem)
         for name, target in targets.items():
-            with atomic_write(out / f"{stem}_{name}{ending}.png") as temporary:
+            file = fit_name(f"{stem}_{file_part(name)}{ending}", ".png")
+            with atomic_write(out / below / file) as temporary:
                 repainter.repaint(image, target, own, config.strength).save(temporary)
     done = len(files) - len(broken)
     if broken:
@@ -200,8 +201,8 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     rows = rows_to_show(data, config.hide)
     facts |= {"shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
     name = config.name or ("" if config.method == "model" else config.method)
-    plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
+    plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)
     print(", ".join(f"{name} {facts[name]:.3f}" for name in PRINTED if name in facts))
 
 
@@ -384,7 +385,8 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
     figures.painting_grid(path, cells[row : row + 1], titles, row_titles[row : row + 1], title)
     if config.method == "model":
         plot_strengths(run / f"style_strength{suffix}.png", names, labels[:5], originals[rows[:5]], repainter)
-        image = open_picture(data.root / data.paths[rows[row]], TRIPTYCH_SIDE)
+        with named_errors(data.root / data.paths[rows[row]]):
+            image = open_picture(data.root / data.paths[rows[row]], TRIPTYCH_SIDE)
         image = ImageOps.contain(image, (TRIPTYCH_SIDE, TRIPTYCH_SIDE), Image.Resampling.LANCZOS)  # enlarges, too
         plot_triptych(run / f"style_triptych{suffix}.png", image, labels[row].item(), repainter)
         if pairs:

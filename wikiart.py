@@ -44,8 +44,8 @@ from common.layers import (
     mean_std,
 )
 from common.metrics import calibrate, confidence
-from common.names import artist_and_title, artist_of, count, match_style, read_metadata, showable, stem_of
-from common.run import autocast, file_hash, load_checkpoint, pick_device, to_device
+from common.names import artist_and_title, artist_of, count, match_style, printable, read_metadata, showable, stem_of
+from common.run import autocast, check_entries, file_hash, load_checkpoint, pick_device, to_device
 from common.splits import connected_groups, hold_out
 
 # The data set ---------------------------------------------------------------------------------------------------------
@@ -252,6 +252,9 @@ def find_styles(root: Path) -> tuple[bool, list[str]]:
         raise DataError(f"{root} is the folder {name}/ beside {other}/: did you mean --data {os.path.relpath(parent)}?")
     split = "train" if (root / "train").is_dir() else "test" if subfolders(root) == ["test"] else ""
     has_splits, styles = bool(split), subfolders(root / split)
+    for style in (*styles, *(subfolders(root / "test") if has_splits and (root / "test").is_dir() else ())):
+        if printable(style) != style:
+            raise DataError(f"{root} has a style folder named {printable(style)}, which cannot be shown: rename it")
     splits = [name for name in styles if name.lower() in ("train", "test", "val", "valid", "validation")]
     if not styles or splits:
         problem = f"a folder {splits[0]}" if splits else "no style folders"
@@ -545,13 +548,36 @@ def make_model(name: str, arguments: dict) -> nn.Module:
     return nn.Sequential(normalise, models.get_model(name, weights=None, num_classes=arguments["classes"]))
 
 
-def build_model(checkpoint: dict) -> nn.Module:
-    """The trained network of a checkpoint, in evaluation mode, on the CPU. Raises UserError."""
-    model, weights = make_model(checkpoint["model"], checkpoint["arguments"]), checkpoint["weights"]
-    if checkpoint["model"] == "Pretrained" and not any(name.startswith("backbone.") for name in weights):
+def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
+    """The trained network of a checkpoint, in evaluation mode, on the CPU. Raises UserError.
+
+    The network is built without memory first, so that a damaged file cannot ask for more than it holds itself.
+    """
+    check_entries(checkpoint, path, ("model", "arguments", "weights"))
+    name, arguments, weights = (checkpoint[key] for key in ("model", "arguments", "weights"))
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} is damaged: its weights are no state dict: train again")
+    if name == "Pretrained" and not any(key.startswith("backbone.") for key in weights):
+        check_entries(checkpoint, path, ("backbone", "backbone_weights"))
         weights = weights | backbone_weights(checkpoint)
-    model.load_state_dict(weights)
+    try:
+        check_arguments(arguments, weights)
+        with torch.device("meta"):
+            make_model(name, arguments).load_state_dict({key: value.to("meta") for key, value in weights.items()})
+        model = make_model(name, arguments)
+        model.load_state_dict(weights)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path} does not fit a {name}, it is damaged or of another version ({reason})") from None
     return model.eval()
+
+
+def check_arguments(arguments: dict, weights: dict) -> None:
+    """Raise ValueError for a number among a network's arguments that is too large for these weights."""
+    numbers = sum(value.numel() for value in weights.values())
+    for key, value in arguments.items():
+        if isinstance(value, int) and value > (len(weights) if key == "depth" else numbers):
+            raise ValueError(f"{key} is {value}")
 
 
 # A trained classifier -------------------------------------------------------------------------------------------------
@@ -568,8 +594,12 @@ class Classifier:
     hash: of its file.
     """
 
-    def __init__(self, checkpoint: dict, device, hash: str = ""):
-        self.model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+    def __init__(self, checkpoint: dict, device, hash: str = "", path="the checkpoint"):
+        check_entries(checkpoint, path, ("model", "arguments", "weights", "classes", "data", "crop", "tta_scales"))
+        check_entries(checkpoint["data"], path, ("size", "resize"))
+        if checkpoint["arguments"].get("classes") != len(checkpoint["classes"]):
+            raise UserError(f"{path} is damaged: the number of its classes is not that of its network: train again")
+        self.model = build_model(checkpoint, path).to(device, memory_format=torch.channels_last)
         self.device, self.model_name, self.classes = device, checkpoint["model"], checkpoint["classes"]
         self.target = checkpoint["data"].get("target", "style")
         self.size, self.resize = checkpoint["data"]["size"], checkpoint["data"]["resize"]
@@ -587,7 +617,8 @@ class Classifier:
             raise UserError(f"{path} holds a {checkpoint['model']}, not a classifier of train.py")
         if "temperature" not in checkpoint:
             print(f"{path} has no temperature: its probabilities are not calibrated", file=sys.stderr)
-        return cls(checkpoint, pick_device(device) if isinstance(device, str) else device, file_hash(path))
+        check_entries(checkpoint, path, ("artists", "largest_class", "fingerprint"))
+        return cls(checkpoint, pick_device(device) if isinstance(device, str) else device, file_hash(path), path)
 
     def predict(self, images, calibrated: bool = True, batch_size: int = 64) -> torch.Tensor:
         """Class probabilities, float (N, classes) on the CPU, of uint8 images (N, 3, any, any) or of N image files.

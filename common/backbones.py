@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.codes import write_codes
 from common.errors import UserError
-from common.images import decode_in_processes, open_rgb
+from common.images import decode_in_processes, named_errors, open_rgb
 from common.layers import Normalise, mean_std
 from common.run import autocast, reuse_freed_memory, write_text
 
@@ -294,7 +294,8 @@ class Paintings(Dataset):
         return len(self.files)
 
     def __getitem__(self, item):
-        image = open_rgb(self.files[item], 2 * self.size)
+        with named_errors(self.files[item]):
+            image = open_rgb(self.files[item], 2 * self.size)
         if self.shrink:
             image = image.resize((self.shrink, self.shrink), Image.Resampling.BICUBIC)
         return self.transform(image).numpy()

@@ -47,6 +47,7 @@ def read_codes(path: Path) -> dict:
             table = dict(file)
     except (OSError, ValueError, zipfile.BadZipFile):
         table = {}
-    if not {"made_from", "train_labels", "test_labels"} <= table.keys():
+    parts = {f"{split}{part}" for split in SPLITS for part in ("", "_labels", "_artists", "_paths")}
+    if not {"classes", "made_from", *parts} <= table.keys():
         raise UserError(f"{path} is not a file of codes: remove it, and run the command again")
     return table

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.images import open_rgb, read_image
+from common.images import named_errors, open_rgb, read_image
 from common.names import display_name
 from common.run import atomic_write, save_checkpoint, to_device
 
@@ -253,8 +253,13 @@ def training_captions(data, items, random: torch.Tensor) -> list[str]:
 
 def read_images(files, side: int, threads: int) -> torch.Tensor:
     """Image files as uint8 (B, 3, side, side): their centres, because squashed images would teach wrong proportions."""
+
+    def read(file):
+        with named_errors(file):
+            return read_image(file, side, "crop")
+
     with ThreadPoolExecutor(threads or None) as pool:
-        return torch.from_numpy(np.stack(list(pool.map(lambda file: read_image(file, side, "crop"), files))))
+        return torch.from_numpy(np.stack(list(pool.map(read, files))))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import DataError
-from common.names import count
+from common.names import count, printable
 
 # Formats accepted from uploads: no SVG, and nothing for which Pillow starts another program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -37,10 +38,41 @@ EVIDENCE_COLOUR = "#E69F00"
 CACHE_VERSION = b"decoded at 1.5 times the size"
 
 
+def cannot_read(error: OSError):
+    """Of os.walk(), which would pass over a folder that it cannot read."""
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
 def files_below(folder: Path) -> list[str]:
-    """Sorted paths, relative to the folder, of all files below it; hidden files and folders are left out."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    """Sorted paths, relative to the folder, of all files below it; hidden files and folders are left out.
+
+    Links to folders are not followed. Raises DataError for a folder that cannot be read.
+    """
+    files = []
+    for directory, subfolders, names in os.walk(folder, onerror=cannot_read):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        paths = (os.path.join(directory, name) for name in names if not name.startswith("."))
+        files += [os.path.relpath(path, folder) for path in paths]
+    return sorted(files)
+
+
+def open_file(path):
+    """A regular file, open for reading. Raises OSError for a pipe or a device, which may have no end."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
+
+
+@contextlib.contextmanager
+def named_errors(path):
+    """Raise DataError, with the file's name, where a picture that could be read before no longer can."""
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise DataError(f"{path} could be read before, and now cannot: run the command again ({reason})") from None
 
 
 def read_image(source, size: int, resize: str = "squash", formats=None) -> np.ndarray:
@@ -61,7 +93,8 @@ def open_rgb(source, side: int, formats=None) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large scans and odd metadata only warn; unreadable files still raise
-        with Image.open(source, formats=formats) as image:
+        file = contextlib.nullcontext(source) if hasattr(source, "read") else open_file(source)
+        with file as content, Image.open(content, formats=formats) as image:
             image.draft("RGB", (side, side))
             ImageOps.exif_transpose(image, in_place=True)  # a copy would add a tenth to the time
             return as_rgb(image)
@@ -95,24 +128,30 @@ def list_files(folder: Path) -> dict[str, tuple[int, int]]:
 
     Hidden files are left out. A broken link has size and time 0. Raises DataError for unreadable folders.
     """
-
-    def fail(error):
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    files, visited, prefix = {}, set(), len(os.path.join(folder, ""))
-    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=fail):
-        target = os.path.realpath(directory)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and target not in visited]
-        is_top, is_loop = Path(directory) == folder, target in visited  # links may lead back up
-        visited.add(target)
-        if is_top or is_loop:  # files beside the style folders, a README for example, are not paintings
+    files, visited, prefix = {}, {os.path.realpath(folder)}, len(os.path.join(folder, ""))
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=cannot_read):
+        targets = {name: os.path.realpath(os.path.join(directory, name)) for name in sorted(subfolders)}
+        subfolders.clear()
+        for name, target in targets.items():
+            if not name.startswith(".") and target not in visited:  # links may lead back up, or to another style
+                visited.add(target)
+                subfolders.append(name)
+        if Path(directory) == folder:  # files beside the style folders, a README for example, are not paintings
             continue
         for name in names:
             path = os.path.join(directory, name)  # a string: Paths of all files would take 25 MB for full WikiArt
             if not name.startswith("."):
-                stat = os.stat(path) if os.path.isfile(path) else None
-                files[path[prefix:]] = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+                files[path[prefix:]] = size_and_time(path)
     return dict(sorted(files.items()))
+
+
+def size_and_time(path: str) -> tuple[int, int]:
+    """Bytes, and nanoseconds of the last change, of a regular file; 0 for others, and for one that has just gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (0, 0)
 
 
 def cache_folder(root: Path) -> Path:
@@ -137,13 +176,13 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
     """
     files = list_files(folder)
     key = hashlib.sha256(CACHE_VERSION)
-    for path, stat in files.items():
-        key.update(os.fsencode(path) + f"\0{stat}\n".encode())
-    prefix = f"{folder.name}-{resize}-{size}-"
+    for path, status in files.items():
+        key.update(os.fsencode(path) + f"\0{status}\n".encode())
+    prefix = f"{folder.name[:40]}-{resize}-{size}-"  # a folder's name may be as long as a file's
     cache = caches / (prefix + key.hexdigest()[:16])
     try:
         with lock_caches(caches):
-            if not cache.exists():
+            if not cache.exists() or readable_again(folder, cache, size, resize):
                 for stale in caches.glob(f"*{glob.escape(prefix)}*"):
                     shutil.rmtree(stale, ignore_errors=True)
                 needed = len(files) * 3 * size * size
@@ -162,11 +201,24 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
                 pixels = np.memmap(cache / "pixels.uint8", np.uint8, "r", shape=(len(files), 3, size, size))
     except OSError as error:
         raise DataError(f"could not write the pixel cache in {caches}: {error.strerror or error}") from None
+    except ValueError as error:  # of json and NumPy
+        raise DataError(f"the pixel cache {cache} is damaged: remove that folder ({error})") from None
     if index["broken"]:
         names = cache / "left_out.txt"
         counts = f"{len(index['broken'])} of {count(len(files), 'file')}"
         print(f"{counts} in {folder} left out: see {names}", file=sys.stderr)
     return pixels, index
+
+
+def readable_again(folder: Path, cache: Path, size: int, resize: str) -> bool:
+    """Whether the system could not read a file when the cache was built, for lack of permission perhaps, and now can.
+
+    Permission is no part of a cache's name.
+    """
+    broken = json.loads((cache / "index.json").read_text())["broken"]
+    refused = [path for path, reason in broken.items() if "[Errno " in reason]
+    decoder = Decoder(folder, refused, size, resize)
+    return any(decoder[row][1] is None for row in range(len(refused)))
 
 
 def remove_cache(root: str) -> None:
@@ -209,8 +261,8 @@ def build_cache(folder: Path, files: list[str], target: Path, size: int, resize:
                     pixels = np.zeros((3, size, size), np.uint8)
                 hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
                 file.write(pixels)
-    left_out = "".join(f"{path}\t{reason}\n" for path, reason in broken.items())
-    (target / "left_out.txt").write_text(left_out, errors="surrogateescape")  # names need not be valid UTF-8
+    left_out = "".join(f"{printable(path)}\t{printable(reason)}\n" for path, reason in broken.items())
+    (target / "left_out.txt").write_text(left_out)
     (target / "index.json").write_text(json.dumps({"files": files, "hashes": hashes, "broken": broken}))
 
 
@@ -230,6 +282,8 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
     )
     try:
         yield iter(loader)
+    except DataError as error:  # of a worker, with its traceback
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
     except (RuntimeError, EOFError, ConnectionError) as error:  # the last two come from the pipe of a killed worker
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, RuntimeError) and not reason.startswith("DataLoader worker (pid"):
@@ -260,8 +314,6 @@ class Decoder(Dataset):
 
     def __getitem__(self, row):
         try:
-            if not (self.folder / self.files[row]).is_file():
-                raise FileNotFoundError("not a regular file")  # a broken link, or a pipe that would never end
             return np.ascontiguousarray(read_image(self.folder / self.files[row], self.size, self.resize)), None
         except Exception as error:  # Pillow's decoders raise almost anything on damaged files
             return None, f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -1,6 +1,7 @@
 """What file names, folder names and metadata.csv say about paintings."""
 
 import csv
+import hashlib
 import os
 import re
 import unicodedata
@@ -10,11 +11,13 @@ import numpy as np
 
 from common.errors import DataError, UserError
 
+LONGEST_NAME = 240  # bytes; file systems allow 255, of which a temporary name needs some
+
 
 def artist_of(path: str) -> str:
     """WikiArt names its files <artist>_<title>.jpg; "" where a name has no "_"."""
     artist, underscore, _ = os.path.basename(path).partition("_")
-    return artist if underscore else ""
+    return printable(artist) if underscore else ""
 
 
 def stem_of(path: str) -> str:
@@ -28,8 +31,31 @@ def title_of(path: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that can be drawn and written, from a file name, which need not be valid UTF-8."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
+    """Text that can be drawn, written and shown on one line of a terminal, from a file name or a cell of metadata.csv.
+
+    Control characters, line breaks, what is not UTF-8 and marks that turn the direction of writing become escapes such
+    as \\n, \\x1b and \\udce9.
+    """
+    return "".join(ascii(letter)[1:-1] if is_hidden(letter) else letter for letter in text)
+
+
+def is_hidden(letter: str) -> bool:
+    category, direction = unicodedata.category(letter), unicodedata.bidirectional(letter)
+    return category in ("Cc", "Cs", "Zl", "Zp") or (category == "Cf" and direction != "BN")
+
+
+def file_part(name: str) -> str:
+    """The name of a class as a part of a file name: it cannot lead to another folder."""
+    return re.sub(r"^\.+|[/\0]", "_", name) or "_"
+
+
+def fit_name(stem: str, ending: str) -> str:
+    """A file name of this stem and ending; a stem too long for a file system is cut, and told apart by a hash."""
+    room = LONGEST_NAME - len(os.fsencode(ending))
+    if len(os.fsencode(stem)) > room:
+        key = hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
+        stem = os.fsencode(stem)[: room - 9].decode(errors="ignore") + "-" + key
+    return stem + ending
 
 
 def artist_and_title(artist: str, path: str) -> tuple[str, str]:
@@ -88,13 +114,19 @@ def find_style(name: str, classes: list[str]) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, dict]:
-    """The rows of metadata.csv by their column `path`; empty where there is no such file. Raises DataError."""
-    if not path.exists():
+    """The rows of metadata.csv by their column `path`; empty where there is no such file. Raises DataError.
+
+    Of several rows of one path the last counts. Cells other than paths are made printable().
+    """
+    if not os.path.lexists(path):
         return {}
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file: remove it, or replace it by a table with a column path")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [{key: cell_text(cell or "") for key, cell in row.items() if key} for row in csv.DictReader(file)]
-            return {row["path"]: row for row in rows}
+            reader = csv.DictReader(file, strict=True)  # an open quote would swallow the rows after it
+            rows = [{key: cell_text(cell or "") for key, cell in row.items() if key} for row in reader]
+            return {row["path"]: {key: printable(cell) for key, cell in row.items()} for row in rows}
     except (KeyError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} must be UTF-8 text with a column path ({type(error).__name__}: {error})") from None
 
@@ -105,7 +137,7 @@ def hidden_parts(hide: list[str]) -> list[str]:
     for path in (Path(entry) for entry in hide if entry.endswith(".txt")):
         if not path.is_file():
             raise DataError(f"no file {path}: --hide takes genres, and text files with a part of a file name a line")
-        parts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        parts += [line.strip() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip()]
     return parts
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common.errors import UserError
-from common.images import FORMATS, open_rgb
+from common.images import FORMATS, open_file, open_rgb
 from common.names import find_style
 from common.run import autocast
 
@@ -31,7 +31,10 @@ def open_picture(source, longest: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from 89 megapixels on
-            with Image.open(io.BytesIO(source) if upload else source, formats=formats) as image:
+            with (
+                io.BytesIO(source) if upload else open_file(source) as file,
+                Image.open(file, formats=formats) as image,
+            ):
                 width, height = image.size
                 pixels = width * height
     except Image.DecompressionBombError:  # from 179 megapixels on

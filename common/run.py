@@ -15,10 +15,13 @@ import hashlib
 import json
 import math
 import os
+import pickletools
+import re
 import signal
 import sys
 import tempfile
 import time
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -29,8 +32,14 @@ from tqdm import tqdm
 
 from common.config import FREE_SETTINGS
 from common.errors import UserError
-from common.names import count
+from common.names import count, printable
 
+# Types of a checkpoint's entries, where it has them.
+ENTRIES = {"model": str, "arguments": dict, "classes": list, "data": dict, "crop": int, "tta_scales": list}
+ENTRIES |= {"temperature": float, "unsure_below": float, "artists": list, "largest_class": int, "fingerprint": str}
+ENTRIES |= {"config": dict, "history": list, "resume": dict}
+SAFE_GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
+LARGEST_SIDE = 4096  # pixels of a network's input
 MIN_STEPS = 4  # of an epoch
 LOG_STEPS = 20  # between two looks at the losses, for which the host has to wait for the device
 
@@ -39,10 +48,11 @@ def run_script(main) -> None:
     """Run `main`; wrong input, a full disk or Ctrl-C end it with one line and a non-zero status."""
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" is handled like Ctrl-C
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{script}: {printable(str(error))}")
     except torch.OutOfMemoryError:
         sys.exit(f"{script}: out of memory on the device: lower --batch-size")
     except KeyboardInterrupt as interrupt:
@@ -62,10 +72,55 @@ def pick_device(name: str = "auto") -> torch.device:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"the device {name!r} is not available: {str(error).splitlines()[0]}") from None
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+        device = torch.device(name)
+    elif torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    else:
+        device = torch.device("cpu")
+    if device.type == "cpu":
+        use_free_cores()
+    return device
+
+
+@cache
+def use_free_cores() -> None:
+    """Compute with as many threads as cores are free, and say so where that is fewer; OMP_NUM_THREADS comes first.
+
+    Threads wait for each other after every layer: one that shares its core with another program holds up all of them,
+    which spin meanwhile.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    free, threads = free_cores(), torch.get_num_threads()
+    if free < threads:
+        torch.set_num_threads(free)
+        print(f"{count(free, 'thread')} instead of {threads}: other programs use the cores (OMP_NUM_THREADS sets it)")
+
+
+def free_cores(stat="/proc/stat", quota="/sys/fs/cgroup/cpu.max", seconds: float = 0.25) -> int:
+    """Cores, 1 at least, that this process may use and that are idle for the next moment.
+
+    stat, quota: files of Linux with the time that each core was idle, and with a container's share of the cores; where
+    there are none, all cores count as free.
+    """
+    allowed = os.sched_getaffinity(0)
+    free = float(len(allowed))
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        limit, period = Path(quota).read_text().split()
+        free = free if limit == "max" else min(free, int(limit) / int(period))
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        before = idle_and_total(stat, allowed)
+        time.sleep(seconds)
+        idle = [(i - i0) / (t - t0) for (i, t), (i0, t0) in zip(idle_and_total(stat, allowed), before, strict=True)]
+        free = min(free, sum(idle))
+    return max(1, round(free))
+
+
+def idle_and_total(stat, cores: set[int]) -> list[tuple[int, int]]:
+    """For each core, how long it has been idle, and since it was started, in clock ticks."""
+    lines = [line.split() for line in Path(stat).read_text().splitlines() if re.match(r"cpu\d", line)]
+    ticks = [list(map(int, line[1:9])) for line in lines if int(line[0][3:]) in cores]
+    return [(sum(each[3:5]), sum(each)) for each in ticks]
 
 
 def autocast(device: torch.device, cpu: bool = False):
@@ -237,7 +292,10 @@ def load_checkpoint(path, model: str = "") -> dict:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint {path}: run the script that trains it, or give another --run")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file: give a checkpoint of this project")
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here, from EOFError to UnpicklingError
         raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}): train again") from None
@@ -245,7 +303,60 @@ def load_checkpoint(path, model: str = "") -> dict:
         raise UserError(f"{path} holds no model: is it a checkpoint of this project?")
     if model and checkpoint["model"] != model:
         raise UserError(f"{path} holds a {checkpoint['model']}, but a {model} is needed here")
+    check_entries(checkpoint, path)
+    if isinstance(checkpoint.get("weights"), dict):
+        check_weights(checkpoint["weights"].values(), path)
     return checkpoint
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError for a file that unpacks to more than its own size, or that needs more than tensors.
+
+    torch.load() with weights_only runs no code, but would still make a bytearray of any length that the file gives.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("it unpacks to more than its size")
+        for entry in entries:
+            if entry.filename.lower().endswith("data.pkl"):
+                needed = {name for code, name, _ in pickletools.genops(archive.read(entry)) if "GLOBAL" in code.name}
+                if not all(re.fullmatch(SAFE_GLOBALS, str(name)) for name in needed):
+                    raise ValueError("it holds more than tensors and primitives")
+
+
+def check_entries(checkpoint: dict, path, required: tuple[str, ...] = ()) -> None:
+    """Raise UserError where an entry of a checkpoint has another type than in those of this project, or is missing."""
+    for key in required:
+        if key not in checkpoint:
+            raise UserError(f"{path} has no {key}: train again")
+    for key in ENTRIES.keys() & checkpoint.keys():
+        if not isinstance(checkpoint[key], ENTRIES[key]):
+            raise UserError(f"{path} is damaged: its {key} is not of type {ENTRIES[key].__name__}: train again")
+    classes = checkpoint.get("classes", [])
+    if len(set(map(str, classes))) < len(classes) or not all(name and printable(str(name)) == name for name in classes):
+        raise UserError(f"{path} is damaged: its classes are not different printable names: train again")
+    sides = [checkpoint.get("crop", 1), checkpoint.get("data", {}).get("size", 1)]
+    if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
+        raise UserError(f"{path} is damaged: its crop and size must be 1 to {LARGEST_SIDE} pixels: train again")
+    if checkpoint.get("data", {}).get("resize", "squash") not in ("squash", "crop"):
+        raise UserError(f"{path} is damaged: its resize must be squash or crop: train again")
+    scales = checkpoint.get("tta_scales", [1.0])
+    if not scales or not all(isinstance(scale, float | int) and 0 < scale <= 8 for scale in scales):
+        raise UserError(f"{path} is damaged: its tta_scales must be numbers up to 8: train again")
+
+
+def check_weights(weights, path) -> None:
+    """Raise UserError where weights are not tensors, would need more memory than the file has, or are not finite."""
+    problem = ""
+    if not all(map(torch.is_tensor, weights)):
+        problem = "are not tensors"
+    elif sum(value.nbytes for value in weights) > path.stat().st_size:
+        problem = "share memory"
+    elif not all(torch.isfinite(value).all() for value in weights):
+        problem = "are not finite"
+    if problem:
+        raise UserError(f"{path} is damaged: its weights {problem}: train again")
 
 
 def file_hash(path) -> str:
@@ -286,8 +397,12 @@ def resume(config, stem: str, state: dict, parts: dict) -> dict:
     if "resume" not in saved:
         raise UserError(f"{partial} is not an unfinished training: remove it, or start anew with --restart")
     check_same_run(saved, state, partial)
-    for name, part in parts.items():
-        part.load_state_dict(saved["resume"][name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved["resume"][name])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(f"{partial} does not fit this training ({reason}): start anew with --restart") from None
     if rank() == 0:
         print(f"resuming after epoch {len(saved['history'])} ({partial})")
     return saved
@@ -428,9 +543,15 @@ def rounded(facts):
 
 
 def read_facts(run) -> dict:
-    """The run folder's facts.json; empty where there is none."""
+    """The run folder's facts.json; empty where there is none. Raises UserError."""
     path = Path(run) / "facts.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        facts = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: mend or remove it ({error})") from None
+    if not (isinstance(facts, dict) and all(isinstance(entry, dict) for entry in facts.values())):
+        raise UserError(f"{path} must hold an object of objects: mend or remove it")
+    return facts
 
 
 def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge: bool = False) -> None:
