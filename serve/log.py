@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 LINE = 500  # characters
-LINES, PERIOD = 200, 3600  # lines that are written within so many seconds
+LINES, PERIOD = 100, 3600  # lines that are written within so many seconds
 
 
 def one_line(text: str) -> str:
