@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.images import FORMATS
 from common.names import count, stem_of
 from common.run import atomic_write
+from serve.log import one_line
 
 SETUP = """
 PRAGMA journal_mode = WAL;
@@ -83,7 +84,7 @@ def export(corrections: Corrections, target: Path) -> None:
             test_files.setdefault(path.stat().st_size, []).append(path)
     for key, name, data, choice in corrections.latest():
         if any(path.read_bytes() == data for path in test_files.get(len(data), ())):
-            print(f"left out: {name} is a test painting", file=sys.stderr)
+            print(f"left out: {one_line(name)} is a test painting", file=sys.stderr)
             continue
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             ending = ".jpg" if image.format in ("JPEG", "MPO") else f".{image.format.lower()}"  # MPO: of some phones

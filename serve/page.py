@@ -4,10 +4,12 @@ Uploads stay in memory (serve/uploads.py); only Corrections writes to the disk, 
 """
 
 import contextlib
+import functools
 import html
 import os
 import threading
 import time
+import warnings
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would send a message
@@ -16,13 +18,16 @@ import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from fastapi.exceptions import RequestValidationError  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
 
 from common.config import ROOT  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.names import display_name  # noqa: E402
 from serve import collection, panels, uploads  # noqa: E402
 from serve.corrections import NO_CLASS  # noqa: E402
+from serve.log import bounded_stderr, log_failure, one_line  # noqa: E402
 
 MAX_BATCH = 64  # files in a request to label_batch
 CONCURRENT = 2  # requests at work: while one uses the network, another decodes its image
@@ -175,10 +180,10 @@ class Page:
 
     def repaint(self, state, style, strength) -> str:
         with request_errors(), self.slots:
-            if style not in self.repainter.classes:
+            if not self.repainter or style not in self.repainter.classes:
                 raise UserError("choose a style first")
             name, data = self.uploads.get(state["token"] if state else "")
-            share = min(max(float(strength or 0), 0.0), 100.0) / 100
+            share = min(max(0.0, float(strength or 0)), 100.0) / 100  # in this order, NaN is 0
             return panels.repaint_html(self.repainter, data, name, style, share)
 
     def blocks(self) -> gr.Blocks:
@@ -198,9 +203,9 @@ class Page:
             # Without Gradio's queue, through which clients would have to ask for each answer again.
             button.click(self.label, file, answer, api_name="label", preprocess=False, queue=False)
             button.click(self.label_batch, files, answer, api_name="label_batch", preprocess=False, queue=False)
-        for block in blocks.blocks.values():
-            if isinstance(block, gr.File):  # Gradio would fetch a URL, or copy the file, before our code sees it
-                block.async_move_resource_to_block_cache = identity
+        # Gradio would fetch a URL, or copy the file, before our code sees it, in whatever input a request names one.
+        gr.blocks.Block.async_move_resource_to_block_cache = same_resource
+        blocks.process_api = with_short_errors(blocks.process_api)
         return blocks.queue(default_concurrency_limit=None)  # `slots` is the limit
 
     def painting_tab(self) -> None:
@@ -290,8 +295,33 @@ def token_of(file) -> str:
     return Path(str(file.get("path", "") if isinstance(file, dict) else "")).name
 
 
-async def identity(resource):
+async def same_resource(block, resource):
     return resource
+
+
+def with_short_errors(process_api):
+    """Gradio's function for all that the page and the API ask, with a line for errors that are not request_errors().
+
+    Gradio's own messages repeat the request, in the log as well, and name folders of the server.
+    """
+
+    @functools.wraps(process_api)
+    async def process(*arguments, **options):
+        try:
+            return await process_api(*arguments, **options)
+        except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            log_failure("a request of the page or the API", error)
+            raise gr.Error(uploads.FAILED, print_exception=False) from None
+
+    return process
+
+
+async def answer_invalid(_, error: RequestValidationError) -> JSONResponse:
+    """What is wrong with a request's JSON; FastAPI's own answer contains all of it once more."""
+    problem = error.errors()[0]
+    return JSONResponse({"error": one_line(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")}, 422)
 
 
 @contextlib.contextmanager
@@ -306,7 +336,11 @@ def running(classifier, artist_classifier, corrections, config):
         _, address, _ = blocks.launch(
             server_name=config.host,
             server_port=config.port or None,
-            app_kwargs={"routes": routes, "middleware": [Middleware(uploads.Guard)]},
+            app_kwargs={
+                "routes": routes,
+                "middleware": [Middleware(uploads.Guard, host=config.host)],
+                "exception_handlers": {RequestValidationError: answer_invalid},
+            },
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from other machines
             css=CSS,
             show_error=True,
@@ -321,6 +355,8 @@ def running(classifier, artist_classifier, corrections, config):
     except OSError as error:
         advice = "is the address taken? give another --port, or --host"
         raise UserError(f"cannot listen at {config.host}:{config.port}: {advice} ({error})") from None
+    settings = blocks.server.config  # uvicorn asks it for the class of every new connection
+    settings.http_protocol_class = uploads.with_timeout(settings.http_protocol_class)
     try:
         yield address, page
     finally:
@@ -328,7 +364,8 @@ def running(classifier, artist_classifier, corrections, config):
 
 
 def serve(classifier, artist_classifier, corrections, config) -> None:
-    with running(classifier, artist_classifier, corrections, config) as (address, page):
+    warnings.simplefilter("ignore")  # Pillow's, about uploads: catch_warnings() is not safe with several threads
+    with bounded_stderr(), running(classifier, artist_classifier, corrections, config) as (address, page):
         for note in page.notes:
             print(f"the page shows {note}")
         print(f"serving at {address}; Ctrl-C stops it", flush=True)

@@ -1,7 +1,8 @@
-"""Uploads from untrusted clients: held in memory, limited in size, and decoded by few decoders."""
+"""Requests and uploads of untrusted clients: limited in size and time, held in memory, and decoded by few decoders."""
 
 import asyncio
 import io
+import re
 import secrets
 import threading
 import time
@@ -18,12 +19,17 @@ from starlette.routing import Route
 
 from common.errors import UserError
 from common.images import FORMATS, read_image
+from serve.log import log_failure
 
-MAX_REQUEST = 50_000_000  # bytes of a request
+MAX_REQUEST = 50_000_000  # bytes of an upload
+MAX_JSON = 1_000_000  # bytes of any other request; Gradio keeps what 200 sessions have sent
 MAX_PIXELS = 100_000_000  # pixels of an upload
 MAX_HELD, MAX_FILES = 2**30, 1000  # bytes and number of all uploads that are held
 LIFETIME = 3600  # seconds for which an upload is held
-RECEIVE_TIMEOUT = 30  # seconds to wait for more of a request
+RECEIVE_TIMEOUT = 30  # seconds to wait for more of a request, or for the end of its head
+REQUEST_TIMEOUT = 600  # seconds for a whole request
+FAILED = "this request cannot be answered: it is not as the page or the README sends it, or the server failed"
+LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 MultiPartParser.spool_max_size = 0  # no limit: larger files would be written to the disk
 # The Gradio endpoints that the page and the API need. The others read files, or fetch from other machines.
 ENDPOINTS = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run"}
@@ -39,7 +45,8 @@ class Uploads:
     def put(self, name: str, data: bytes) -> str:
         with self.lock:
             token = secrets.token_urlsafe(24)
-            self.files[token] = (name[-255:], data, time.monotonic())
+            name = name[-255:].encode(errors="replace").decode()  # a surrogate would fail later, in SQLite
+            self.files[token] = (name, data, time.monotonic())
             self.expire()
             return token
 
@@ -83,25 +90,30 @@ def upload_routes(uploads: Uploads, folder: str) -> list[Route]:
 
 
 class Guard:
-    """ASGI middleware that refuses large requests before they are read, and endpoints that are not needed.
+    """ASGI middleware that refuses large and foreign requests before they are read, and endpoints that are not needed.
 
-    All requests that are arriving at the same time may have MAX_HELD bytes together, and each must send more within
-    RECEIVE_TIMEOUT.
+    All requests that are arriving at the same time may have MAX_HELD bytes together. Each must send more within
+    RECEIVE_TIMEOUT, and all of it within REQUEST_TIMEOUT. What fails is answered and logged in a line.
+
+    host: the address that the server listens at. At one of this machine only, other names in the header Host are
+    refused: a site of that name would otherwise read the page through a visitor's browser (DNS rebinding).
     """
 
-    def __init__(self, app):
+    def __init__(self, app, host: str = "0.0.0.0"):
         self.app, self.arriving = app, 0  # bytes of the requests under way
+        self.names = LOCAL_NAMES if host.strip("[]") in LOCAL_NAMES else None
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http" and (refusal := self.refuse(scope)):
             status, reason = refusal
             return await PlainTextResponse(reason, status_code=status)(scope, receive, send)
-        received, complete = 0, False
+        received, complete, started, deadline = 0, False, False, time.monotonic() + REQUEST_TIMEOUT
 
         async def counting_receive():
             nonlocal received, complete
+            left = min(RECEIVE_TIMEOUT, deadline - time.monotonic())
             try:  # of a complete request, the next message is the client's disconnect, which may take long
-                message = await (receive() if complete else asyncio.wait_for(receive(), RECEIVE_TIMEOUT))
+                message = await (receive() if complete else asyncio.wait_for(receive(), left))
             except TimeoutError:
                 raise HTTPException(408, "the rest of the request did not arrive") from None
             complete = not message.get("more_body")
@@ -111,8 +123,19 @@ class Guard:
                 raise HTTPException(503, "too many uploads at the same time: try again")
             return message
 
+        async def noting_send(message):
+            nonlocal started
+            started = True
+            await send(message)
+
         try:
-            await self.app(scope, counting_receive, send)
+            await self.app(scope, counting_receive, noting_send)
+        except Exception as error:
+            if scope["type"] != "http":  # the server's own start and end
+                raise
+            log_failure(f"{scope['method']} {scope['path']}", error)
+            if not started:
+                await JSONResponse({"error": FAILED}, 500)(scope, receive, send)
         finally:
             self.arriving -= received
 
@@ -122,12 +145,57 @@ class Guard:
         if first in ("custom_component", "monitoring") or (first == "gradio_api" and second not in ENDPOINTS):
             return 404, "no such endpoint"
         headers = dict(scope["headers"])
+        host = headers.get(b"host", b"")
+        if self.names and host and host_name(host) not in self.names:
+            return 421, "not a name of this server, which is for this machine only: open http://127.0.0.1:<port>/"
+        if is_foreign(scope["method"], headers):
+            return 403, "a page of another site asked for this: open the server's own page"
         length = headers.get(b"content-length", b"0")
         if scope["method"] == "POST" and (b"content-length" not in headers or b"transfer-encoding" in headers):
             return 411, "Content-Length is required"
-        if not length.isdigit() or int(length) > MAX_REQUEST:
-            return 413, f"a request may have at most {MAX_REQUEST / 1e6:g} MB"
+        limit = MAX_REQUEST if second == "upload" else MAX_JSON
+        if not length.isdigit() or int(length) > limit:
+            return 413, f"a request may have at most {limit / 1e6:g} MB here"
         return None
+
+
+def host_name(host: bytes) -> str:
+    """The header Host without its port: "localhost", "::1"."""
+    name = host.decode("latin-1").lower()
+    return re.sub(r":\d+$", "", name).strip("[]") if name.count(":") == 1 or name.startswith("[") else name
+
+
+def is_foreign(method: str, headers: dict[bytes, bytes]) -> bool:
+    """Whether a page of another site has made a visitor's browser send this request; following a link is none.
+
+    As in Go's http.CrossOriginProtection. Browsers send Sec-Fetch-Site where they trust the connection, and Origin
+    everywhere; other programs send neither.
+    """
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if method in ("GET", "HEAD") and not origin and headers.get(b"sec-fetch-mode", b"navigate") == b"navigate":
+        return False
+    if site:
+        return site not in (b"same-origin", b"none")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+def with_timeout(protocol):
+    """uvicorn's class for a connection, made to close one that has no request complete within RECEIVE_TIMEOUT."""
+
+    class Timed(protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.watch()
+
+        def watch(self, before=None):
+            """Close the connection if it has answered no request since the last look, and is at none."""
+            idle_since = (self.cycle,) if self.cycle is None or self.cycle.response_complete else None
+            if idle_since and idle_since == before:
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(RECEIVE_TIMEOUT, self.watch, idle_since)
+
+    return Timed
 
 
 def read_upload(data: bytes, size: int, resize: str) -> np.ndarray:

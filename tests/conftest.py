@@ -70,7 +70,7 @@ def served(run, *flags):
     process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
     process.log, process.address = log, f"http://127.0.0.1:{port}/"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # importing takes long on a busy machine
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
