@@ -165,7 +165,7 @@ def label_what_is_none(visitor, number, data, names, choice):
 
 def send_nonsense(visitor, number, data, names, choice):
     response = visitor.client.post("run/label", content=b"{" * 99, headers={"Content-Type": "application/json"})
-    assert (response.status_code, "parsing" in error_of(response)) == (400, True)
+    assert (response.status_code, "JSON decode error" in error_of(response)) == (422, True)
     assert error_of(visitor.ask("save", None, choice)) == "unknown or expired upload: upload the picture first"
 
 
