@@ -54,6 +54,7 @@ def check_flags(name, arguments, command):
         arguments = arguments[:separator]
     module = importlib.import_module(name)
     flags = {f"--{key.replace('_', '-')}" for key in (*module.SHARED, *module.SETTINGS)}
+    flags |= {f"--no-{key.replace('_', '-')}" for key, setting in module.SETTINGS.items() if setting.type is bool}
     assert {argument for argument in arguments if argument.startswith("--")} <= flags, command
     for flag, value in zip(arguments, arguments[1:], strict=False):
         assert flag != "-c" or (ROOT / value).exists(), command
