@@ -125,7 +125,7 @@ def views(images, crop: int, scale: float = 1.0) -> list[torch.Tensor]:
         whole = resize(images.float() / 255, round(crop * scale))
         return [whole, whole.flip(3)]
     side, steps = round(images.shape[-1] * scale), round(2 / scale)  # neighbours share half or more of their side
-    starts = torch.linspace(0, images.shape[-1] - side, steps).round().int().tolist()
+    starts = [round(step * (images.shape[-1] - side) / (steps - 1)) for step in range(steps)]
     places = itertools.product(starts, starts)
     return [resize(images[:, :, top : top + side, left : left + side].float() / 255, crop) for top, left in places]
 
