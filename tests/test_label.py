@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -787,22 +786,6 @@ def test_odd_requests_are_errors_of_their_own_only(server, classifier, paintings
     assert 400 <= reply.status_code < 600
     assert "Traceback" not in reply.text
     still_right(server, classifier, paintings[0])
-
-
-def test_200_requests_at_once_are_all_answered_and_right(server, classifier, paintings):
-    expected = [truth(classifier, data) for data in paintings]
-    assert len({tuple(names) for names in expected}) > 1  # else a mix-up would not show
-    together = threading.Barrier(200)
-
-    def one(number):
-        with httpx.Client(timeout=120) as client:
-            together.wait()
-            answer = page.request_label(client, server.address, paintings[number % len(paintings)])
-        return [style["name"] for style in answer["styles"]]
-
-    with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(one, range(200)))
-    assert answers == [expected[number % len(paintings)] for number in range(200)]
 
 
 def test_a_busy_port_is_one_line_that_names_the_flag(server, run):
