@@ -134,8 +134,10 @@ class Guard:
             if scope["type"] != "http":  # the server's own start and end
                 raise
             log_failure(f"{scope['method']} {scope['path']}", error)
+            known = isinstance(error, HTTPException)
+            status, reason = (error.status_code, error.detail) if known else (500, FAILED)
             if not started:
-                await JSONResponse({"error": FAILED}, 500)(scope, receive, send)
+                await JSONResponse({"error": reason}, status)(scope, receive, send)
         finally:
             self.arriving -= received
 

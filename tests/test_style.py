@@ -278,7 +278,7 @@ def test_two_processes_train_like_one(styled, demo, tmp_path, monkeypatch):
     one, two = (load_checkpoint(tmp_path / name / "style.pt")["history"][0] for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key in ("loss", "critic_error", "mse", "style_stat", "palette", "content", "layout", "val_psnr"):
-        assert one[key] == pytest.approx(two[key], rel=1e-3), key
+        assert one[key] == pytest.approx(two[key], rel=5e-3), key
 
 
 def test_a_queue_keeps_the_last_rows_of_each_style(monkeypatch):

@@ -126,10 +126,14 @@ def test_what_arrives_at_once_has_a_limit(monkeypatch):
         await receive()
         await guard(scope, receive, send)
 
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
     guard = uploads.Guard(another)
-    with pytest.raises(uploads.HTTPException) as error:
-        asyncio.run(guard(scope, receive, None))
-    assert error.value.status_code == 503
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == 503 and b"too many uploads" in sent[1]["body"]
     assert guard.arriving == 0
 
 
