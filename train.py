@@ -116,6 +116,7 @@ SETTINGS = {
     ),
 }
 DATA_SETTINGS = ("size", "resize", "split_seed", "target", "min_images", "holdout")  # that the data set depends on
+CNN_SETTINGS = ("width", "depth", "stem", "pooling", "dropout")  # that its constructor takes
 TAU = 0.9  # strength of the logit adjustment; 1 in theory
 CURVE_EPOCHS = 4  # between two drawings of the curves
 
@@ -225,7 +226,7 @@ def model_arguments(config, training: WikiArt, aux_classes: int) -> dict:
     mean, std = channel_statistics(training)
     arguments = {"classes": len(training.classes), "mean": mean, "std": std}
     if config.model == "CNN":
-        arguments |= {key: getattr(config, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
+        arguments |= {key: getattr(config, key) for key in CNN_SETTINGS}
         arguments["aux_classes"] = aux_classes
     elif config.model == "MLP":
         arguments |= {"width": config.width, "crop": config.crop}

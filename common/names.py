@@ -50,7 +50,7 @@ def file_part(name: str) -> str:
 
 
 def fit_name(stem: str, ending: str) -> str:
-    """A file name of this stem and ending; a stem too long for a file system is cut, and told apart by a hash."""
+    """A file name of this stem and ending; a stem too long for a file system is cut and gets a hash."""
     room = LONGEST_NAME - len(os.fsencode(ending))
     if len(os.fsencode(stem)) > room:
         key = hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]

@@ -494,7 +494,7 @@ def finish(run, stem: str, state: dict) -> Path:
 
 
 class Steps:
-    """The steps of an epoch, with a progress bar: yields its batches, and is told the loss of each.
+    """The steps of an epoch, with a progress bar: yields its batches, and records the loss of each.
 
     A GPU works on what the host has queued, and reading a number from it waits until the queue is empty. So losses stay
     on the device for LOG_STEPS steps; then all are read at once, and the bar shows the last one. Raises UserError with

@@ -20,7 +20,6 @@ REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
-
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")

@@ -29,6 +29,7 @@ from common.crops import predict_probabilities  # noqa: E402
 from common.layers import parameter_count  # noqa: E402
 from common.losses import FeatureMaps, ReconstructionLoss  # noqa: E402
 from common.optim import Optimizers  # noqa: E402
+from train import CNN_SETTINGS  # noqa: E402
 from wikiart import make_model  # noqa: E402
 
 PAGE, COUNTED = ROOT / "docs/gpu.md", re.compile(r"(<!-- counted: .*? -->\n).*?(<!-- end of counted -->)", re.DOTALL)
@@ -78,7 +79,7 @@ def classifier_step(config, model: str):
     """A training step of train.py, without the optimizer of a network of torchvision; and its network."""
     arguments = {"classes": STYLES, "mean": [0.5] * 3, "std": [0.25] * 3}
     if model == "CNN":
-        arguments |= {key: getattr(config, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
+        arguments |= {key: getattr(config, key) for key in CNN_SETTINGS}
         arguments["aux_classes"] = ARTISTS_AND_GENRES
     elif model == "MLP":
         arguments |= {"width": config.width, "crop": config.crop}
