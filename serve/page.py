@@ -32,7 +32,7 @@ from serve.log import bounded_stderr, log_failure, one_line  # noqa: E402
 MAX_BATCH = 64  # files in a request to label_batch
 CONCURRENT = 2  # requests at work: while one uses the network, another decodes its image
 CSS = (Path(__file__).parent / "page.css").read_text()
-LOCAL = "http://127.0.0.1:7860/"  # the address in the README's examples
+LOCAL = "http://127.0.0.1:7860/"  # the address in the examples of docs/labelling.md
 SHOW_ANSWER = """() => {
     const picture = document.getElementById("picture");
     if (picture && picture.getBoundingClientRect().bottom > innerHeight + 200) picture.scrollIntoView();
@@ -277,8 +277,8 @@ def new_state() -> dict:
 
 
 def api_text(request: gr.Request) -> str:
-    """The README's section on the API, with the address at which the visitor found the page."""
-    text = (ROOT / "README.md").read_text().partition("### API\n")[2].partition("\n## ")[0]
+    """The section on the API of docs/labelling.md, with the address at which the visitor found the page."""
+    text = (ROOT / "docs/labelling.md").read_text().partition("## API\n")[2].partition("\n## ")[0]
     return text.replace(LOCAL, str(request.request.base_url))
 
 
@@ -374,7 +374,7 @@ def serve(classifier, artist_classifier, corrections, config) -> None:
 
 
 def request_label(client: httpx.Client, address: str, image: bytes) -> dict:
-    """Upload an image file and ask for its label, as the README does with curl."""
+    """Upload an image file and ask for its label, as docs/labelling.md does with curl."""
     token = client.post(f"{address}gradio_api/upload", files={"files": image}).raise_for_status().json()[0]
     body = {"data": [{"path": token, "meta": {"_type": "gradio.FileData"}}]}
     return client.post(f"{address}gradio_api/run/label", json=body).raise_for_status().json()["data"][0]

@@ -28,7 +28,7 @@ MAX_HELD, MAX_FILES = 2**30, 1000  # bytes and number of all uploads that are he
 LIFETIME = 3600  # seconds for which an upload is held
 RECEIVE_TIMEOUT = 30  # seconds to wait for more of a request, or for the end of its head
 REQUEST_TIMEOUT = 600  # seconds for a whole request
-FAILED = "this request cannot be answered: it is not as the page or the README sends it, or the server failed"
+FAILED = "this request cannot be answered: it is not as the page or docs/labelling.md sends it, or the server failed"
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 MultiPartParser.spool_max_size = 0  # no limit: larger files would be written to the disk
 # The Gradio endpoints that the page and the API need. The others read files, or fetch from other machines.

@@ -608,8 +608,8 @@ def test_gradio_client_gets_one_answer_and_many(server, classifier, paintings, d
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here: apt-get install curl, as .ci/run does")
-def test_curl_as_the_readme_has_it(server, classifier, paintings, demo):
-    text = (ROOT / "README.md").read_text().partition("### API")[2].partition("\n## ")[0]
+def test_curl_as_the_page_on_labelling_has_it(server, classifier, paintings, demo):
+    text = (ROOT / "docs/labelling.md").read_text().partition("## API")[2].partition("\n## ")[0]
     command = text.partition("```sh\n")[2].partition("```")[0]
     assert command.count("curl") == 2
     command = command.replace("http://127.0.0.1:7860/", server.address)
@@ -619,8 +619,8 @@ def test_curl_as_the_readme_has_it(server, classifier, paintings, demo):
     assert [style["name"] for style in styles] == truth(classifier, paintings[0])
 
 
-def test_the_readme_s_python(server, demo):
-    text = (ROOT / "README.md").read_text().partition("### API")[2].partition("\n## ")[0]
+def test_the_python_of_the_page_on_labelling(server, demo):
+    text = (ROOT / "docs/labelling.md").read_text().partition("## API")[2].partition("\n## ")[0]
     code = text.partition("```python\n")[2].partition("```")[0]
     for name, path in zip(("my.jpg", "other.jpg"), sorted((demo / "test").rglob("*.jpg")), strict=False):
         code = code.replace(name, str(path))
