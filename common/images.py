@@ -12,6 +12,7 @@ import glob
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -272,16 +273,18 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
 
     Raises DataError where a worker dies.
     """
+    batches = max(1, -(-len(dataset) // batch_size))
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=processes or len(os.sched_getaffinity(0)),
+        num_workers=min(processes or len(os.sched_getaffinity(0)), batches),
         collate_fn=collate,  # lists of arrays travel through a pipe; tensors would need a large /dev/shm
-        multiprocessing_context="fork",  # starts at once: workers only need Pillow and NumPy
+        multiprocessing_context=WorkerContext(),
         worker_init_fn=partial(end_with, os.getpid()),
     )
+    iterator = (batch for batch in loader)
     try:
-        yield iter(loader)
+        yield iterator
     except DataError as error:  # of a worker, with its traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
     except (RuntimeError, EOFError, ConnectionError) as error:  # the last two come from the pipe of a killed worker
@@ -289,6 +292,19 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
         if isinstance(error, RuntimeError) and not reason.startswith("DataLoader worker (pid"):
             raise
         raise DataError(f"a decoding process died, perhaps for lack of memory: try --processes 1 ({reason})") from None
+    finally:
+        iterator.close()  # ends the workers
+
+
+class Worker(multiprocessing.context.ForkProcess):
+    """A process that starts at once, because it needs Pillow and NumPy only."""
+
+    def terminate(self):  # what the loader does with a worker that does not end, for which SIGTERM is not enough
+        self.kill()
+
+
+class WorkerContext(multiprocessing.context.ForkContext):
+    Process = Worker
 
 
 def end_with(parent: int, _) -> None:

@@ -1,10 +1,12 @@
 """Tiny settings and a tiny painted data set, shared by all tests."""
 
 import contextlib
+import faulthandler
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -82,6 +84,17 @@ def served(run, *flags):
         process.kill()
         process.wait()
         log.close()
+
+
+def pytest_sessionfinish(exitstatus):
+    """Where the interpreter cannot end, say after a minute what it waits for, and end with the status of the tests."""
+
+    def end():
+        time.sleep(60)
+        faulthandler.dump_traceback(sys.__stderr__)
+        os._exit(exitstatus)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,13 +8,15 @@ import io
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import zipfile
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, clear_line, picture, script
+from conftest import ROOT, TINY, clear_line, picture, script
 from torch.utils.data import Dataset
 
 import label
@@ -458,6 +460,29 @@ def test_a_picture_that_vanishes_while_features_are_extracted_is_one_line():
         list(batches)
     assert str(caught.value).startswith("a\nb.png could be read before") and "Traceback" not in str(caught.value)
     assert "No such file" in str(caught.value)
+
+
+STUCK = """
+import time
+from common import images
+
+class Stuck(images.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, item):
+        while item:
+            time.sleep(1)
+
+with images.decode_in_processes(Stuck(), 1, 2) as batches:
+    next(batches)
+"""
+
+
+def test_a_worker_that_is_stuck_does_not_outlive_its_work():
+    """As after a fork while another thread held a lock. Workers ignore SIGTERM: the script would wait for ever."""
+    done = subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 0
 
 
 # Threads
