@@ -282,7 +282,7 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
         multiprocessing_context=WorkerContext(),
         worker_init_fn=partial(end_with, os.getpid()),
     )
-    iterator = (batch for batch in loader)
+    iterator = iter(loader)
     try:
         yield iterator
     except DataError as error:  # of a worker, with its traceback
@@ -293,7 +293,7 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
             raise
         raise DataError(f"a decoding process died, perhaps for lack of memory: try --processes 1 ({reason})") from None
     finally:
-        iterator.close()  # ends the workers
+        iterator._shutdown_workers()  # now: it would wait for the last reference, which may be in a traceback
 
 
 class Worker(multiprocessing.context.ForkProcess):

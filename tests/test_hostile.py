@@ -5,6 +5,7 @@ docs/reliability.md lists the cases. A case gets one clear line, or is left out 
 
 import contextlib
 import io
+import multiprocessing
 import os
 import shutil
 import socket
@@ -460,6 +461,7 @@ def test_a_picture_that_vanishes_while_features_are_extracted_is_one_line():
         list(batches)
     assert str(caught.value).startswith("a\nb.png could be read before") and "Traceback" not in str(caught.value)
     assert "No such file" in str(caught.value)
+    assert not multiprocessing.active_children()  # although `caught` holds the traceback, and that the loader
 
 
 STUCK = """
