@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from common import figures
-from common.codes import SPLITS, codes_path, read_codes, write_codes
+from common.codes import SPLITS, code_files, codes_path, read_codes, write_codes
 from common.config import Setting, configure
 from common.crops import FEATURE_SCALES, mean_over_views, views
 from common.errors import UserError
@@ -94,8 +94,7 @@ def find_sources(run: Path) -> list[str]:
     weights = {source: run / name for source, (_, name) in CHECKPOINTS.items()}
     existing = [source for source, path in weights.items() if path.exists()]
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
-    files = sorted((run / "codes").glob("*.npz"))
-    embedded = [path.stem for path in files if path.stem not in COMPUTED]
+    embedded = [path.stem for path in code_files(run) if path.stem not in COMPUTED]
     return [*trained, "pixels", "colours", *embedded]
 
 

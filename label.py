@@ -233,7 +233,11 @@ def open_table(out: Path, header: list[str], model: str):
             rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
         except csv.Error:
             rows = []
-        if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
+        start = io.StringIO(newline="")
+        csv.writer(start).writerow(header)
+        if start.getvalue().startswith(text):  # nothing, or as much of the header as a full disk took
+            rows = []
+        elif not rows or rows[0] != header or any(len(row) != len(header) for row in rows):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
             advice = "give another --out, or delete it"

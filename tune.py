@@ -118,8 +118,8 @@ def train_and_test(folder: Path, settings: dict, common_flags: list, train_flags
         raise UserError(f"{run} was made with other flags, see {record}: remove it, or give another --name")
     write_text(record, text)
     if (run / "classifier.partial.pt").exists() or not (run / "classifier.pt").exists():
+        (run / "report.txt").unlink(missing_ok=True)  # first, or after a kill it would count as that of the new one
         call("train.py", run, flags)
-        (run / "report.txt").unlink(missing_ok=True)
     if not (run / "report.txt").exists():
         call("test.py", run, common_flags)
 

@@ -182,9 +182,9 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
     cache = caches / (prefix + key.hexdigest()[:16])
     try:
         with lock_caches(caches):
-            if not cache.exists() or readable_again(folder, cache, size, resize):
+            if not (cache / "index.json").exists() or readable_again(folder, cache, size, resize):
                 for stale in caches.glob(f"*{glob.escape(prefix)}*"):
-                    shutil.rmtree(stale, ignore_errors=True)
+                    remove(stale)
                 needed = len(files) * 3 * size * size
                 decoding = f"decoding {count(len(files), 'file')} of {folder} once"
                 print(f"{decoding}, into {caches}: {file_size(needed)} (make clean-cache removes it)", flush=True)
@@ -221,13 +221,19 @@ def readable_again(folder: Path, cache: Path, size: int, resize: str) -> bool:
     return any(decoder[row][1] is None for row in range(len(refused)))
 
 
+def remove(cache: Path) -> None:
+    """Delete a cache, first its index: without, what a kill leaves of it counts as none."""
+    (cache / "index.json").unlink(missing_ok=True)
+    shutil.rmtree(cache)
+
+
 def remove_cache(root: str) -> None:
     """Delete the decoded pixels of a root, and nothing else in that folder: for `make clean-cache`."""
     caches = cache_folder(Path(root)) if Path(root).is_dir() else Path(root)
     files = [*caches.glob("*-*-*/pixels.uint8")]
     size = sum(path.stat().st_size for path in files)
     for path in files:
-        shutil.rmtree(path.parent)
+        remove(path.parent)
     print(f"removed from {caches}: {count(len(files), 'cache')}, {file_size(size)}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common.config import FREE_SETTINGS, ROOT, read_settings
 from common.errors import UserError
+from common.files import write_text
 
 # The modules of common/ that determine results. Those OF_SOME scripts count only where a script itself imports them.
 SHARED_BY_ALL = ("crops", "images", "layers", "losses", "metrics", "names", "optim", "splits")
@@ -29,11 +30,10 @@ def main(argv: list[str]) -> None:
     path = Path(argv[0])
     try:
         text = stamp(argv[1:])
-    except UserError as error:
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
+    except (UserError, OSError) as error:
         sys.exit(f"stamp: {error}")
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
 
 
 def stamp(command: list[str]) -> str:
