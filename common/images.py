@@ -284,7 +284,7 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
         num_workers=processes or len(os.sched_getaffinity(0)),
         collate_fn=collate,  # lists of arrays travel through a pipe; tensors would need a large /dev/shm
         multiprocessing_context="fork",  # starts at once: workers only need Pillow and NumPy
-        worker_init_fn=partial(end_with, os.getpid()),
+        worker_init_fn=partial(begin_decoding, os.getpid()),
     )
     try:
         yield iter(loader)
@@ -297,16 +297,21 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
         raise DataError(f"a decoding process died, perhaps for lack of memory: try --processes 1 ({reason})") from None
 
 
-def end_with(parent: int, _) -> None:
-    """In a worker: exit when the parent process is gone, and leave Ctrl-C and SIGTERM to the parent."""
+def end_with(parent: int) -> None:
+    """In a worker: exit when the parent process is gone."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def begin_decoding(parent: int, _) -> None:
+    """In a worker: leave Ctrl-C and SIGTERM to the parent process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with(parent)
 
 
 class Decoder(Dataset):

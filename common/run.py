@@ -222,7 +222,7 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 # One program at a time ------------------------------------------------------------------------------------------------
 
 
-def claim(run, name: str):
+def claim(run, name: str, flag: str = "--run"):
     """Lock `name` in the run folder until the returned file is closed or the program ends.
 
     Raises UserError where another program holds the lock.
@@ -233,7 +233,7 @@ def claim(run, name: str):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another program is writing {name} in {run}: wait for it, or give another --run") from None
+        raise UserError(f"another program is writing {name} in {run}: wait for it, or give another {flag}") from None
     return lock
 
 
@@ -458,7 +458,7 @@ def write_log(run, stem: str, history: list[dict]) -> None:
 
 
 def finish(run, stem: str, state: dict, *others: Path) -> Path:
-    """Write the finished <stem>.pt, with its weights in half precision, in place of the partial checkpoint and others."""
+    """Write the finished <stem>.pt, its weights in half precision, in place of the partial checkpoint and of others."""
     path = Path(run) / f"{stem}.pt"
     finished = {key: value for key, value in state.items() if key != "resume"}
     save_checkpoint(path, finished | {"weights": half_precision(finished["weights"])})
