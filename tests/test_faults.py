@@ -11,8 +11,11 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,12 +24,13 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import timm
 import torch
-from conftest import ROOT, TINY, TINY_TRAIN, flags
+from conftest import ROOT, TINY, TINY_TRAIN, flags, picture
 
-KILLS = 20
+LOG = []
+KILLS, CORRECTIONS = 20, 12
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -48,7 +52,9 @@ class Programs:
         """Run commands (script, *arguments) at once, to their end; see Fault."""
         request = {"commands": [list(map(str, command)) for command in commands], "faults": faults}
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return [SimpleNamespace(**end) for end in json.loads(self.process.stdout.readline())]
+        ends = [SimpleNamespace(**end) for end in json.loads(self.process.stdout.readline())]
+        for c, e in zip(commands, ends): LOG.append((c[0], str(faults), e.returncode, round(e.cpu, 2)))
+        return ends
 
     def run(self, *command, **faults) -> SimpleNamespace:
         return self(command, **faults)[0]
@@ -140,6 +146,214 @@ def kill_before_write(number: int) -> None:
     sys.addaudithook(hook)
 
 
+@pytest.fixture(scope="module")
+def programs():
+    programs = Programs()
+    yield programs
+    programs.process.kill()
+    open("/tmp/cpu.log", "a").write(f"fixture end {LOG}\n")
+
+
+# What programs leave
+
+
+TIMES = {
+    "seconds",
+    "cpu_seconds",
+    "minutes",
+    "cpu_minutes",
+    "fit_seconds",
+    "images_per_second",
+    "images_per_cpu_second",
+}
+
+
+def contents(folder: Path) -> dict:
+    """What the files below a folder hold, hidden ones too, by their paths; without locks, logs and times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(("lock", ".log"))]
+    return {str(path.relative_to(folder)): content(path) for path in files}
+
+
+def content(path: Path):
+    if path.suffix == ".pt":
+        return without_times(torch.load(path, weights_only=True))
+    if path.suffix == ".json":
+        return without_times(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.name in ("embed.md", "seeds.md"):  # the last columns are times
+        return [line.rsplit("|", 3)[0] for line in path.read_text().splitlines()]
+    if path.name == "labels.csv":  # the last digits of probabilities depend on the pictures in a batch
+        return re.sub(r"(0\.\d\d)\d\d", r"\1", path.read_text())
+    if path.suffix == ".sqlite":
+        with contextlib.closing(sqlite3.connect(path)) as base:
+            tables = "PRAGMA integrity_check", "SELECT * FROM pictures", "SELECT number, hash, choice FROM corrections"
+            return [base.execute(table).fetchall() for table in tables]
+    return path.read_bytes()
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(part) for part in value]
+    return (value.dtype, value.tolist()) if torch.is_tensor(value) else value
+
+
+def copied(demo: Path, folder: Path) -> Path:
+    """The demo without its cache of pixels."""
+    return Path(shutil.copytree(demo, folder, ignore=shutil.ignore_patterns(".cache")))
+
+
+class Case:
+    """A command that writes into `folder`; it is set back by fresh(), and its files are to be those of `whole`."""
+
+    def __init__(self, programs, folder: Path, *command):
+        self.programs, self.folder, self.command = programs, folder, command
+        self.fresh()
+        self.cpu = programs.succeed(*command).cpu
+        self.whole = self.contents()
+
+    def fresh(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+
+    def contents(self) -> dict:
+        return contents(self.folder)
+
+    def check(self) -> None:
+        found = self.contents()
+        assert found.keys() == self.whole.keys()
+        assert [name for name in found if found[name] != self.whole[name]] == []
+
+    def kill_at_random(self) -> None:
+        """Twenty times; a run that ends before its moment must have the right result, and the next one starts anew."""
+        moments, killed = random.Random(0), 0
+        self.fresh()
+        while killed < KILLS:
+            killed += self.killed(cpu=moments.uniform(0, self.cpu))
+        self.programs.succeed(*self.command)
+        self.check()
+
+    def kill_at_writes(self, step: int = 1) -> None:
+        """Before the first change of a file, then the (1 + step)th of the next run, and so on until one ends."""
+        self.fresh()
+        number = 1
+        while self.killed(write=number):
+            number += step
+        assert number > 1
+
+    def killed(self, **moment) -> bool:
+        """Run the command until it is killed, or ends, which is checked."""
+        end = self.programs.run(*self.command, **moment)
+        if end.returncode == -signal.SIGKILL:
+            return True
+        assert end.returncode == 0, end.stderr
+        self.check()
+        self.fresh()
+        return False
+
+
+# kill -9
+
+
+def test_kill_9_while_pixels_are_cached(programs, demo, tmp_path):
+    """Also while an older cache is removed."""
+    root = copied(demo, tmp_path / "paintings")
+    case = Case(programs, root / ".cache", "cache", root)
+    case.kill_at_random()
+    programs.succeed("cache", root)
+    old = tmp_path / "old"
+    shutil.copytree(root / ".cache", old)
+    os.utime(next(root.glob("train/*/*.jpg")), (1e9, 1e9))
+
+    def fresh():
+        shutil.rmtree(case.folder, ignore_errors=True)
+        shutil.copytree(old, case.folder)
+
+    case.fresh = fresh
+    fresh()
+    programs.succeed("cache", root)
+    case.whole = case.contents()
+    case.kill_at_writes()
+
+
+def test_kill_9_while_checkpoints_are_saved(programs, demo, tmp_path):
+    options = [*TINY_TRAIN, "--refit", *flags(per_class=4)]
+    case = Case(programs, tmp_path / "run", "train", *options, "--data", demo, "--run", tmp_path / "run")
+    case.kill_at_random()
+    case.kill_at_writes(3)
+
+
+def test_kill_9_while_labels_are_corrected_and_exported(programs, tmp_path):
+    """A label that was said to be saved is there; the export that was killed is completed."""
+    folder = tmp_path / "run"
+    case = Case(programs, folder, "correct", folder)
+    assert len([name for name in case.whole if name.endswith(".png")]) == CORRECTIONS
+    case.kill_at_random()
+    case.kill_at_writes(4)
+
+
+def test_kill_9_while_a_folder_is_labelled(programs, demo, trained, tmp_path):
+    folder = tmp_path / "labels"
+    options = ["--device", "cpu", "--processes", "1", "--run", trained, "--sort", folder / "sorted"]
+    case = Case(programs, folder, "label", demo / "test", "--out", folder / "labels.csv", *options)
+    case.kill_at_random()
+    case.kill_at_writes(5)
+
+
+def test_kill_9_while_settings_are_tuned(programs, demo, tmp_path):
+    """Trainings and tests are in tune.py's own process, so that they are killed, too."""
+    options = ["--device", "cpu", "--name", "seeds", "--data", demo, "--run", tmp_path / "run"]
+    options += ["--", *TINY_TRAIN, *flags(per_class=4)]
+    case = Case(programs, tmp_path / "run", "tune", '{"seed": [0, 1]}', *options)
+    case.kill_at_random()
+    case.kill_at_writes(9)
+
+
+def test_kill_9_while_features_are_extracted(programs, demo, small, tmp_path):
+    case = Case(programs, tmp_path / "run", "embed", *small, "--data", demo, "--run", tmp_path / "run")
+    case.kill_at_random()
+    case.kill_at_writes(4)
+
+
+class Project(Case):
+    """A case with the project's documents in its folder, and a run folder that has what the committed report shows."""
+
+    def fresh(self) -> None:
+        super().fresh()
+        shutil.copy(ROOT / "README.md", self.folder)
+        shutil.copytree(ROOT / "report", self.folder / "report")
+        run, facts = self.folder / "run", json.loads((ROOT / "report/facts.json").read_text())
+        shutil.copytree(ROOT / "report", run)
+        (run / "demo").mkdir()
+        for name in ("demo.png", "style_truth.png", "lora_grid.png"):
+            (run / name).rename(run / "demo" / name)
+        facts["test"]["accuracy"] = 0.987654
+        (run / "facts.json").write_text(json.dumps(facts))
+
+
+def test_kill_9_while_the_report_is_built(programs, tmp_path):
+    """Of a run, and the published one, in a copy of the project."""
+    case = Project(programs, tmp_path / "project", "publish", tmp_path / "project")
+    assert "98.8%" in (tmp_path / "project" / "README.md").read_text()
+    case.kill_at_random()
+    case.kill_at_writes(4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of embed.py for a small backbone with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save({"state_dict": timm.create_model("test_efficientnet").state_dict()}, path)
+    settings = flags(size=32, epochs=2, batch_size=8, backbone="test_efficientnet", target="style", weights=path)
+    return [*TINY, *settings]
+
+
+# The process that starts programs
+
+
 def import_programs() -> dict:
     """The programs by name, after importing all that they need; with networks, figures and samples that are small."""
     modules = ("cluster", "embed", "export", "label", "style_transfer", "test", "train", "train_autoencoder")
@@ -152,13 +366,13 @@ def import_programs() -> dict:
     import tune
     from common import figures, metrics
 
-    figures.plt.rcParams["savefig.dpi"] = 20
+    figures.plt.Figure.savefig = tiny_figure
     metrics.BOOTSTRAP = 20
     embed.WEIGHT_DECAYS, embed.HIDDEN = (0.3,), 16
     label.SHEET, label.BATCH_SIZE = 4, 16
     tune.call = call
     torch.set_num_threads(1)
-    return mains | {"cache": build_caches}
+    return mains | {"cache": build_caches, "correct": correct, "publish": publish}
 
 
 def build_caches(arguments: list[str]) -> None:
@@ -168,16 +382,40 @@ def build_caches(arguments: list[str]) -> None:
         WikiArt(arguments[0], split, size=32, processes=1)
 
 
-def call(script: str, run: Path, arguments: list) -> None:
-    """tune.call() with a forked process."""
-    from common.errors import UserError
+def correct(arguments: list[str]) -> None:
+    """Save the corrections that are missing, and export all."""
+    from serve import corrections
 
-    (run / f"{script}.log").touch()
-    process = os.fork()
-    if process == 0:
-        os._exit(run_program([script.removesuffix(".py"), *map(str, arguments), "--run", str(run)]))
-    if os.waitpid(process, 0)[1]:
-        raise UserError(f"{script} failed in {run}")
+    folder = Path(arguments[0])
+    store = corrections.Corrections(folder / "corrections.sqlite")
+    known = [name for _, name, *_ in store.latest()]
+    for number in range(CORRECTIONS):
+        path = picture(folder / "upload.png", number)
+        if f"a_{number}.png" not in known:
+            store.add(f"a_{number}.png", path.read_bytes(), "model", "Dots", 0.5, ("Dots", "Drips")[number % 2])
+    corrections.export(store, folder / "exported")
+    path.unlink()
+
+
+def publish(arguments: list[str]) -> None:
+    """Build the report of the run folder in a copy of the project, and publish it there."""
+    build, root = importlib.import_module("report.build"), Path(arguments[0])
+    build.REPORT, build.README = root / "report", root / "README.md"
+    for flag in ([], ["--publish"]):
+        sys.argv = ["build.py", "--run", str(root / "run"), *flag]
+        build.main()
+
+
+def tiny_figure(_, file, **__) -> None:
+    """Instead of savefig(): drawing takes half a second."""
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(file, format="PNG")
+
+
+def call(script: str, run: Path, arguments: list) -> None:
+    """tune.call() in the same process."""
+    PROGRAMS[script.removesuffix(".py")]([*map(str, arguments), "--run", str(run)])
 
 
 if __name__ == "__main__":
