@@ -284,7 +284,8 @@ def copy_by_class(folder: Path, out: Path, target: Path) -> None:
             raise UserError(f"{out} has the path {path}, which is not below {folder}: give another --out")
         if name and source.exists() and not (copy.exists() and copy.stat().st_size == source.stat().st_size):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+            shutil.copyfile(source, copy.with_name(".copying"))
+            copy.with_name(".copying").replace(copy)  # whole, also after a kill
             copied += 1
     print(f"{count(copied, 'image')} copied to {target}")
 

@@ -27,10 +27,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY, TINY_TRAIN, flags, picture
+from conftest import ROOT, TINY, flags, picture
 
 LOG = []
 KILLS, CORRECTIONS = 20, 12
+TRAIN = flags(model="MLP", tta_scales=1, size=32, crop=32, width=8, epochs=2, batch_size=16, per_class=4)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -87,6 +88,7 @@ def start(command: list[str], faults: dict) -> tuple[int, int]:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
+        os.write(2, f"\0{time.process_time()}".encode())
         os._exit(code)
     os.close(writer)
     return process, reader
@@ -94,9 +96,9 @@ def start(command: list[str], faults: dict) -> tuple[int, int]:
 
 def end_of(process: int, reader: int) -> dict:
     with open(reader, errors="replace") as file:
-        stderr = file.read()
-    _, status, used = os.wait4(process, 0)
-    return {"returncode": os.waitstatus_to_exitcode(status), "stderr": stderr, "cpu": used.ru_utime + used.ru_stime}
+        stderr, _, cpu = file.read().partition("\0")
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return {"returncode": code, "stderr": stderr, "cpu": float(cpu or 0)}
 
 
 def run_program(command: list[str], cpu=None, write=None, limit=None) -> int:
@@ -279,10 +281,10 @@ def test_kill_9_while_pixels_are_cached(programs, demo, tmp_path):
 
 
 def test_kill_9_while_checkpoints_are_saved(programs, demo, tmp_path):
-    options = [*TINY_TRAIN, "--refit", *flags(per_class=4)]
+    options = [*TINY, *TRAIN, "--refit"]
     case = Case(programs, tmp_path / "run", "train", *options, "--data", demo, "--run", tmp_path / "run")
     case.kill_at_random()
-    case.kill_at_writes(3)
+    case.kill_at_writes(4)
 
 
 def test_kill_9_while_labels_are_corrected_and_exported(programs, tmp_path):
@@ -305,7 +307,7 @@ def test_kill_9_while_a_folder_is_labelled(programs, demo, trained, tmp_path):
 def test_kill_9_while_settings_are_tuned(programs, demo, tmp_path):
     """Trainings and tests are in tune.py's own process, so that they are killed, too."""
     options = ["--device", "cpu", "--name", "seeds", "--data", demo, "--run", tmp_path / "run"]
-    options += ["--", *TINY_TRAIN, *flags(per_class=4)]
+    options += ["--", *TINY, *TRAIN, "--no-refit"]
     case = Case(programs, tmp_path / "run", "tune", '{"seed": [0, 1]}', *options)
     case.kill_at_random()
     case.kill_at_writes(9)
