@@ -236,7 +236,7 @@ def open_table(out: Path, header: list[str], model: str):
         start = io.StringIO(newline="")
         csv.writer(start).writerow(header)
         if start.getvalue().startswith(text):  # nothing, or as much of the header as a full disk took
-            rows = []
+            complete, rows = "", []
         elif not rows or rows[0] != header or any(len(row) != len(header) for row in rows):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
