@@ -258,15 +258,17 @@ def lock_caches(caches: Path):
 def build_cache(folder: Path, files: list[str], target: Path, size: int, resize: str, processes: int) -> None:
     """Decode `files` in several processes into target/pixels.uint8; write index.json and left_out.txt beside it."""
     hashes, broken = [], {}
-    with decode_in_processes(Decoder(folder, files, size, resize), 32, processes) as batches:
-        decoded = tqdm(itertools.chain.from_iterable(batches), f"decoding {folder.name}", len(files))
-        with open(target / "pixels.uint8", "wb") as file:
-            for path, (pixels, reason) in zip(files, decoded, strict=True):
-                if reason:
-                    broken[path] = reason
-                    pixels = np.zeros((3, size, size), np.uint8)
-                hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
-                file.write(pixels)
+    with (
+        open(target / "pixels.uint8", "wb") as file,
+        decode_in_processes(Decoder(folder, files, size, resize), 32, processes) as batches,
+        tqdm(itertools.chain.from_iterable(batches), f"decoding {folder.name}", len(files)) as decoded,
+    ):
+        for path, (pixels, reason) in zip(files, decoded, strict=True):
+            if reason:
+                broken[path] = reason
+                pixels = np.zeros((3, size, size), np.uint8)
+            hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
+            file.write(pixels)
     left_out = "".join(f"{printable(path)}\t{printable(reason)}\n" for path, reason in broken.items())
     (target / "left_out.txt").write_text(left_out)
     (target / "index.json").write_text(json.dumps({"files": files, "hashes": hashes, "broken": broken}))
