@@ -531,6 +531,14 @@ def test_trainings_of_a_killed_tune_end_with_it(tmp_path):
     wait_until(lambda: not is_running(int(log.read_text())))
 
 
+def test_a_killed_demo_leaves_nothing(programs, tmp_path):
+    command = ["demo", *flags(data=tmp_path / "demo", train_images=8, test_scenes=1, picture=16, processes=1)]
+    assert programs.run(*command, write=20).returncode == -signal.SIGKILL
+    assert [path for path in tmp_path.glob(".demo-*/demo")]
+    programs.succeed(*command)
+    assert sorted(os.listdir(tmp_path)) == [".demo.lock", "demo"]
+
+
 def wait_until(condition) -> None:
     deadline = time.monotonic() + 300
     while not condition():
