@@ -63,6 +63,8 @@ lora = lora.py $(LORA)
 benchmark := benchmark.py -c settings/cpu.json $(DEMO)
 run = $(PY) $(firstword $($(1))) $(2) $(FLAGS) $(wordlist 2,99,$($(1)))
 
+# make compares times: where the clock was set back, so are the times of these files.
+$(if $(wildcard $(PY)),$(shell $(PY) -m common.stamp --clock $(RUN) $(wildcard data/demo.stamp data/demo/metadata.csv)))
 # A stage's stamp is rewritten when its settings, flags or code change: see common/stamp.py.
 $(RUN)/stamps/%: FORCE
 	@$(PY) -m common.stamp $@ $(firstword $($*)) $(FLAGS) $(wordlist 2,99,$($*))
@@ -70,7 +72,7 @@ $(RUN)/stamps/%: FORCE
 # Every folder of paintings, and metadata.csv, with its time of change.
 $(RUN)/paintings.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
 	@mkdir -p $(RUN); find -L $(DATA) -mindepth 1 -name '.*' -prune -o \( -type d -o -path $(DATA)/metadata.csv \) \
-	    -printf '%P %T@\n' 2>/dev/null | sort > $@.new; if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+	    -printf '%P %T@\n' 2>/dev/null | sort > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # A training resumes from its partial checkpoint, unless something that it depends on is newer.
 restart = $(if $(wildcard $(1)),$$(ls -t $^ $(1) | head -1 | grep -q partial || echo --restart))
@@ -139,12 +141,10 @@ $(VENV)/ready-%: requirements/%.txt $(VENV)/ready
 	$(PY) -m pip install --disable-pip-version-check -r $<
 	touch $@
 $(VENV)/ready-test: $(wildcard requirements/*.txt)
-test: $(VENV)/ready-test
-	$(PY) -m pytest
+test: $(VENV)/ready-test; $(PY) -m pytest
 lint: $(VENV)/ready-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-clean:
-	rm -rf data/demo data/demo.stamp runs/demo
+clean:; rm -rf data/demo data/demo.stamp runs/demo
 clean-cache:
 	@$(PY) -c 'from common.images import remove_cache; remove_cache("$(DATA)")'
 include report/report.mk

@@ -33,11 +33,21 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from common import figures
-from common.codes import SPLITS, codes_path, read_codes, write_codes
+from common.codes import SPLITS, code_files, codes_path, read_codes, write_codes
 from common.config import Setting, configure
 from common.crops import FEATURE_SCALES, mean_over_views, views
 from common.errors import UserError
-from common.run import add_facts, autocast, file_hash, load_checkpoint, pick_device, read_facts, run_script, write_text
+from common.run import (
+    add_facts,
+    autocast,
+    claim,
+    file_hash,
+    load_checkpoint,
+    pick_device,
+    read_facts,
+    run_script,
+    write_text,
+)
 from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
@@ -66,7 +76,7 @@ AGREEMENT = {
 def main(argv=None):
     config = configure("cluster", __doc__, SETTINGS, SHARED, argv)
     device, run = pick_device(config.device), Path(config.run)
-    results = {}
+    lock, results = claim(run, "cluster"), {}
     for source in find_sources(run) if config.codes == ["all"] else config.codes:
         try:
             table, data = codes_of(source, config, device)
@@ -84,6 +94,7 @@ def main(argv=None):
     all_facts = read_facts(run)["cluster"]
     comparable = {name: facts for name, facts in all_facts.items() if facts.get("setting") in settings}
     write_table(run / "clusters.md", comparable)
+    lock.close()
 
 
 # Codes ----------------------------------------------------------------------------------------------------------------
@@ -94,8 +105,7 @@ def find_sources(run: Path) -> list[str]:
     weights = {source: run / name for source, (_, name) in CHECKPOINTS.items()}
     existing = [source for source, path in weights.items() if path.exists()]
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
-    files = sorted((run / "codes").glob("*.npz"))
-    embedded = [path.stem for path in files if path.stem not in COMPUTED]
+    embedded = [path.stem for path in code_files(run) if path.stem not in COMPUTED]
     return [*trained, "pixels", "colours", *embedded]
 
 

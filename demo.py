@@ -9,7 +9,10 @@ be compared with the truth. The artist and details of the brushwork are random; 
 """
 
 import csv
+import glob
 import json
+import os
+import shutil
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -26,9 +29,10 @@ from tqdm import tqdm
 from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
+from common.images import end_with
 from common.names import display_name
 from common.painter import STYLES, Artist, Scene
-from common.run import run_script
+from common.run import claim, run_script
 
 SHARED = ("data", "seed", "processes")
 SETTINGS = {
@@ -51,12 +55,14 @@ def main(argv=None):
     paintings, scenes = plan(config), defaultdict(list)
     for painting in paintings:
         scenes[painting["title"]].append(painting)
-    data.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".demo-", dir=data.parent) as scratch:
+    lock = claim(data.parent, data.name, "--data")
+    for leftover in data.parent.glob(f".{glob.escape(data.name)}-*/"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=f".{data.name}-", dir=data.parent) as scratch:
         folder = Path(scratch, "demo")
         for painting in paintings:
             (folder / painting["path"]).parent.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(config.processes or None) as pool:
+        with ProcessPoolExecutor(config.processes or None, None, end_with, [os.getpid()]) as pool:
             finished = pool.map(partial(paint, folder, config), scenes.values())
             list(tqdm(finished, total=len(scenes), desc="painting", unit="scene"))
         with open(folder / "metadata.csv", "w", newline="") as file:
@@ -66,6 +72,7 @@ def main(argv=None):
         plot_overview(folder, config.test_scenes, paintings)
         (folder / "demo.json").write_text(settings)
         folder.rename(data)  # last, so that an interrupted run leaves no incomplete data set
+    lock.close()
     print(f"painted {len(paintings)} pictures of {len(scenes)} scenes into {data}")
 
 

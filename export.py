@@ -12,6 +12,7 @@ and the probability below which the network is unsure. The new file is checked a
 kept. Needs requirements/export.txt.
 """
 
+import io
 import itertools
 import json
 import sys
@@ -112,7 +113,9 @@ def from_onnx(path: Path):
 
 def to_program(classifier: Classifier, _, target: Path) -> None:
     program = torch.export.export(Graph(classifier).eval(), **graph_arguments(classifier))
-    torch.export.save(program, target, extra_files={METADATA: json.dumps(metadata(classifier))})
+    content = io.BytesIO()  # on a full disk, torch's own writing would abort the process
+    torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata(classifier))})
+    target.write_bytes(content.getbuffer())
 
 
 def from_program(path: Path):

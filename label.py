@@ -233,7 +233,11 @@ def open_table(out: Path, header: list[str], model: str):
             rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
         except csv.Error:
             rows = []
-        if text and (not rows or rows[0] != header or any(len(row) != len(header) for row in rows)):
+        start = io.StringIO(newline="")
+        csv.writer(start).writerow(header)
+        if start.getvalue().startswith(text):  # nothing, or as much of the header as a full disk took
+            complete, rows = "", []
+        elif not rows or rows[0] != header or any(len(row) != len(header) for row in rows):
             raise UserError(f"{out} is not a table of these columns: give another --out")
         if any(row[-1] != model for row in rows[1:]):
             advice = "give another --out, or delete it"
@@ -280,7 +284,8 @@ def copy_by_class(folder: Path, out: Path, target: Path) -> None:
             raise UserError(f"{out} has the path {path}, which is not below {folder}: give another --out")
         if name and source.exists() and not (copy.exists() and copy.stat().st_size == source.stat().st_size):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+            shutil.copyfile(source, copy.with_name(".copying"))
+            copy.with_name(".copying").replace(copy)  # whole, also after a kill
             copied += 1
     print(f"{count(copied, 'image')} copied to {target}")
 

@@ -62,6 +62,8 @@ from common.run import (
 from wikiart import BalancedSampler, Classifier, WikiArt
 
 try:
+    from safetensors import SafetensorError
+
     from common import diffusion, tiny_diffusion
 except ModuleNotFoundError as error:
     if error.name.startswith("common"):
@@ -116,6 +118,8 @@ def main(argv=None):
         raise UserError("--resolution must be a multiple of 8, and --prompts needs at least one")
     try:
         actions[action](config, *prompts)
+    except SafetensorError as error:  # hides "no space left"
+        raise UserError(f"could not write into {config.run}: is the disk full? ({error})") from None
     except (torch.OutOfMemoryError, MemoryError):
         advice = "add --checkpointing, raise --accumulate up to --batch-size, or lower --resolution"
         raise UserError(f"out of memory: {advice}") from None
@@ -322,8 +326,10 @@ def report(name: str, state: dict, facts: dict, config) -> None:
     earlier = read_facts(run).get("lora", {})
     kept = {key: value for key, value in earlier.items() if key.startswith("tiny_")}
     add_facts(run, "lora", kept | ({"per_style": earlier.get("per_style", {}) | {name: facts}} if name else facts))
+    newest = max((note.get("finished", 0) for note in read_notes(run).values()), default=0)
+    finished = max(time.time(), newest + 1)  # later than all, although the clock may have been set back
     note = {"base": facts["base"], "resolution": facts["resolution"], "styles": state["config"]["styles"]}
-    note |= {"config": state["config"], "fingerprint": state["fingerprint"], "finished": time.time()}
+    note |= {"config": state["config"], "fingerprint": state["fingerprint"], "finished": finished}
     write_text(run / "lora" / name / NOTE, json.dumps(note, indent=2) + "\n")
     (run / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
 
@@ -338,9 +344,14 @@ def plot_samples(path: Path, pipe, styles: list[str], side: int, config) -> None
 # Painting -------------------------------------------------------------------------------------------------------------
 
 
+def read_notes(run) -> dict[Path, dict]:
+    """What each adapter was trained on, by its folder."""
+    return {path.parent: json.loads(path.read_text()) for path in Path(run).glob(f"lora/**/{NOTE}")}
+
+
 def find_adapters(run) -> dict[str, Path]:
     """The folder of each style's adapter; where several know a style, the one trained last."""
-    notes = {path.parent: json.loads(path.read_text()) for path in Path(run).glob(f"lora/**/{NOTE}")}
+    notes = read_notes(run)
     if not notes:
         raise UserError(f"no adapter in {run}/lora: run lora.py train, or give another --run")
     oldest_first = sorted(notes, key=lambda folder: notes[folder].get("finished", 0))

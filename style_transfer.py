@@ -45,7 +45,7 @@ from common.metrics import (
 )
 from common.names import count, display_name, file_part, find_style, fit_name, title_of
 from common.repaint import Repainter, check_model, open_picture, read_mixture
-from common.run import add_facts, atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
+from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
@@ -88,7 +88,9 @@ def main(argv=None):
     if config.image:
         repaint_files(repainter, config)
     else:
+        lock = claim(config.run, f"style_transfer_{config.name or config.method}")
         evaluate(repainter, checkpoint["data"], config)
+        lock.close()
 
 
 # Image files ----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from common.metrics import (
     seen_unseen_accuracy,
 )
 from common.names import artist_and_title, count, display_name, match_style, printable, safe_cell, stem_of
-from common.run import add_facts, atomic_write, checkpoint_path, pick_device, run_script, write_text
+from common.run import add_facts, atomic_write, checkpoint_path, claim, pick_device, run_script, write_text
 from wikiart import Classifier, WikiArt
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
@@ -52,6 +52,8 @@ PAINTINGS = {"test": "test painting", "train": "training painting", "all": "trai
 def main(argv=None):
     config = configure("test", __doc__, SETTINGS, SHARED, argv)
     device, run = pick_device(config.device), Path(config.run)
+    suffix = "" if config.split == "test" else f"_{config.split}"
+    lock = claim(run, f"test{suffix}")
     classifier = Classifier.load(checkpoint_path(run, config.checkpoint), device)
     data = load_paintings(classifier, config)
     truth = data.labels.numpy()
@@ -72,7 +74,6 @@ def main(argv=None):
     facts["sure_accuracy"] = (predictions == truth)[~unsure].mean() if not unsure.all() else 0.0
     facts |= unknown_style(classifier, probabilities, config)
 
-    suffix = "" if config.split == "test" else f"_{config.split}"
     facts["roc_auc"] = plot_scores(run, suffix, data, probabilities)
     plot_paintings(run, suffix, data, probabilities, classifier, config)
     scores = class_scores(truth, predictions, data.classes)
@@ -82,6 +83,7 @@ def main(argv=None):
     print("\n" + table)
     print_summary(facts, run, suffix, config.split)
     write_text(run / f"report{suffix}.txt", table)  # last, because make takes this file as the sign of success
+    lock.close()
 
 
 def load_paintings(classifier: Classifier, config) -> WikiArt:

@@ -149,8 +149,7 @@ def main(argv=None):
             state = refit_state | {"refit_history": refit_state["history"]} | {key: state[key] for key in kept}
         state = publishable(state)
         report(run, state, fitted, validation, int(held_out(training, validation).sum()))
-        path = finish(run, "classifier", state)
-        refit_partial.unlink(missing_ok=True)
+        path = finish(run, "classifier", state, refit_partial)
         lock.close()
         print(f"{path}: trained on {count(len(fitted), 'painting')}")
     leave_processes()

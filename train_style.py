@@ -132,10 +132,12 @@ def main(argv=None):
                 state["weights"] = copy.deepcopy(averaged).cpu().state_dict()
                 scores = f"loss {record['loss']:.3f}, validation {record['val_psnr']:.2f} dB in the own style"
                 save_epoch(config, "style", state, {"epoch": epoch} | record, parts, scores)
-                if epoch % SAMPLE_EPOCHS == 0 or epoch == config.epochs:
+                if epoch % SAMPLE_EPOCHS == 0 and epoch < config.epochs:
                     plot_curves(config.run, state["history"])
                     plot_samples(averaged, validation, config, device)
     if rank() == 0:
+        plot_curves(config.run, state["history"])
+        plot_samples(averaged, validation, config, device)
         report(Path(config.run), state, steps, len(training), config)
         print(f"{finish(config.run, 'style', state)}: epoch {config.epochs} kept")
         lock.close()

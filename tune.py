@@ -10,8 +10,11 @@ trainings and resumes interrupted ones. Writes <run>/<name>.md, sorted by balanc
 which is what to choose by; <name>.png (recall of every class); and facts.json.
 """
 
+import contextlib
+import ctypes
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -39,6 +42,7 @@ SETTINGS = {
 MEASURED = (*METRICS, "ece_after", "unseen_artists_accuracy", "unseen_artists_balanced_accuracy")
 MEASURED += ("unknown_auroc", "unknown_unsure", "unknown_confidence")
 RUNNING = []  # processes
+LIBC = ctypes.CDLL(None)
 
 
 def main(argv=None):
@@ -118,8 +122,8 @@ def train_and_test(folder: Path, settings: dict, common_flags: list, train_flags
         raise UserError(f"{run} was made with other flags, see {record}: remove it, or give another --name")
     write_text(record, text)
     if (run / "classifier.partial.pt").exists() or not (run / "classifier.pt").exists():
+        (run / "report.txt").unlink(missing_ok=True)  # first, or after a kill it would count as that of the new one
         call("train.py", run, flags)
-        (run / "report.txt").unlink(missing_ok=True)
     if not (run / "report.txt").exists():
         call("test.py", run, common_flags)
 
@@ -128,12 +132,20 @@ def call(script: str, run: Path, flags: list) -> None:
     """Run a script in a process of its own, with its output in <run>/<script>.log. Raises UserError if it fails."""
     log = run / f"{script}.log"
     command = [sys.executable, ROOT / script, *flags, "--run", run]
-    with open(log, "w") as file, subprocess.Popen(list(map(str, command)), stdout=file, stderr=file) as process:
-        RUNNING.append(process)
+    with open(log, "w") as file:
+        options = {"stdout": file, "stderr": file, "preexec_fn": end_with_tune}
+        with subprocess.Popen(list(map(str, command)), **options) as process:
+            RUNNING.append(process)
     RUNNING.remove(process)
     if process.returncode:
         last_line = (log.read_text().strip().splitlines() or [f"status {process.returncode}"])[-1]
         raise UserError(f"{script} failed in {run}: {last_line} (see {log})")
+
+
+def end_with_tune() -> None:
+    """In a new process: end when tune.py is killed. On Linux; elsewhere it goes on, and holds its run folder."""
+    with contextlib.suppress(AttributeError):
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def summary(facts: dict) -> dict:

@@ -20,6 +20,11 @@ def codes_path(run, source: str) -> Path:
     return Path(run) / "codes" / f"{source}.npz"
 
 
+def code_files(run) -> list[Path]:
+    """The files of codes of a run folder, without hidden ones, which a killed program has left."""
+    return sorted((Path(run) / "codes").glob("[!.]*.npz"))
+
+
 def write_codes(path: Path, codes: dict, sets: dict, made_from: str) -> None:
     """Write codes {split: (N, D)} of data sets {split: WikiArt}."""
     table = {"classes": np.array(sets["train"].classes), "made_from": made_from}

@@ -183,9 +183,9 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
     cache = caches / (prefix + key.hexdigest()[:16])
     try:
         with lock_caches(caches):
-            if not cache.exists() or readable_again(folder, cache, size, resize):
+            if not (cache / "index.json").exists() or readable_again(folder, cache, size, resize):
                 for stale in caches.glob(f"*{glob.escape(prefix)}*"):
-                    shutil.rmtree(stale, ignore_errors=True)
+                    remove(stale)
                 needed = len(files) * 3 * size * size
                 decoding = f"decoding {count(len(files), 'file')} of {folder} once"
                 print(f"{decoding}, into {caches}: {file_size(needed)} (make clean-cache removes it)", flush=True)
@@ -222,13 +222,19 @@ def readable_again(folder: Path, cache: Path, size: int, resize: str) -> bool:
     return any(decoder[row][1] is None for row in range(len(refused)))
 
 
+def remove(cache: Path) -> None:
+    """Delete a cache, first its index: without, what a kill leaves of it counts as none."""
+    (cache / "index.json").unlink(missing_ok=True)
+    shutil.rmtree(cache)
+
+
 def remove_cache(root: str) -> None:
     """Delete the decoded pixels of a root, and nothing else in that folder: for `make clean-cache`."""
     caches = cache_folder(Path(root)) if Path(root).is_dir() else Path(root)
     files = [*caches.glob("*-*-*/pixels.uint8")]
     size = sum(path.stat().st_size for path in files)
     for path in files:
-        shutil.rmtree(path.parent)
+        remove(path.parent)
     print(f"removed from {caches}: {count(len(files), 'cache')}, {file_size(size)}")
 
 
@@ -253,15 +259,17 @@ def lock_caches(caches: Path):
 def build_cache(folder: Path, files: list[str], target: Path, size: int, resize: str, processes: int) -> None:
     """Decode `files` in several processes into target/pixels.uint8; write index.json and left_out.txt beside it."""
     hashes, broken = [], {}
-    with decode_in_processes(Decoder(folder, files, size, resize), 32, processes) as batches:
-        decoded = tqdm(itertools.chain.from_iterable(batches), f"decoding {folder.name}", len(files))
-        with open(target / "pixels.uint8", "wb") as file:
-            for path, (pixels, reason) in zip(files, decoded, strict=True):
-                if reason:
-                    broken[path] = reason
-                    pixels = np.zeros((3, size, size), np.uint8)
-                hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
-                file.write(pixels)
+    with (
+        open(target / "pixels.uint8", "wb") as file,
+        decode_in_processes(Decoder(folder, files, size, resize), 32, processes) as batches,
+        tqdm(itertools.chain.from_iterable(batches), f"decoding {folder.name}", len(files)) as decoded,
+    ):
+        for path, (pixels, reason) in zip(files, decoded, strict=True):
+            if reason:
+                broken[path] = reason
+                pixels = np.zeros((3, size, size), np.uint8)
+            hashes.append("" if reason else hashlib.sha256(pixels).hexdigest()[:16])
+            file.write(pixels)
     left_out = "".join(f"{printable(path)}\t{printable(reason)}\n" for path, reason in broken.items())
     (target / "left_out.txt").write_text(left_out)
     (target / "index.json").write_text(json.dumps({"files": files, "hashes": hashes, "broken": broken}))
@@ -280,7 +288,7 @@ def decode_in_processes(dataset: Dataset, batch_size: int, processes: int, colla
         num_workers=min(processes or len(os.sched_getaffinity(0)), batches),
         collate_fn=collate,  # lists of arrays travel through a pipe; tensors would need a large /dev/shm
         multiprocessing_context=WorkerContext(),
-        worker_init_fn=partial(end_with, os.getpid()),
+        worker_init_fn=partial(begin_decoding, os.getpid()),
     )
     iterator = iter(loader)
     try:
@@ -307,16 +315,21 @@ class WorkerContext(multiprocessing.context.ForkContext):
     Process = Worker
 
 
-def end_with(parent: int, _) -> None:
-    """In a worker: exit when the parent process is gone, and leave Ctrl-C and SIGTERM to the parent."""
+def end_with(parent: int) -> None:
+    """In a worker: exit when the parent process is gone."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def begin_decoding(parent: int, _) -> None:
+    """In a worker: leave Ctrl-C and SIGTERM to the parent process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with(parent)
 
 
 class Decoder(Dataset):

@@ -19,7 +19,6 @@ import pickletools
 import re
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 from functools import cache
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from common.config import FREE_SETTINGS
 from common.errors import UserError
+from common.files import atomic_write, write_text
 from common.names import count, printable
 
 # Types of a checkpoint's entries, where it has them.
@@ -219,39 +219,13 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-# Files that are complete or absent ------------------------------------------------------------------------------------
+# One program at a time ------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path` that replaces it when the block succeeds, and is removed when it fails.
-
-    A reader never sees half a file, and a full disk or `kill -9` leaves the old one as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    os.chmod(temporary, 0o644)  # mkstemp makes it private; results are to be read by others
-    try:
-        yield Path(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with no content
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_text(path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
-
-
-def claim(run, name: str):
+def claim(run, name: str, flag: str = "--run"):
     """Lock `name` in the run folder until the returned file is closed or the program ends.
 
-    Raises UserError where another program holds the lock. Leftovers of a save that was killed are removed.
+    Raises UserError where another program holds the lock.
     """
     path = Path(run) / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,9 +233,7 @@ def claim(run, name: str):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another program is writing {name} in {run}: wait for it, or give another --run") from None
-    for leftover in Path(run).glob(f".{name}.*pt.*"):
-        leftover.unlink(missing_ok=True)
+        raise UserError(f"another program is writing {name} in {run}: wait for it, or give another {flag}") from None
     return lock
 
 
@@ -404,6 +376,7 @@ def resume(config, stem: str, state: dict, parts: dict) -> dict:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(f"{partial} does not fit this training ({reason}): start anew with --restart") from None
     if rank() == 0:
+        write_log(config.run, stem, saved["history"])  # it lacks an epoch if a kill came between the two files
         print(f"resuming after epoch {len(saved['history'])} ({partial})")
     return saved
 
@@ -484,12 +457,13 @@ def write_log(run, stem: str, history: list[dict]) -> None:
     write_text(Path(run) / f"{stem}.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
 
-def finish(run, stem: str, state: dict) -> Path:
-    """Write the finished <stem>.pt, with its weights in half precision, in place of the partial checkpoint."""
+def finish(run, stem: str, state: dict, *others: Path) -> Path:
+    """Write the finished <stem>.pt, its weights in half precision, in place of the partial checkpoint and of others."""
     path = Path(run) / f"{stem}.pt"
     finished = {key: value for key, value in state.items() if key != "resume"}
     save_checkpoint(path, finished | {"weights": half_precision(finished["weights"])})
-    (Path(run) / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
+    for partial in (*others, Path(run) / f"{stem}.partial.pt"):  # last, so that a full disk loses nothing
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -20,6 +20,8 @@ REPORT = Path(__file__).resolve().parent
 ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
+from common.files import atomic_write, write_text  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
@@ -56,7 +58,7 @@ def main():
         print(f"renewed: {REPORT / 'README.md'}, {README}")
     else:
         path = options.run / "report.md"
-        path.write_text(text)
+        write_text(path, text)
         print(f"test accuracy {facts['test']['accuracy']:.1%}; the report is {path}, its figures are beside it")
 
 
@@ -108,13 +110,18 @@ def documents(facts: dict) -> dict[Path, str]:
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
     texts = documents(facts)  # first: a missing fact ends the program before anything is overwritten
     for name, path in figures.items():
-        shutil.copyfile(path, REPORT / name)
+        copy(path, REPORT / name)
     plot_front(REPORT / "front.png", {title: run / name for title, name in FRONT.items()})
-    (REPORT / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
-        shutil.copyfile(run / name, REPORT / name)
+        copy(run / name, REPORT / name)
     for path, text in texts.items():
-        path.write_text(text)
+        write_text(path, text)
+
+
+def copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def plot_front(path: Path, panels: dict[str, Path]) -> None:
@@ -144,4 +151,7 @@ def upper_panel(picture):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"build.py: {error}")

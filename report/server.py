@@ -29,6 +29,7 @@ from common.crops import predict_probabilities  # noqa: E402
 from common.layers import parameter_count  # noqa: E402
 from common.losses import FeatureMaps, ReconstructionLoss  # noqa: E402
 from common.optim import Optimizers  # noqa: E402
+from common.run import run_script, write_text  # noqa: E402
 from train import CNN_SETTINGS  # noqa: E402
 from wikiart import make_model  # noqa: E402
 
@@ -213,9 +214,9 @@ def main() -> None:
     text = COUNTED.sub(lambda marks: marks[1] + counted() + marks[2], page)
     if "--check" in sys.argv[1:]:
         sys.exit("server.py: docs/gpu.md is out of date: run python report/server.py" if text != page else 0)
-    PAGE.write_text(text)
+    write_text(PAGE, text)
     print(f"renewed: {PAGE}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

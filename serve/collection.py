@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
-from common.codes import SPLITS, codes_path, read_codes
+from common.codes import SPLITS, code_files, codes_path, read_codes
 from common.names import artist_and_title, caption_of, display_name, read_metadata, showable
 from common.run import read_facts
 from serve.panels import bars_html, inlined, jpeg, thumbnail
@@ -59,7 +59,7 @@ class Collection:
 
 def find_codes(run) -> Path | None:
     paths = [codes_path(run, source) for source in PREFERRED]
-    return next((path for path in [*paths, *sorted(paths[0].parent.glob("*.npz"))] if path.exists()), None)
+    return next((path for path in [*paths, *code_files(run)] if path.exists()), None)
 
 
 def sizes_html(sizes: dict[str, int]) -> str:

@@ -62,12 +62,15 @@ class Corrections:
             database.execute("DELETE FROM pictures WHERE hash NOT IN (SELECT hash FROM corrections)")
 
     def latest(self):
-        """(hash, name, image, choice) of every image, with the label that was given last."""
-        with self.transaction() as database:
-            yield from database.execute(
-                "SELECT hash, name, picture, choice FROM corrections JOIN pictures USING (hash) "
-                "WHERE number IN (SELECT MAX(number) FROM corrections GROUP BY hash)"
-            )
+        """(hash, name, image, choice) of every image, with the label that was given last. Raises UserError."""
+        try:
+            with self.transaction() as database:
+                yield from database.execute(
+                    "SELECT hash, name, picture, choice FROM corrections JOIN pictures USING (hash) "
+                    "WHERE number IN (SELECT MAX(number) FROM corrections GROUP BY hash)"
+                )
+        except sqlite3.Error as error:
+            raise UserError(f"could not read {self.path}: {error}") from None
 
 
 def export(corrections: Corrections, target: Path) -> None:

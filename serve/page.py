@@ -169,8 +169,9 @@ class Page:
         """Take the label back that this visitor saved last."""
         if not state or not state["saved"]:
             return "", state, gr.update(visible=False)
-        number, what = state["saved"].pop()
+        number, what = state["saved"][-1]
         self.corrections.remove(number)
+        state["saved"] = [label for label in state["saved"] if label[0] != number]  # now, for the disk may be full
         return self.saved_html(state, f"Undone: {what}."), state, gr.update(visible=bool(state["saved"]))
 
     def saved_html(self, state, message: str = "") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.codes import codes_path, made_from, read_codes
+from common.codes import code_files, made_from, read_codes
 from common.config import ROOT
 from common.crops import mean_over_views
 from common.images import FORMATS, highlight, open_rgb
@@ -166,7 +166,7 @@ def code_command(classifier) -> str:
 def own_codes(classifier, run) -> Path | None:
     """The run folder's file with the classifier's features of the paintings, if there is one."""
     origin = code_origin(classifier)
-    for path in sorted(codes_path(run, "").parent.glob("*.npz")) if origin else ():
+    for path in code_files(run) if origin else ():
         if made_from(path).startswith(origin):
             return path
     return None

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def clear_line(process) -> str:
     """The one line of a failed script, after checking that it is one line and no traceback."""
     assert process.returncode not in (0, None)
     assert "Traceback" not in process.stderr
-    lines = [line for line in process.stderr.splitlines() if line.strip() and "%|" not in line]  # progress bars
+    lines = [line for line in process.stderr.splitlines() if line.strip() and not re.search(r"%\||/s\]", line)]  # bars
     assert len(lines) == 1, process.stderr
     return lines[0]
 

@@ -313,6 +313,15 @@ def test_half_precision_keeps_the_adapter_whole(tuned, demo, tmp_path, monkeypat
     assert {value.dtype for value in adapter.values()} == {torch.float32}
 
 
+def test_a_full_disk_is_one_line_though_safetensors_has_its_own_errors(tmp_path, monkeypatch):
+    def full(*_):
+        raise lora.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(lora, "paint", full)
+    with pytest.raises(UserError, match=f"could not write into {tmp_path}: is the disk full?"):
+        lora.main(["paint", "a town", "--run", str(tmp_path)])
+
+
 def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
     base = ["--base", str(tuned.base), "--epochs", "1"]
     flags = [*base, "--per-style", "--styles", "Hatching", "Dots"]
@@ -330,6 +339,8 @@ def test_one_adapter_for_each_style(tuned, demo, tmp_path, capsys):
     pipe, _ = lora.load_adapter(folders["Dots"], SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
     loaded = next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name)
     assert torch.equal(loaded, next(iter(dots.values())))
+    for note in tmp_path.glob(f"lora/*/{lora.NOTE}"):  # the clock has been set back since
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"finished": 4e9}))
     train(demo, tmp_path, *base, "--styles", "Dots", "Bands", "--per-class", "8", "--restart")
     both = tmp_path / "lora"
     assert (both / "Dots" / lora.NOTE).exists()  # --restart discards nothing else

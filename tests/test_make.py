@@ -175,6 +175,34 @@ def test_an_interrupted_training_resumes_unless_it_is_outdated(project):
         assert "--resume" not in of_classifier[0]
 
 
+def test_a_clock_that_was_set_back(project):
+    """What was made before lies in the future: nothing is made again but what has changed."""
+    arguments = (f"WIKIART={project}/paintings",)
+    make(project, *arguments)
+    for path in (project / "runs").rglob("*"):
+        os.utime(path, (path.stat().st_mtime + 1e6, path.stat().st_mtime + 1e6))
+    set_default(project, "train", "lr", 0.001)
+    scripts, output = make(project, *arguments)
+    assert scripts == ["train.py", "test.py", "cluster.py", "train_style.py", "train.py", *REPAINT, BUILD]
+    assert output.count("the clock was set back") == 1 and "skew" not in output
+    assert make(project, *arguments)[0] == [BUILD]
+
+
+def test_a_full_disk_leaves_the_list_of_paintings(project, monkeypatch):
+    """It would count as changed, and everything would be trained again."""
+    arguments = (f"WIKIART={project}/paintings",)
+    make(project, *arguments)
+    (project / "sort").write_text("#!/bin/bash\necho sort: write failed: No space left on device >&2; exit 2\n")
+    (project / "sort").chmod(0o755)
+    path = project / "runs/paintings/paintings.txt"
+    before = path.read_text()
+    monkeypatch.setenv("PATH", f"{project}:{os.environ['PATH']}")
+    assert "No space left" in make(project, *arguments)[1]
+    assert path.read_text() == before
+    monkeypatch.undo()
+    assert make(project, *arguments)[0] == [BUILD]
+
+
 def test_wrong_settings_give_one_clear_line(project):
     make(project)
     (project / "settings/cpu.json").write_text('{"train": {"lrate": 1}}')

@@ -509,6 +509,22 @@ def upload_as(visitor, name: bytes, data: bytes) -> dict:
     return {"path": reply.raise_for_status().json()[0], "meta": META}
 
 
+def test_a_full_disk_loses_no_label(visitor, run, paintings):
+    """SQLite's error, raised by triggers: the page says that it failed, and a label can still be taken back later."""
+    visitor.shown("classify", visitor.upload(paintings[0]), None)
+    visitor.shown("save", None, "Dots")
+    before = saved(run)
+    with contextlib.closing(sqlite3.connect(run / "corrections.sqlite")) as base:
+        full = "ON corrections BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END;"
+        base.executescript(f"CREATE TRIGGER a BEFORE INSERT {full} CREATE TRIGGER b BEFORE DELETE {full}")
+        for request in (("save", None, "Drips"), ("undo", None)):
+            assert error_of(visitor.ask(*request)) == uploads.FAILED
+        base.executescript("DROP TRIGGER a; DROP TRIGGER b;")
+    assert saved(run) == before
+    assert "You have saved 0 labels." in visitor.shown("undo", None)[0]
+    assert saved(run) == before[:-1]
+
+
 def test_what_a_correction_contains_is_text_everywhere(visitor, run, tmp_path, capfd):
     """SQL, HTML, paths and codes for terminals as names: shown, saved, undone and exported as names."""
     before, test_files = saved(run), []

@@ -54,6 +54,25 @@ def test_a_list_of_settings_is_trained_evaluated_and_tabled_once(demo, tmp_path,
     assert (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns == written
 
 
+def test_the_test_of_an_earlier_training_does_not_count(tmp_path, monkeypatch):
+    """Also where a kill came between training and test."""
+    run, called = tmp_path / "0", []
+    run.mkdir()
+    (run / "report.txt").touch()
+
+    def stopped(script, run, _):
+        called.append(script)
+        if script == "train.py":
+            (run / "classifier.pt").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "call", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tune.train_and_test(tmp_path, {"0": {"seed": 0}}, [], [], "0")
+    tune.train_and_test(tmp_path, {"0": {"seed": 0}}, [], [], "0")
+    assert called == ["train.py", "test.py"]
+
+
 def test_a_setting_that_fails_is_named(demo, tmp_path):
     arguments = ['[{"model": "resnet19"}]', "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]
     with pytest.raises(UserError, match=r"train.py failed in .*no model resnet19"):
