@@ -1,13 +1,14 @@
 """Cluster codes of paintings without their labels, and compare the clusters with styles.
 
     python cluster.py                                  # codes of autoencoder.pt in the run folder
-    python cluster.py --codes classifier pixels        # other sources
-    python train_autoencoder.py --contrastive-weight 0.15 --run runs/demo/contrastive    # for contrastive codes
+    python cluster.py --codes colours+textures+words   # other sources; several as one with +
     python cluster.py --codes all                      # every source that the run folder has, in one table
 
-Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images) and
-colours (histograms); each backbone that embed.py has run. Codes are computed once, and again when their checkpoint or
-the paintings have changed. They are standardised, reduced by PCA, and clustered by k-means.
+Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images),
+colours, textures and words (see common/descriptors.py); each backbone that embed.py has run. Codes are computed once,
+and again when their checkpoint or the paintings have changed. Each source is reduced to whitened principal components,
+so that one part has as much weight as another; the codes, reduced once more and scaled to length 1, are clustered by
+k-means.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; for each
 source tsne_<source>.png, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest
@@ -24,15 +25,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
 from sklearn.cluster import KMeans
+from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA, IncrementalPCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 from tqdm import tqdm
 
-from common import figures
+from common import descriptors, figures
 from common.codes import SPLITS, codes_path, read_codes, write_codes
 from common.config import Setting, configure
 from common.crops import FEATURE_SCALES, mean_over_views, views
@@ -51,9 +53,10 @@ CHECKPOINTS = {  # of each source: model, file in the run folder
     "contrastive": ("Autoencoder", "contrastive/autoencoder.pt"),
     "classifier": ("CNN", "classifier.pt"),
 }
-COMPUTED = (*CHECKPOINTS, "pixels", "colours")  # other sources are written by embed.py
+DESCRIPTORS = ("colours", "textures", "words")
+COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
-COMPONENTS = 50  # principal components that are clustered
+COMPONENTS, VARIANCE = 40, 0.95  # principal components of each part, at most, and the share of its variance to keep
 TSNE_IMAGES = 5000  # paintings in a t-SNE figure, at most
 BATCH_SIZE = 256
 AGREEMENT = {
@@ -90,23 +93,36 @@ def main(argv=None):
 
 
 def find_sources(run: Path) -> list[str]:
-    """All sources that a run folder has, and the two that need no checkpoint."""
+    """All sources that a run folder has, and those that need no checkpoint."""
     weights = {source: run / name for source, (_, name) in CHECKPOINTS.items()}
     existing = [source for source, path in weights.items() if path.exists()]
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
     files = sorted((run / "codes").glob("*.npz"))
     embedded = [path.stem for path in files if path.stem not in COMPUTED]
-    return [*trained, "pixels", "colours", *embedded]
+    return [*trained, "pixels", *DESCRIPTORS, "+".join(DESCRIPTORS), *embedded]
 
 
-def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
-    """The codes of one source, see common/codes.py, and the paintings to cluster.
+def codes_of(sources: str, config, device) -> tuple[dict, WikiArt]:
+    """The codes of a source, or of several joined by +, see common/codes.py, and the paintings to cluster.
+
+    The table has one more entry, `parts`: how many numbers each source has. Raises UserError.
+    """
+    tables, sets = zip(*(codes_of_one(source, config, device) for source in sources.split("+")), strict=True)
+    for table in tables:
+        if any(table[f"{split}_paths"].tolist() != tables[0][f"{split}_paths"].tolist() for split in SPLITS):
+            raise UserError(f"the codes of {sources} are of different paintings: run embed.py again")
+    joined = {split: np.concatenate([table[split] for table in tables], 1) for split in SPLITS}
+    return tables[0] | joined | {"parts": [table["train"].shape[1] for table in tables]}, sets[0]
+
+
+def codes_of_one(source: str, config, device) -> tuple[dict, WikiArt]:
+    """The codes of one source, and the paintings to cluster.
 
     Computes codes that are missing, or were made from another checkpoint or other paintings. Raises UserError.
     """
     run, path = Path(config.run), codes_path(config.run, source)
     settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
-    checkpoint, identity = None, f"{settings}"
+    checkpoint, identity = None, f"{settings} {config.seed}"
     if source in CHECKPOINTS:
         model, name = CHECKPOINTS[source]
         weights = run / name
@@ -121,7 +137,7 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     made_from = " ".join([identity, *(data.fingerprint for data in sets.values())])
     table = read_codes(path) if path.exists() else {}
     if source in COMPUTED and table.get("made_from") != made_from:
-        encode = make_encoder(source, checkpoint, sets["train"], device)
+        encode = make_encoder(source, checkpoint, sets["train"], config.seed, device)
         write_codes(path, {split: encode_dataset(encode, sets[split], device) for split in SPLITS}, sets, made_from)
         table = read_codes(path)
     data = sets[config.split]
@@ -132,7 +148,7 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     return table, data
 
 
-def make_encoder(source: str, checkpoint, training: WikiArt, device):
+def make_encoder(source: str, checkpoint, training: WikiArt, seed: int, device):
     """A function from images uint8 (B, 3, S, S) to codes (B, D)."""
     if source == "pixels":
         pca = IncrementalPCA(min(256, len(training)))
@@ -140,7 +156,12 @@ def make_encoder(source: str, checkpoint, training: WikiArt, device):
             pca.partial_fit(thumbnails(training.batch(items, torch.device("cpu"))[0]).flatten(1).numpy())
         return lambda images: torch.from_numpy(pca.transform(thumbnails(images).flatten(1).numpy()))
     if source == "colours":
-        return lambda images: colour_histogram(thumbnails(images))
+        return lambda images: descriptors.colour_histogram(thumbnails(images))
+    if source == "textures":
+        return lambda images: descriptors.texture_statistics(images.float() / 255)
+    if source == "words":
+        words = descriptors.VisualWords(training, seed)
+        return lambda images: words(images.float() / 255)
     if source == "classifier":
         return Classifier(checkpoint, device).features
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
@@ -166,13 +187,6 @@ def thumbnails(images):
     return views(images, THUMBNAIL)[0]
 
 
-def colour_histogram(images):
-    """Square roots of the shares of 4 x 4 x 4 bins of red, green and blue: (B, 3, H, W) in [0, 1] to (B, 64)."""
-    levels = (images * 4).long().clamp(0, 3)
-    bins = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten(1)
-    return torch.stack([torch.bincount(row, minlength=64) for row in bins]).div(bins.shape[1]).sqrt()
-
-
 # Clusters and scores --------------------------------------------------------------------------------------------------
 
 
@@ -186,13 +200,12 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
         raise UserError("--clusters, and the numbers of a code, must be 2 or more")
     if len(labels) < count:
         raise UserError(f"--clusters {count} is more than the {len(labels)} paintings: lower it")
-    components = min(COMPONENTS, table["train"].shape[1], len(table["train"]) - 1)
-    reduce = make_pipeline(StandardScaler(), PCA(components, random_state=config.seed)).fit(table["train"])
+    reduce = fit_reduction(table, config.seed)
     codes = reduce.transform(table[config.split])
     clusters = kmeans(codes, count, config.seed)
     facts = {
         "setting": f"KMeans, {count} clusters requested, {len(labels)} {config.split} paintings, "
-        f"{COMPONENTS} components, seed {config.seed}",
+        f"up to {COMPONENTS} components, seed {config.seed}",
         "clusters": len(np.unique(clusters)),
         "numbers": table["train"].shape[1],
         **scores(labels, clusters, codes, config.seed),
@@ -201,6 +214,22 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
         facts |= probes(table, reduce)
     plot(source, codes, labels, clusters, classes, data, config)
     return facts
+
+
+def fit_reduction(table: dict, seed: int):
+    """Codes (N, D) to unit vectors (N, at most COMPONENTS).
+
+    Each part is reduced and whitened by itself, so that no part and no direction drowns the others, which matters where
+    clusters are found by distances; then PCA keeps what the parts have in common. Fitted to the training codes.
+    """
+    ends = np.cumsum(table["parts"])
+    parts = [
+        (str(end), make_pipeline(StandardScaler(), PCA(VARIANCE, whiten=True)), slice(end - width, end))
+        for end, width in zip(ends, table["parts"], strict=True)
+    ]
+    whitened = ColumnTransformer(parts).fit_transform(table["train"])
+    joint = PCA(min(COMPONENTS, *whitened.shape), random_state=seed)
+    return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
 
 
 def kmeans(codes, count: int, seed: int) -> np.ndarray:
