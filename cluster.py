@@ -1,14 +1,13 @@
 """Cluster codes of paintings without their labels, and compare the clusters with styles.
 
     python cluster.py                                  # codes of autoencoder.pt in the run folder
-    python cluster.py --codes colours+textures+words   # other sources; several as one with +
+    python cluster.py --codes descriptors              # without a network
     python cluster.py --codes all                      # every source that the run folder has, in one table
 
 Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images),
-colours, textures and words (see common/descriptors.py); each backbone that embed.py has run. Codes are computed once,
-and again when their checkpoint or the paintings have changed. Each source is reduced to whitened principal components,
-so that one part has as much weight as another; the codes, reduced once more and scaled to length 1, are clustered by
-k-means.
+colours, textures and words (see common/descriptors.py), and descriptors, which are these three together; each backbone
+that embed.py has run. Codes are computed once, and again when their checkpoint or the paintings have changed. They are
+reduced to whitened principal components, scaled to length 1, and clustered by k-means.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; for each
 source tsne_<source>.png, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest
@@ -56,7 +55,7 @@ CHECKPOINTS = {  # of each source: model, file in the run folder
 DESCRIPTORS = ("colours", "textures", "words")
 COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
-COMPONENTS, VARIANCE = 40, 0.95  # principal components of each part, at most, and the share of its variance to keep
+COMPONENTS = 40  # principal components of each source, and of all together, at most
 TSNE_IMAGES = 5000  # paintings in a t-SNE figure, at most
 BATCH_SIZE = 256
 AGREEMENT = {
@@ -74,7 +73,7 @@ def main(argv=None):
         try:
             table, data = codes_of(source, config, device)
         except UserError as error:
-            if source in COMPUTED or config.codes != ["all"]:
+            if source in (*COMPUTED, "descriptors") or config.codes != ["all"]:
                 raise
             print(f"left out: {error}")
             continue
@@ -99,24 +98,22 @@ def find_sources(run: Path) -> list[str]:
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
     files = sorted((run / "codes").glob("*.npz"))
     embedded = [path.stem for path in files if path.stem not in COMPUTED]
-    return [*trained, "pixels", *DESCRIPTORS, "+".join(DESCRIPTORS), *embedded]
+    return [*trained, "pixels", *DESCRIPTORS, "descriptors", *embedded]
 
 
-def codes_of(sources: str, config, device) -> tuple[dict, WikiArt]:
-    """The codes of a source, or of several joined by +, see common/codes.py, and the paintings to cluster.
+def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
+    """The codes of one source, see common/codes.py, and the paintings to cluster. Raises UserError.
 
-    The table has one more entry, `parts`: how many numbers each source has. Raises UserError.
+    The table has one more entry, `parts`: how many numbers each part of the source has.
     """
-    tables, sets = zip(*(codes_of_one(source, config, device) for source in sources.split("+")), strict=True)
-    for table in tables:
-        if any(table[f"{split}_paths"].tolist() != tables[0][f"{split}_paths"].tolist() for split in SPLITS):
-            raise UserError(f"the codes of {sources} are of different paintings: run embed.py again")
+    names = DESCRIPTORS if source == "descriptors" else (source,)
+    tables, data = zip(*(codes_of_part(name, config, device) for name in names), strict=True)
     joined = {split: np.concatenate([table[split] for table in tables], 1) for split in SPLITS}
-    return tables[0] | joined | {"parts": [table["train"].shape[1] for table in tables]}, sets[0]
+    return tables[0] | joined | {"parts": [table["train"].shape[1] for table in tables]}, data[0]
 
 
-def codes_of_one(source: str, config, device) -> tuple[dict, WikiArt]:
-    """The codes of one source, and the paintings to cluster.
+def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
+    """The codes of one source, or of one part of it, and the paintings to cluster.
 
     Computes codes that are missing, or were made from another checkpoint or other paintings. Raises UserError.
     """
@@ -209,6 +206,7 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
         "clusters": len(np.unique(clusters)),
         "numbers": table["train"].shape[1],
         **scores(labels, clusters, codes, config.seed),
+        **uncertainty(labels, clusters, codes, config.seed),
     }
     if config.split == "test":
         facts |= probes(table, reduce)
@@ -222,13 +220,12 @@ def fit_reduction(table: dict, seed: int):
     Each part is reduced and whitened by itself, so that no part and no direction drowns the others, which matters where
     clusters are found by distances; then PCA keeps what the parts have in common. Fitted to the training codes.
     """
-    ends = np.cumsum(table["parts"])
-    parts = [
-        (str(end), make_pipeline(StandardScaler(), PCA(VARIANCE, whiten=True)), slice(end - width, end))
-        for end, width in zip(ends, table["parts"], strict=True)
-    ]
-    whitened = ColumnTransformer(parts).fit_transform(table["train"])
-    joint = PCA(min(COMPONENTS, *whitened.shape), random_state=seed)
+    parts, end, most = [], 0, min(COMPONENTS, len(table["train"]) - 1)
+    for width in table["parts"]:
+        pca = PCA(min(most, width), whiten=True, random_state=seed)
+        parts.append((str(end), make_pipeline(StandardScaler(), pca), slice(end, end + width)))
+        end += width
+    joint = PCA(min(most, end), random_state=seed)
     return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
 
 
@@ -248,6 +245,16 @@ def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
     except ValueError:  # one cluster, or as many as codes: not defined
         silhouette = 0.0
     return facts | {"silhouette": silhouette}
+
+
+def uncertainty(labels, clusters, codes, seed: int) -> dict[str, float]:
+    """The NMI's 95 % bootstrap interval over paintings; and its range over three k-means with other starts."""
+    random, nmi = np.random.default_rng(seed), AGREEMENT["nmi"]
+    drawn = random.integers(len(labels), size=(1000, len(labels)))
+    low, high = np.percentile([nmi(labels[rows], clusters[rows]) for rows in drawn], [2.5, 97.5])
+    others = [kmeans(codes, clusters.max() + 1, seed + start) for start in (1, 2)]
+    starts = [nmi(labels, other) for other in (clusters, *others)]
+    return {"nmi_low": low, "nmi_high": high, "nmi_starts_low": min(starts), "nmi_starts_high": max(starts)}
 
 
 def agreement(labels, clusters) -> dict[str, float]:
@@ -322,10 +329,11 @@ def write_table(path: Path, results: dict) -> None:
     measures = (*AGREEMENT, "purity")
     header = ["codes", "NMI", "AMI", "ARI", "purity", "silhouette", "probe", "neighbours"]
     setting = next(iter(results.values()))["setting"]
-    lines = [f"{setting}; in brackets the same with shuffled labels.", ""]
+    lines = [f"{setting}; in brackets the same with shuffled labels, and for NMI a 95 % interval.", ""]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for source, facts in sorted(results.items(), key=lambda result: -result[1]["nmi"]):
         cells = [f"{facts[key]:.3f} ({facts[f'shuffled_{key}']:.3f})" for key in measures]
+        cells[0] += f", {facts['nmi_low']:.3f} to {facts['nmi_high']:.3f}"
         cells = [source, *cells, f"{facts['silhouette']:.3f}"]
         cells += [f"{facts[key]:.1%}" if key in facts else "" for key in ("probe", "neighbours")]
         lines.append(f"| {' | '.join(cells)} |")
