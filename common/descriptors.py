@@ -57,7 +57,7 @@ class VisualWords:
     def __init__(self, data, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         patches = []
-        for items in torch.randperm(len(data), generator=generator)[: IMAGES].split(32):
+        for items in torch.randperm(len(data), generator=generator)[:IMAGES].split(32):
             found = cut(data.read(items).float() / 255)
             patches.append(found[:, torch.randperm(found.shape[1], generator=generator)[:PER_IMAGE]].flatten(0, 1))
         patches = torch.cat(patches)
