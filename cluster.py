@@ -222,10 +222,14 @@ def fit_reduction(table: dict, seed: int):
     """
     parts, end, most = [], 0, min(COMPONENTS, len(table["train"]) - 1)
     for width in table["parts"]:
-        pca = PCA(min(most, width), whiten=True, random_state=seed)
-        parts.append((str(end), make_pipeline(StandardScaler(), pca), slice(end, end + width)))
-        end += width
-    joint = PCA(min(most, end), random_state=seed)
+        part, end = slice(end, end + width), end + width
+        values = np.linalg.svd(StandardScaler().fit_transform(table["train"][:, part]), compute_uv=False)
+        count = max(
+            1, min(most, (values > 1e-3 * values[0]).sum())
+        )  # without directions that hold rounding errors only
+        pca = PCA(int(count), whiten=True, random_state=seed)
+        parts.append((str(end), make_pipeline(StandardScaler(), pca), part))
+    joint = PCA(min(most, sum(pipeline[-1].n_components for _, pipeline, _ in parts)), random_state=seed)
     return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
 
 

@@ -100,6 +100,14 @@ def test_no_part_of_a_code_drowns_another():
     assert np.allclose(*distances, atol=1e-6)
 
 
+def test_rounding_errors_are_no_part_of_a_code():
+    """Shares that sum to 1 leave a direction that holds nothing else; whitened, it would count as much as any."""
+    shares = np.random.default_rng(0).random((60, 6)).astype(np.float32)
+    shares /= shares.sum(1, keepdims=True)
+    reduce = cluster.fit_reduction({"train": shares, "parts": [6]}, seed=0)
+    assert reduce.transform(shares).shape[1] == 5
+
+
 @pytest.fixture(scope="module")
 def clustered(demo, trained, tmp_path_factory):
     """A run folder with two autoencoders and a classifier, all sources clustered."""
