@@ -1,13 +1,13 @@
 """Cluster codes of paintings without their labels, and compare the clusters with styles.
 
     python cluster.py                                  # codes of autoencoder.pt in the run folder
-    python cluster.py --codes classifier pixels        # other sources
-    python train_autoencoder.py --contrastive-weight 0.15 --run runs/demo/contrastive    # for contrastive codes
+    python cluster.py --codes descriptors              # without a network
     python cluster.py --codes all                      # every source that the run folder has, in one table
 
-Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images) and
-colours (histograms); each backbone that embed.py has run. Codes are computed once, and again when their checkpoint or
-the paintings have changed. They are standardised, reduced by PCA, and clustered by k-means.
+Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images),
+colours, textures and words (see common/descriptors.py), and descriptors, which are these three together; each backbone
+that embed.py has run. Codes are computed once, and again when their checkpoint or the paintings have changed. They are
+reduced to whitened principal components, scaled to length 1, and clustered by k-means.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; for each
 source tsne_<source>.png, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest
@@ -24,15 +24,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
 from sklearn.cluster import KMeans
+from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA, IncrementalPCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 from tqdm import tqdm
 
-from common import figures
+from common import descriptors, figures
 from common.codes import SPLITS, code_files, codes_path, read_codes, write_codes
 from common.config import Setting, configure
 from common.crops import FEATURE_SCALES, mean_over_views, views
@@ -61,9 +62,10 @@ CHECKPOINTS = {  # of each source: model, file in the run folder
     "contrastive": ("Autoencoder", "contrastive/autoencoder.pt"),
     "classifier": ("CNN", "classifier.pt"),
 }
-COMPUTED = (*CHECKPOINTS, "pixels", "colours")  # other sources are written by embed.py
+DESCRIPTORS = ("colours", "textures", "words")
+COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
-COMPONENTS = 50  # principal components that are clustered
+COMPONENTS = 40  # principal components of each source, and of all together, at most
 TSNE_IMAGES = 5000  # paintings in a t-SNE figure, at most
 BATCH_SIZE = 256
 AGREEMENT = {
@@ -81,7 +83,7 @@ def main(argv=None):
         try:
             table, data = codes_of(source, config, device)
         except UserError as error:
-            if source in COMPUTED or config.codes != ["all"]:
+            if source in (*COMPUTED, "descriptors") or config.codes != ["all"]:
                 raise
             print(f"left out: {error}")
             continue
@@ -101,22 +103,33 @@ def main(argv=None):
 
 
 def find_sources(run: Path) -> list[str]:
-    """All sources that a run folder has, and the two that need no checkpoint."""
+    """All sources that a run folder has, and those that need no checkpoint."""
     weights = {source: run / name for source, (_, name) in CHECKPOINTS.items()}
     existing = [source for source, path in weights.items() if path.exists()]
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
     embedded = [path.stem for path in code_files(run) if path.stem not in COMPUTED]
-    return [*trained, "pixels", "colours", *embedded]
+    return [*trained, "pixels", *DESCRIPTORS, "descriptors", *embedded]
 
 
 def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
-    """The codes of one source, see common/codes.py, and the paintings to cluster.
+    """The codes of one source, see common/codes.py, and the paintings to cluster. Raises UserError.
+
+    The table has one more entry, `parts`: how many numbers each part of the source has.
+    """
+    names = DESCRIPTORS if source == "descriptors" else (source,)
+    tables, data = zip(*(codes_of_part(name, config, device) for name in names), strict=True)
+    joined = {split: np.concatenate([table[split] for table in tables], 1) for split in SPLITS}
+    return tables[0] | joined | {"parts": [table["train"].shape[1] for table in tables]}, data[0]
+
+
+def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
+    """The codes of one source, or of one part of it, and the paintings to cluster.
 
     Computes codes that are missing, or were made from another checkpoint or other paintings. Raises UserError.
     """
     run, path = Path(config.run), codes_path(config.run, source)
     settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
-    checkpoint, identity = None, f"{settings}"
+    checkpoint, identity = None, f"{settings} {config.seed}"
     if source in CHECKPOINTS:
         model, name = CHECKPOINTS[source]
         weights = run / name
@@ -131,7 +144,7 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     made_from = " ".join([identity, *(data.fingerprint for data in sets.values())])
     table = read_codes(path) if path.exists() else {}
     if source in COMPUTED and table.get("made_from") != made_from:
-        encode = make_encoder(source, checkpoint, sets["train"], device)
+        encode = make_encoder(source, checkpoint, sets["train"], config.seed, device)
         write_codes(path, {split: encode_dataset(encode, sets[split], device) for split in SPLITS}, sets, made_from)
         table = read_codes(path)
     data = sets[config.split]
@@ -142,7 +155,7 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     return table, data
 
 
-def make_encoder(source: str, checkpoint, training: WikiArt, device):
+def make_encoder(source: str, checkpoint, training: WikiArt, seed: int, device):
     """A function from images uint8 (B, 3, S, S) to codes (B, D)."""
     if source == "pixels":
         pca = IncrementalPCA(min(256, len(training)))
@@ -150,7 +163,12 @@ def make_encoder(source: str, checkpoint, training: WikiArt, device):
             pca.partial_fit(thumbnails(training.batch(items, torch.device("cpu"))[0]).flatten(1).numpy())
         return lambda images: torch.from_numpy(pca.transform(thumbnails(images).flatten(1).numpy()))
     if source == "colours":
-        return lambda images: colour_histogram(thumbnails(images))
+        return lambda images: descriptors.colour_histogram(thumbnails(images))
+    if source == "textures":
+        return lambda images: descriptors.texture_statistics(images.float() / 255)
+    if source == "words":
+        words = descriptors.VisualWords(training, seed)
+        return lambda images: words(images.float() / 255)
     if source == "classifier":
         return Classifier(checkpoint, device).features
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
@@ -176,13 +194,6 @@ def thumbnails(images):
     return views(images, THUMBNAIL)[0]
 
 
-def colour_histogram(images):
-    """Square roots of the shares of 4 x 4 x 4 bins of red, green and blue: (B, 3, H, W) in [0, 1] to (B, 64)."""
-    levels = (images * 4).long().clamp(0, 3)
-    bins = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten(1)
-    return torch.stack([torch.bincount(row, minlength=64) for row in bins]).div(bins.shape[1]).sqrt()
-
-
 # Clusters and scores --------------------------------------------------------------------------------------------------
 
 
@@ -196,21 +207,40 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
         raise UserError("--clusters, and the numbers of a code, must be 2 or more")
     if len(labels) < count:
         raise UserError(f"--clusters {count} is more than the {len(labels)} paintings: lower it")
-    components = min(COMPONENTS, table["train"].shape[1], len(table["train"]) - 1)
-    reduce = make_pipeline(StandardScaler(), PCA(components, random_state=config.seed)).fit(table["train"])
+    reduce = fit_reduction(table, config.seed)
     codes = reduce.transform(table[config.split])
     clusters = kmeans(codes, count, config.seed)
     facts = {
         "setting": f"KMeans, {count} clusters requested, {len(labels)} {config.split} paintings, "
-        f"{COMPONENTS} components, seed {config.seed}",
+        f"up to {COMPONENTS} components, seed {config.seed}",
         "clusters": len(np.unique(clusters)),
         "numbers": table["train"].shape[1],
         **scores(labels, clusters, codes, config.seed),
+        **uncertainty(labels, clusters, codes, config.seed),
     }
     if config.split == "test":
         facts |= probes(table, reduce)
     plot(source, codes, labels, clusters, classes, data, config)
     return facts
+
+
+def fit_reduction(table: dict, seed: int):
+    """Codes (N, D) to unit vectors (N, at most COMPONENTS).
+
+    Each part is reduced and whitened by itself, so that no part and no direction drowns the others, which matters where
+    clusters are found by distances; then PCA keeps what the parts have in common. Fitted to the training codes.
+    """
+    parts, end, most = [], 0, min(COMPONENTS, len(table["train"]) - 1)
+    for width in table["parts"]:
+        part, end = slice(end, end + width), end + width
+        values = np.linalg.svd(StandardScaler().fit_transform(table["train"][:, part]), compute_uv=False)
+        count = max(
+            1, min(most, (values > 1e-3 * values[0]).sum())
+        )  # without directions that hold rounding errors only
+        pca = PCA(int(count), whiten=True, random_state=seed)
+        parts.append((str(end), make_pipeline(StandardScaler(), pca), part))
+    joint = PCA(min(most, sum(pipeline[-1].n_components for _, pipeline, _ in parts)), random_state=seed)
+    return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
 
 
 def kmeans(codes, count: int, seed: int) -> np.ndarray:
@@ -229,6 +259,19 @@ def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
     except ValueError:  # one cluster, or as many as codes: not defined
         silhouette = 0.0
     return facts | {"silhouette": silhouette}
+
+
+def uncertainty(labels, clusters, codes, seed: int) -> dict[str, float]:
+    """The NMI's 95 % interval by a bootstrap over paintings; its mean and range over five k-means with other starts.
+
+    NMI is higher in samples with repetitions, so the interval is around the estimate, as wide as the bootstrap's.
+    """
+    random, nmi = np.random.default_rng(seed), AGREEMENT["nmi"]
+    drawn = random.integers(len(labels), size=(1000, len(labels)))
+    margin = 1.96 * np.std([nmi(labels[rows], clusters[rows]) for rows in drawn])
+    starts = [nmi(labels, kmeans(codes, clusters.max() + 1, seed + start)) for start in range(5)]
+    facts = {"nmi_low": nmi(labels, clusters) - margin, "nmi_high": nmi(labels, clusters) + margin}
+    return facts | {"nmi_mean": np.mean(starts), "nmi_starts_low": min(starts), "nmi_starts_high": max(starts)}
 
 
 def agreement(labels, clusters) -> dict[str, float]:
@@ -303,10 +346,11 @@ def write_table(path: Path, results: dict) -> None:
     measures = (*AGREEMENT, "purity")
     header = ["codes", "NMI", "AMI", "ARI", "purity", "silhouette", "probe", "neighbours"]
     setting = next(iter(results.values()))["setting"]
-    lines = [f"{setting}; in brackets the same with shuffled labels.", ""]
+    lines = [f"{setting}; in brackets the same with shuffled labels, and for NMI a 95 % interval.", ""]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for source, facts in sorted(results.items(), key=lambda result: -result[1]["nmi"]):
         cells = [f"{facts[key]:.3f} ({facts[f'shuffled_{key}']:.3f})" for key in measures]
+        cells[0] += f", {facts['nmi_low']:.3f} to {facts['nmi_high']:.3f}"
         cells = [source, *cells, f"{facts['silhouette']:.3f}"]
         cells += [f"{facts[key]:.1%}" if key in facts else "" for key in ("probe", "neighbours")]
         lines.append(f"| {' | '.join(cells)} |")

@@ -32,7 +32,7 @@ WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_
 FRONT = {
     "How often is each style recognised?": "confusion.png",
     "Reconstructions from a short code": "reconstructions.png",
-    "Do paintings of a style cluster?": "tsne_contrastive.png",
+    "Do paintings of a style cluster?": "tsne_descriptors.png",
     "The same painting in another style": "style_grid.png",
 }
 

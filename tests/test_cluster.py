@@ -11,6 +11,7 @@ from PIL import Image
 import cluster
 import train_autoencoder
 import wikiart
+from common import descriptors
 from common.crops import views
 from common.errors import UserError
 from common.run import load_checkpoint, save_checkpoint
@@ -57,10 +58,54 @@ def test_a_class_without_paintings_has_a_row():
 def test_a_colour_histogram_counts_shares():
     images = torch.zeros(1, 3, 2, 2)
     images[0, 0, 0, 0] = 1.0  # one red pixel of four, the rest black
-    codes = cluster.colour_histogram(images)
+    codes = descriptors.colour_histogram(images)
     assert codes.shape == (1, 64)
     assert codes[0, 3 * 16] == 0.5
     assert codes[0, 0] == pytest.approx(0.75**0.5)
+
+
+def stripes(width=4):
+    """Vertical stripes, the same horizontally, and the vertical ones fainter; (3, 3, 32, 32)."""
+    vertical = (torch.arange(32) // width % 2).float().expand(3, 32, 32)
+    return torch.stack([vertical, vertical.mT, 0.4 + 0.2 * vertical])
+
+
+def test_textures_are_directions_and_strength():
+    codes = descriptors.texture_statistics(stripes())
+    assert codes.shape == (3, 57)
+    directions = codes[:, 11:19]  # of edges at the finest scale
+    assert directions.sum(1).allclose(torch.ones(3), atol=1e-3)
+    assert directions[0].argmax() == directions[2].argmax() != directions[1].argmax()
+    assert codes[0, :11].allclose(codes[1, :11], atol=1e-4) and (codes[2, 3:11] < codes[0, 3:11]).any()
+
+
+def test_visual_words_tell_brushwork_and_not_brightness(demo):
+    words = descriptors.VisualWords(wikiart.WikiArt(demo, "train", size=32, processes=1))
+    codes = words(torch.cat([stripes(4), stripes(4)[:1] * 0.5 + 0.4]))
+    assert codes.shape == (4, descriptors.WORDS)
+    assert codes.square().sum(1).allclose(torch.ones(4))
+    across, fainter = (codes[0] - codes[1]).norm(), (codes[0] - codes[3]).norm()
+    assert across > 3 * fainter
+
+
+def test_no_part_of_a_code_drowns_another():
+    random = np.random.default_rng(0)
+    parts = [random.normal(size=(60, width)) @ random.normal(size=(width, width)) for width in (5, 9)]
+    distances = []
+    for scale in (1, 1000):
+        codes = np.concatenate([parts[0], scale * parts[1]], 1)
+        reduced = cluster.fit_reduction({"train": codes, "parts": [5, 9]}, seed=0).transform(codes)
+        assert np.allclose(np.square(reduced).sum(1), 1)
+        distances.append(reduced @ reduced.T)
+    assert np.allclose(*distances, atol=1e-6)
+
+
+def test_rounding_errors_are_no_part_of_a_code():
+    """Shares that sum to 1 leave a direction that holds nothing else; whitened, it would count as much as any."""
+    shares = np.random.default_rng(0).random((60, 6)).astype(np.float32)
+    shares /= shares.sum(1, keepdims=True)
+    reduce = cluster.fit_reduction({"train": shares, "parts": [6]}, seed=0)
+    assert reduce.transform(shares).shape[1] == 5
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +122,16 @@ def clustered(demo, trained, tmp_path_factory):
 
 def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered):
     facts = json.loads((clustered / "facts.json").read_text())
-    assert {"autoencoder", "contrastive", "classifier", "pixels", "colours"} <= set(facts["cluster"])
+    sources = {"autoencoder", "contrastive", "classifier", "pixels", "colours", "textures", "words", "descriptors"}
+    assert sources == set(facts["cluster"])
     for source, scores in facts["cluster"].items():
+        assert scores["nmi_low"] < scores["nmi"] < scores["nmi_high"]
+        assert scores["nmi_starts_low"] <= scores["nmi"] <= scores["nmi_starts_high"]
         assert -1 <= scores["ari"] <= 1
         assert 0 <= scores["probe"] <= 1
         for kind in ("tsne", "clusters", "centroids"):
             assert np.asarray(Image.open(clustered / f"{kind}_{source}.png").convert("L")).std() > 5, (kind, source)
+    for source in sources - {"descriptors"}:
         with np.load(clustered / "codes" / f"{source}.npz") as table:
             assert len(table["test"]) == len(table["test_labels"]) == len(table["test_paths"]) == 32
             assert len(table["train"]) == len(table["train_artists"])
@@ -155,7 +204,8 @@ def test_all_codes_are_clustered_where_none_has_a_checkpoint_and_all_are_stale(c
             np.savez(tmp_path / f"codes/{source}.npz", **dict(table) | {"made_from": "other paintings"})
     cluster.main([*TINY, "--size", "32", "--data", str(demo), "--run", str(tmp_path), "--codes", "all"])
     facts = [json.loads((run / "facts.json").read_text())["cluster"] for run in (tmp_path, clustered)]
-    assert facts[0] == {source: facts[1][source] for source in ("pixels", "colours")}
+    computed = ("pixels", "colours", "textures", "words", "descriptors")
+    assert facts[0] == {source: facts[1][source] for source in computed}
 
 
 def test_codes_of_other_paintings_that_embed_wrote_are_left_out_of_all(clustered, demo, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     facts = json.loads((run / "facts.json").read_text())
     facts["test"]["accuracy"] = 0.987654
     (run / "facts.json").write_text(json.dumps(facts))
-    (run / "centroids_contrastive.txt").write_text("cluster 1: a painter: a title")
+    (run / "centroids_descriptors.txt").write_text("cluster 1: a painter: a title")
     (run / "roc.png").rename(run / "away.png")
     before = {path: path.read_bytes() for path in report.iterdir() if path.is_file()}
     publish = (tmp_path / "report/build.py", "--run", run, "--publish")
@@ -146,7 +146,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     assert script(*publish).returncode == 0
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
-    assert (report / "centroids_contrastive.txt").read_text().startswith("cluster 1")
+    assert (report / "centroids_descriptors.txt").read_text().startswith("cluster 1")
     assert script(tmp_path / "report/build.py", "--check").returncode == 0
 
 
