@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
+from common.images import read_image
 from common.metrics import psnr, ssim
 from common.names import display_name, file_part, find_style, fit_name
 from common.optim import FUSED, linear_warmup_decay
@@ -363,9 +364,9 @@ def report(name: str, state: dict, facts: dict, config) -> None:
 
 def write_example(path: Path, data: WikiArt, side: int) -> None:
     """One of the pictures that were learned from, for the grid."""
-    pixels = diffusion.read_images([data.root / data.paths[0]], side, 1)[0]
+    pixels = read_image(data.root / data.paths[0], side, "crop")
     with atomic_write(path) as temporary:
-        Image.fromarray(pixels.numpy().transpose(1, 2, 0)).save(temporary)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary)
 
 
 def plot_samples(path: Path, pipe, styles: list[str], side: int, config) -> None:
@@ -459,7 +460,7 @@ def grid(config) -> None:
         without = diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
         pipe.enable_lora()
         images[style] = without, diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
-        examples[style] = diffusion.read_images([next(iter(chosen[style].folders)) / "example.png"], side, 1)[0].numpy()
+        examples[style] = read_image(next(iter(chosen[style].folders)) / "example.png", side, "crop")
     plot_grid(run / "lora_grid.png", images, examples, config.prompts)
     facts = {key: value for key, value in read_facts(run).get("lora", {}).items() if not key.startswith("grid")}
     rates = hit_rates(images, config)

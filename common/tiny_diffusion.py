@@ -194,7 +194,7 @@ def fit(pipe, pictures: dict, steps: int, name: str) -> None:
     """Train UNet and text encoder on pictures {style: uint8 (N, 3, 64, 64)}; scene n shows GENRES[n % 4]."""
     pipe.unet.to(memory_format=torch.channels_last)
     networks = torch.nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).train()
-    optimizer, average = Optimizers(networks, LR, 0.01, steps), MovingAverage(networks, EMA_DECAY)
+    optimizer, average = Optimizers(networks, LR, 0.0, steps), MovingAverage(networks, EMA_DECAY)
     schedule, styles = diffusion.noise_schedule(pipe), list(pictures)
     for _ in (bar := tqdm(range(steps), name, leave=False)):
         drawn = torch.randint(len(styles), (BATCH_SIZE,)).tolist()
