@@ -30,12 +30,12 @@ from common import diffusion
 from common.names import display_name
 from common.optim import MovingAverage, Optimizers
 from common.painter import STYLES, Artist, Scene
-from common.run import atomic_write, write_text
+from common.run import write_text
 
 SIDE = 64
-SCENES, PLAIN_SCENES = 500, 2000  # painted in every style; as they are
-PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE = 400, 400, 16
-LR, EMA_DECAY = 0.002, 0.98
+SCENES, PAINTERS = 32, 2  # few, so that minutes suffice to learn them; of each style
+PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE = 350, 350, 16
+LR, EMA_DECAY = 0.003, 0.98
 CHANNELS = (64, 96)
 SCALES = (2.0, 1.0, 0.55)  # standard deviations of light and of the two hues, of the mean of a patch
 FIRST_SCENE = 1_000_000  # the demo's own numbers are small, so that no picture is in both
@@ -76,28 +76,24 @@ class Patches(ModelMixin, ConfigMixin):
 
 
 def paint_scene(number: int, seed: int) -> np.ndarray:
-    """A scene as it is and in every style, uint8 (1 + styles, 3, 64, 64); only as it is after the first SCENES."""
+    """A scene as it is and, by several painters, in every style: uint8 (1 + styles * PAINTERS, 3, 64, 64)."""
     rng, scene = np.random.default_rng([seed, number]), Scene(FIRST_SCENE + number, seed, 2 * SIDE)
     pictures = [(255 * scene.colour.clip(0, 1)).astype(np.uint8)]
-    for style, about in STYLES.items() if number < SCENES else ():
-        artist = Artist(rng.choice(about.artists.split()[:-2]))
-        pictures.append(artist.paint(scene, style))
+    for style, about in STYLES.items():
+        artists = about.artists.split()[:-2]  # the others paint the demo's test pictures
+        pictures += [Artist(name).paint(scene, style) for name in rng.choice(artists, PAINTERS, replace=False)]
     return np.stack([np.asarray(Image.fromarray(picture).reduce(2)).transpose(2, 0, 1) for picture in pictures])
 
 
-def paint_scenes(path: Path, seed: int, processes: int) -> dict:
-    """The pictures (N, 3, 64, 64) by style, "" for scenes as they are; painted once, and kept in the file `path`."""
-    if not path.exists():
-        with ProcessPoolExecutor(processes or None) as pool:
-            painted = pool.map(partial(paint_scene, seed=seed), range(PLAIN_SCENES), chunksize=16)
-            painted = list(tqdm(painted, "painting scenes", PLAIN_SCENES, leave=False))
-        pictures = {"": np.stack([scene[0] for scene in painted])}
-        for number, style in enumerate(STYLES, 1):
-            pictures[style] = np.stack([scene[number] for scene in painted[:SCENES]])
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **pictures)
-    with np.load(path) as pictures:
-        return {style: torch.from_numpy(pictures[style]) for style in pictures}
+def paint_scenes(seed: int, processes: int) -> dict:
+    """The pictures uint8 (N, 3, 64, 64) by style, "" for scenes as they are; number n shows GENRES[n % 4]."""
+    with ProcessPoolExecutor(processes or None) as pool:
+        painted = np.stack(list(pool.map(partial(paint_scene, seed=seed), range(SCENES))))
+    styles = {}
+    for number, style in enumerate(STYLES):
+        of_style = painted[:, 1 + number * PAINTERS : 1 + (number + 1) * PAINTERS]
+        styles[style] = of_style.swapaxes(0, 1).reshape(-1, *painted.shape[2:])
+    return {style: torch.from_numpy(pictures) for style, pictures in ({"": painted[:, 0]} | styles).items()}
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -127,6 +123,7 @@ def new_pipeline() -> diffusers.StableDiffusionPipeline:
     blocks |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}
     blocks |= {"block_out_channels": CHANNELS, "layers_per_block": 1, "norm_num_groups": 8}
     blocks |= {"cross_attention_dim": 64, "attention_head_dim": [1, 4]}  # the latter is the number of heads
+    blocks |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}  # words reach every layer
     unet = diffusers.UNet2DConditionModel(**blocks, in_channels=48, out_channels=48, sample_size=SIDE // 4)
     # Schedules that end in noise alone can make dark and bright pictures (Lin et al. 2024).
     noise = {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
@@ -144,11 +141,11 @@ def make_base(folder: Path, unseen: list[str], seed: int, device, processes: int
     A base of the same settings that is there already is kept, and {} returned.
     """
     base, plain, start = folder / base_name(unseen), folder / base_name(STYLES), time.process_time()
-    numbers = [PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE, PLAIN_SCENES, SCENES, list(CHANNELS), seed]
+    numbers = [PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE, SCENES, PAINTERS, list(CHANNELS), seed]
     with diffusion.exclusive(folder / "bases"):
         if is_made(base, numbers):
             return {}
-        pictures = paint_scenes(folder / f"scenes-{SCENES}-{PLAIN_SCENES}-{seed}.npz", seed, processes)
+        pictures = paint_scenes(seed, processes)
         if not is_made(plain, numbers):
             torch.manual_seed(seed)
             fit(pipe := new_pipeline().to(device), {"": pictures[""]}, PLAIN_STEPS, "scenes without a style")
@@ -191,7 +188,7 @@ def captions(artists=("",)) -> list[str]:
 
 
 def fit(pipe, pictures: dict, steps: int, name: str) -> None:
-    """Train UNet and text encoder on pictures {style: uint8 (N, 3, 64, 64)}; scene n shows GENRES[n % 4]."""
+    """Train UNet and text encoder on pictures {style: uint8 (N, 3, 64, 64)}; number n shows GENRES[n % 4]."""
     pipe.unet.to(memory_format=torch.channels_last)
     networks = torch.nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).train()
     optimizer, average = Optimizers(networks, LR, 0.0, steps), MovingAverage(networks, EMA_DECAY)
@@ -200,8 +197,6 @@ def fit(pipe, pictures: dict, steps: int, name: str) -> None:
         drawn = torch.randint(len(styles), (BATCH_SIZE,)).tolist()
         rows = [(styles[style], int(torch.randint(len(pictures[styles[style]]), ()))) for style in drawn]
         images = torch.stack([pictures[style][row] for style, row in rows]).to(pipe.device) / 127.5 - 1
-        if styles == [""] and torch.rand(()) < 0.5:  # a mirrored stroke may be another style's
-            images = images.flip(-1)
         captions = [diffusion.caption(Scene.GENRES[row % 4], "", style) for style, row in rows]
         captions = [text if keep else "" for text, keep in zip(captions, torch.rand(BATCH_SIZE) > 0.1, strict=True)]
         latents, timesteps = pipe.vae.encode(images).latent_dist.mean, torch.randint(1000, (BATCH_SIZE,))

@@ -30,7 +30,14 @@ QUICK = "--size 32 --epochs 2 --lr 0.005 --per-class 32 --batch-size 8 --rank 4"
 SMALL = [
     "-c",
     str(ROOT / "settings/tiny.json"),
-    *["--seed", "0", "--device", "cpu", "--resolution", "32", "--steps", "3"],
+    "--seed",
+    "0",
+    "--device",
+    "cpu",
+    "--resolution",
+    "32",
+    "--steps",
+    "3",
 ]
 QUICK = [*SMALL, "--processes", "1", *QUICK.split()]
 STYLE = ["--style", "Hatching"]
