@@ -91,11 +91,12 @@ SETTINGS = {
 SAMPLING = ("resolution", "batch_size", "steps", "guidance")
 LEARNING = ("base", "per_style", "pictures", "rank", "targets", "text_encoder", "epochs", "per_class", "accumulate")
 DATA = ("data", "size", "resize", "split_seed", "processes")
+SHARED = (*DATA, "run", "device", "seed", "restart", "tensorboard")
 # Of each subcommand: its settings, and those it shares with other scripts.
 ACTIONS = {
     "train": (
         ("style", *SAMPLING, *LEARNING, "checkpointing", "lr", "prompts"),
-        (*DATA, "run", "device", "seed", "restart", "tensorboard"),
+        SHARED,
     ),
     "paint": (("style", *SAMPLING, "image", "strength", "negative", "out"), ("run", "device", "seed")),
     "grid": (("style", *SAMPLING, "negative", "prompts"), ("run", "device", "seed")),
@@ -103,7 +104,7 @@ ACTIONS = {
 }
 # Flags that do not change an adapter; its own styles are compared in place of --style, see fit_adapter
 FREE_SETTINGS = ("style", "per_style", "accumulate", "checkpointing", "steps", "guidance", "prompts")
-JUDGES = ("judge", "judge_scenes")  # folders in the run folder: classifiers of the style and of the genre
+JUDGES = ("judge", "judge_genre")  # folders in the run folder: classifiers of the style and of the genre
 EVAL_IMAGES = 24  # test paintings of each style for the held-out loss, at most
 IMAGES_PER_PROMPT = 16  # for each style in the grid's hit rates
 STRENGTHS = (0.3, 0.5, 0.7)  # of image to image, and scenes for each style, in the comparison
@@ -444,7 +445,7 @@ def grid(config) -> None:
     python lora.py grid --style Ukiyo_e --prompts "a harbour at dusk" "a portrait of a woman in a hat"
 
     Writes lora_grid.png and, where judge/classifier.pt knows the styles, lora_grid.md: how often it finds the style
-    that was asked for, and judge_scenes/classifier.pt the genre that the prompt names.
+    that was asked for, and judge_genre/classifier.pt the genre that the prompt names.
     """
     run, images, examples = Path(config.run), {}, {}
     known = adapters.find_adapters(run)

@@ -182,7 +182,7 @@ def test_wrong_settings_give_one_clear_line(project):
 
 
 def test_lora_comes_with_the_judge_and_only_on_demand(project):
-    assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "lora.py"]
+    assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "train.py", "lora.py"]
     of_lora = calls(project, "lora.py")
     assert [call.split()[1] for call in of_lora] == ["train", "grid"]
     assert all("-c settings/tiny.json" in call for call in of_lora)
@@ -198,8 +198,8 @@ def test_lora_comes_with_the_judge_and_only_on_demand(project):
         (project / "runs/demo/lora/trained").unlink()
         make(project, "lora", f"LORA={flags}")
         assert ("--restart" in calls(project, "lora.py train")[0]) != resumed
-    make(project, "lora", f"WIKIART={project}/paintings", "LORA=--styles Cubism")
-    assert "--styles Cubism" in "\n".join(calls(project))
+    make(project, "lora", f"WIKIART={project}/paintings", "LORA=--style Cubism")
+    assert "--style Cubism" in "\n".join(calls(project))
     assert "tiny.json" not in "\n".join(calls(project))
 
 
