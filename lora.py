@@ -91,13 +91,10 @@ SETTINGS = {
 SAMPLING = ("resolution", "batch_size", "steps", "guidance")
 LEARNING = ("base", "per_style", "pictures", "rank", "targets", "text_encoder", "epochs", "per_class", "accumulate")
 DATA = ("data", "size", "resize", "split_seed", "processes")
-SHARED = (*DATA, "run", "device", "seed", "restart", "tensorboard")
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart", "tensorboard")
 # Of each subcommand: its settings, and those it shares with other scripts.
 ACTIONS = {
-    "train": (
-        ("style", *SAMPLING, *LEARNING, "checkpointing", "lr", "prompts"),
-        SHARED,
-    ),
+    "train": (("style", *SAMPLING, *LEARNING, "checkpointing", "lr", "prompts"), SHARED),
     "paint": (("style", *SAMPLING, "image", "strength", "negative", "out"), ("run", "device", "seed")),
     "grid": (("style", *SAMPLING, "negative", "prompts"), ("run", "device", "seed")),
     "compare": (("style", *SAMPLING), (*DATA, "run", "device", "seed")),
@@ -416,7 +413,7 @@ def paint(config, *prompts: str) -> None:
     options = {"height": side, "width": side}
     if config.image:
         pipe = diffusion.image_to_image(pipe)
-        options = {"image": diffusion.open_image(config.image, side), "strength": config.strength}
+        options = {"image": [diffusion.open_image(config.image, side)], "strength": config.strength}
     names = [style if weight == 1 else f"{style}-{weight:g}" for style, weight in chosen.styles.items()]
     for prompt in prompts:
         words = [*re.findall(r"\w+", prompt)[:8], *map(file_part, names), "seed", str(config.seed)]
@@ -540,6 +537,10 @@ def compare(config) -> None:
     Needs adapters; style.pt of train_style.py and judge/classifier.pt in the run folder are used where they are.
     Writes lora_compare.md and lora_compare.png: the source, repaintings, and the true picture.
     """
+    if config.steps * min(STRENGTHS) < 1:
+        raise UserError(
+            f"--steps must be {1 / min(STRENGTHS):.0f} or more: the smallest strength is {min(STRENGTHS):g}"
+        )
     run, known = Path(config.run), adapters.find_adapters(config.run)
     styles = [find_style(style, list(known)) for style in config.style] or list(known)
     chosen = {style: adapters.choose(run, [style]) for style in styles}

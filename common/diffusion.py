@@ -118,8 +118,8 @@ def denoising_loss(pipe, schedule, latents, noise, timesteps, captions: list[str
     device, dtype = pipe.unet.device, precision(pipe.unet.device)
     latents, noise, timesteps = (to_device(values, device) for values in (latents.float(), noise, timesteps))
     noisy = schedule.add_noise(latents, noise, timesteps)
-    predicts_velocity = schedule.config.prediction_type == "v_prediction"
-    target = schedule.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
+    targets = {"epsilon": lambda *_: noise, "v_prediction": schedule.get_velocity, "sample": lambda *_: latents}
+    target = targets[schedule.config.prediction_type](latents, noise, timesteps)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         conditions = text_conditions(pipe, captions, latents.shape[-1] * pipe.vae_scale_factor)
         prediction = pipe.unet(noisy.to(dtype), timesteps, **conditions).sample
@@ -129,13 +129,14 @@ def denoising_loss(pipe, schedule, latents, noise, timesteps, captions: list[str
 def min_snr_weight(schedule, timesteps) -> torch.Tensor:
     """Min-SNR weights (B,) of timesteps (Hang et al. 2023), which keep nearly noiseless timesteps from dominating.
 
-    For velocities with 1 added, because a schedule may end in noise alone, where sampling starts: the SNR is 0 there.
+    Of predicted velocities and images with 1 added, because a schedule may end in noise alone: the SNR is 0 there.
     """
     signal = schedule.alphas_cumprod[timesteps]
     snr = signal / (1 - signal)
-    if schedule.config.prediction_type == "v_prediction":
-        return (snr.clamp(max=SNR_GAMMA) + 1) / (snr + 1)
-    return snr.clamp(max=SNR_GAMMA) / snr
+    kept = snr.clamp(max=SNR_GAMMA)
+    return {"epsilon": kept / snr, "v_prediction": (kept + 1) / (snr + 1), "sample": kept + 1}[
+        schedule.config.prediction_type
+    ]
 
 
 @torch.no_grad()

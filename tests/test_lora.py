@@ -46,8 +46,7 @@ STYLE = ["--style", "Hatching"]
 @pytest.fixture(scope="module", autouse=True)
 def _short():
     """A small base taught in a moment, four test paintings of each style, and one image per prompt."""
-    smaller = {"SCENES": 8, "PLAIN_SCENES": 16, "PLAIN_STEPS": 20, "STYLE_STEPS": 20, "BATCH_SIZE": 8}
-    smaller |= {"CHANNELS": (16, 32)}
+    smaller = {"SCENES": 8, "PLAIN_STEPS": 20, "STYLE_STEPS": 20, "BATCH_SIZE": 8, "CHANNELS": (16, 32)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in smaller.items():
             patch.setattr(tiny_diffusion, name, value)
@@ -231,13 +230,11 @@ def test_patches_come_back_as_they_were():
     assert flat[:, 1:].abs().max() < 1e-5 < flat[:, 0].min()  # the mean is one number, detail is none
 
 
-def test_scenes_are_painted_once_and_are_not_the_demos(demo, tmp_path):
-    first = tiny_diffusion.paint_scenes(tmp_path / "scenes.npz", 0, 1)
-    assert {style: len(pictures) for style, pictures in first.items()} == {"": 16} | dict.fromkeys(STYLES, 8)
-    written = (tmp_path / "scenes.npz").stat().st_mtime_ns
-    again = tiny_diffusion.paint_scenes(tmp_path / "scenes.npz", 0, 1)
-    assert all(torch.equal(first[style], again[style]) for style in first)
-    assert (tmp_path / "scenes.npz").stat().st_mtime_ns == written
+def test_the_base_has_scenes_of_its_own(demo):
+    pictures = tiny_diffusion.paint_scenes(0, 1)
+    assert {style: len(each) for style, each in pictures.items()} == {"": 8} | dict.fromkeys(STYLES, 16)
+    assert pictures["Dots"].shape[1:] == (3, 64, 64)
+    assert not torch.equal(pictures["Dots"][0], pictures["Dots"][8])  # the same scene by another painter
     numbers = {int(path.stem[-4:]) for path in demo.glob("train/*/*.jpg")}
     assert max(numbers) < tiny_diffusion.FIRST_SCENE
 
@@ -313,7 +310,7 @@ def test_adapters_of_one_base_mix_by_their_weights(pair, tmp_path):
     pipe.set_adapters(["Hatching", "Dots"], [0.6, 0.4])
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32}
     alone = pipe(about["prompt"], generator=torch.Generator().manual_seed(0), **settings).images[0]
-    assert np.array_equal(np.asarray(alone), mixed)
+    assert np.abs(np.asarray(alone).astype(int) - mixed).max() <= 2
 
 
 def test_peft_reads_the_adapter(tuned, base):
@@ -377,7 +374,20 @@ class Darker:
 
 def test_repaintings_are_compared_with_the_truth(tuned, demo, monkeypatch):
     monkeypatch.setattr(lora, "load_repainter", lambda config: Darker())
-    flags = ["compare", *SMALL, "--processes", "1", "--size", "32", "--data", str(demo), "--run", str(tuned.run)]
+    flags = [
+        "compare",
+        *SMALL,
+        "--steps",
+        "4",
+        "--processes",
+        "1",
+        "--size",
+        "32",
+        "--data",
+        str(demo),
+        "--run",
+        str(tuned.run),
+    ]
     lora.main(flags)
     rows = {row["method"]: row for row in json.loads((tuned.run / "facts.json").read_text())["lora"]["compare"]}
     assert list(rows) == ["source", *(f"LoRA, strength {x}" for x in lora.STRENGTHS), "style_transfer.py", "truth"]
