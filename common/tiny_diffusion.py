@@ -63,8 +63,8 @@ class Patches(ModelMixin, ConfigMixin):
 
     def encode(self, images, return_dict: bool = True):
         latents = torch.einsum("kp,bphw->bkhw", self.analysis, torch.nn.functional.pixel_unshuffle(images, 4))
-        latents = SimpleNamespace(mean=latents, mode=lambda: latents, sample=lambda generator=None: latents)
-        return SimpleNamespace(latent_dist=latents) if return_dict else (latents,)
+        exact = SimpleNamespace(mean=latents, mode=lambda: latents, sample=lambda generator=None: latents)
+        return SimpleNamespace(latent_dist=exact) if return_dict else (exact,)
 
     def decode(self, latents, return_dict: bool = True, generator=None):
         images = torch.einsum("pk,bkhw->bphw", self.synthesis, latents)

@@ -601,7 +601,8 @@ def test_easy_steps_do_not_drown_the_others():
         (["train", *STYLE, "--base", "{empty}"], "it is no folder in diffusers' layout"),
         (["train", *STYLE, "--base", "nobody/nothing"], "check the network"),
         (["train", *STYLE, "--targets", "to_nothing"], "--targets to_nothing: "),
-        (["compare", "--data", "{nothing}"], "{nothing}"),
+        (["compare", "--steps", "4", "--data", "{nothing}"], "{nothing}"),
+        (["compare"], "--steps must be 3 or more: the smallest strength is 0.3"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv, message):
