@@ -258,6 +258,7 @@ def is_finished(folder: Path, partial: Path, state: dict) -> bool:
         if trained.get(key) != value:
             change = f"trained with {key} = {trained.get(key)}, now it is {value}"
             raise UserError(f"{folder} was {change}: give the old setting, or --restart")
+    adapters.check_adapter(folder, partial.parent)
     print(f"{folder} is finished")
     return True
 

@@ -63,7 +63,7 @@ $(RUN)/demo: FORCE
 
 .PHONY: eight_styles
 eight_styles: $(RUN)/judge/classifier.pt $(RUN)/judge_genre/classifier.pt $(if $(WIKIART),,data/demo/metadata.csv)
-	for style in $(notdir $(wildcard $(DATA)/train/*)); do \
+	for style in $$(ls $(DATA)/train); do \
 	    $(PY) lora.py train $(FLAGS) -c settings/tiny.json --per-style --style $$style || exit; done
 	$(PY) lora.py grid --run $(RUN) -c settings/tiny.json
 	$(PY) lora.py compare --data $(DATA) --run $(RUN) -c settings/tiny.json
