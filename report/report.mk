@@ -66,7 +66,7 @@ eight_styles: $(RUN)/judge/classifier.pt $(RUN)/judge_genre/classifier.pt $(if $
 	for style in $$(ls $(DATA)/train); do \
 	    $(PY) lora.py train $(FLAGS) -c settings/tiny.json --per-style --style $$style || exit; done
 	$(PY) lora.py grid --run $(RUN) -c settings/tiny.json
-	$(PY) lora.py compare --data $(DATA) --run $(RUN) -c settings/tiny.json
+	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 
 # Speed is measured last, when nothing else of this runs.
 publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png $(RUN)/style_grid_fewer.png $(RUN)/demo
