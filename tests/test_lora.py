@@ -428,17 +428,16 @@ def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo
     short = [*STYLE, "--base", str(tuned.base), "--epochs", "1", "--lr", "0.0002"]
     train(demo, tmp_path / "whole", *short)
     train(demo, tmp_path / "parts", *short, "--accumulate", "4", "--checkpointing")
+    whole, parts = (load_file(tmp_path / name / "lora" / adapters.ADAPTER_FILE) for name in ("whole", "parts"))
+    assert max(value.abs().max() for name, value in whole.items() if "lora_B" in name) > 1e-4
+    assert max((whole[name] - parts[name]).abs().max() for name in whole) < 1e-5
     flags = [*QUICK, *short, "--data", demo, "--run", tmp_path / "two"]
     command = [sys.executable, "-m", *launcher, ROOT / "lora.py", "train", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert process.returncode == 0, process.stderr
-    whole, parts, two = (
-        load_file(tmp_path / name / "lora" / adapters.ADAPTER_FILE) for name in ("whole", "parts", "two")
-    )
-    assert max(value.abs().max() for name, value in whole.items() if "lora_B" in name) > 1e-4
-    for other in (parts, two):
-        assert all(torch.allclose(whole[name], other[name], atol=1e-5) for name in whole)
+    two = load_file(tmp_path / "two/lora" / adapters.ADAPTER_FILE)
+    assert max((whole[name] - two[name]).abs().max() for name in whole) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
