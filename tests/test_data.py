@@ -162,11 +162,10 @@ def test_a_decoder_that_dies_gets_one_clear_line(folder, monkeypatch):
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_decoder_that_dies_while_it_sends_is_not_a_full_disk(folder, monkeypatch, error):
-    def broken_pipe(*_, **__):
+    def broken_pipe(*_):
         raise error
-        yield
 
-    monkeypatch.setattr(images, "DataLoader", broken_pipe)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", broken_pipe)
     with pytest.raises(DataError, match="decoding process died"):
         load(folder)
 

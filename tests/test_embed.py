@@ -17,7 +17,7 @@ import cluster
 import embed
 import test as evaluation
 import wikiart
-from common import backbones, metrics
+from common import backbones, descriptors, metrics
 from common.errors import DataError, UserError
 from common.run import load_checkpoint
 
@@ -63,8 +63,8 @@ def test_style_is_predicted_better_than_from_colours(embedded, demo):
     sets = [wikiart.WikiArt(demo, split, size=32, processes=1) for split in ("train", "test")]
     pixels = [cluster.thumbnails(torch.from_numpy(data.pixels[data.rows])) for data in sets]
     colours = LogisticRegression(C=10, class_weight="balanced", max_iter=500)
-    colours.fit(cluster.colour_histogram(pixels[0]).numpy(), sets[0].labels.numpy())
-    baseline = colours.score(cluster.colour_histogram(pixels[1]).numpy(), sets[1].labels.numpy())
+    colours.fit(descriptors.colour_histogram(pixels[0]).numpy(), sets[0].labels.numpy())
+    baseline = colours.score(descriptors.colour_histogram(pixels[1]).numpy(), sets[1].labels.numpy())
     assert facts_of(embedded)["tf_efficientnet_lite0"]["style"]["accuracy"] > baseline + 0.1
 
 
@@ -94,7 +94,7 @@ def test_unknown_and_rare_ones_are_left_out_and_counted(embedded, demo):
 
 
 def test_cluster_reads_the_features(embedded, demo):
-    settings = {"size": 32, "resize": "squash", "split_seed": 0, "processes": 1, "split": "test"}
+    settings = {"size": 32, "resize": "squash", "split_seed": 0, "processes": 1, "split": "test", "seed": 0}
     config = SimpleNamespace(run=embedded, data=demo, **settings)
     table, data = cluster.codes_of("tf_efficientnet_lite0", config, torch.device("cpu"))
     assert table["test"].shape == (len(data), 1280 + 2 * (24 + 40 + 112 + 320))

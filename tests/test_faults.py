@@ -556,7 +556,7 @@ def test_codes_that_a_kill_left_are_no_source(finished, tmp_path):
     (tmp_path / "codes").mkdir()
     for name in ("whole.npz", ".half.npz.new.npz"):
         shutil.copy(finished / "codes" / "test_efficientnet.npz", tmp_path / "codes" / name)
-    assert cluster.find_sources(tmp_path) == ["pixels", "colours", "whole"]
+    assert cluster.find_sources(tmp_path) == ["pixels", *cluster.DESCRIPTORS, "descriptors", "whole"]
     assert panels.code_files(tmp_path) == [tmp_path / "codes" / "whole.npz"]
 
 
