@@ -31,7 +31,8 @@ def run(trained, demo, tmp_path_factory):
     run = tmp_path_factory.mktemp("page")
     for name in ("classifier.pt", "facts.json"):
         shutil.copy(trained / name, run)
-    config = SimpleNamespace(run=run, data=demo, size=32, resize="squash", split_seed=0, processes=1, split="test")
+    settings = {"size": 32, "resize": "squash", "split_seed": 0, "processes": 1, "split": "test", "seed": 0}
+    config = SimpleNamespace(run=run, data=demo, **settings)
     cluster.codes_of("classifier", config, torch.device("cpu"))
     classes = load_checkpoint(run / "classifier.pt")["classes"]
     arguments = {"styles": len(classes), "width": 8}
