@@ -234,10 +234,8 @@ def fit_reduction(table: dict, seed: int):
     for width in table["parts"]:
         part, end = slice(end, end + width), end + width
         values = np.linalg.svd(StandardScaler().fit_transform(table["train"][:, part]), compute_uv=False)
-        count = max(
-            1, min(most, (values > 1e-3 * values[0]).sum())
-        )  # without directions that hold rounding errors only
-        pca = PCA(int(count), whiten=True, random_state=seed)
+        count = int((values > 1e-3 * values[0]).sum())  # the other directions hold rounding errors only
+        pca = PCA(max(1, min(most, count)), whiten=True, random_state=seed)
         parts.append((str(end), make_pipeline(StandardScaler(), pca), part))
     joint = PCA(min(most, sum(pipeline[-1].n_components for _, pipeline, _ in parts)), random_state=seed)
     return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
@@ -269,8 +267,9 @@ def uncertainty(labels, clusters, codes, seed: int) -> dict[str, float]:
     random, nmi = np.random.default_rng(seed), AGREEMENT["nmi"]
     drawn = random.integers(len(labels), size=(1000, len(labels)))
     margin = 1.96 * np.std([nmi(labels[rows], clusters[rows]) for rows in drawn])
-    starts = [nmi(labels, kmeans(codes, clusters.max() + 1, seed + start)) for start in range(5)]
-    facts = {"nmi_low": nmi(labels, clusters) - margin, "nmi_high": nmi(labels, clusters) + margin}
+    others = [kmeans(codes, clusters.max() + 1, seed + start) for start in range(1, 5)]
+    first, *_ = starts = [nmi(labels, found) for found in (clusters, *others)]
+    facts = {"nmi_low": first - margin, "nmi_high": first + margin}
     return facts | {"nmi_mean": np.mean(starts), "nmi_starts_low": min(starts), "nmi_starts_high": max(starts)}
 
 
