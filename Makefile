@@ -141,7 +141,7 @@ $(VENV)/ready-%: requirements/%.txt $(VENV)/ready
 	$(PY) -m pip install --disable-pip-version-check -r $<
 	touch $@
 $(VENV)/ready-test: $(wildcard requirements/*.txt)
-test: $(VENV)/ready-test; $(PY) -m pytest
+test: $(VENV)/ready-test; $(PY) -m pytest -n auto --dist loadfile
 lint: $(VENV)/ready-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 clean:; rm -rf data/demo data/demo.stamp runs/demo
