@@ -49,11 +49,9 @@ def save(figure, path) -> None:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
         plt.close(figure)
-        for colours in (None, 256, 128, 64):  # many paintings: packed better, then fewer colours, for a web page
-            if temporary.stat().st_size > 480_000:
-                with Image.open(temporary) as picture:
-                    picture = picture.convert("RGB")
-                (picture.quantize(colours) if colours else picture).save(temporary, format="png", optimize=True)
+        with Image.open(temporary) as picture:
+            picture = picture.convert("RGB")
+        picture.save(temporary, format="png", optimize=True)  # packed better than by matplotlib
 
 
 def curves(path, history: list[dict], panels: dict, best=None, levels=None, logarithmic=()) -> None:
