@@ -10,8 +10,9 @@ that embed.py has run. Codes are computed once, and again when their checkpoint 
 reduced to whitened principal components, scaled to length 1, and clustered by k-means.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; for each
-source tsne_<source>.png, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest
-to each centre) and centroids_<source>.txt, which names these.
+source map_<source>.png (paintings by likeness), tsne_<source>.png, clusters_<source>.png (clusters of each style),
+centroids_<source>.png (the paintings nearest to each centre) and centroids_<source>.txt, which names these. Of several
+sources at once, the figures of the codes that the report does not show are in more/.
 """
 
 import re
@@ -66,7 +67,8 @@ DESCRIPTORS = ("colours", "textures", "words")
 COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
 COMPONENTS = 40  # principal components of each source, and of all together, at most
-TSNE_IMAGES = 5000  # paintings in a t-SNE figure, at most
+SHOWN = ("autoencoder", "descriptors")  # figures at the top of the run folder, where there are others
+TSNE_IMAGES, MAP_IMAGES = 5000, 480  # paintings in a t-SNE figure and in a map, at most
 BATCH_SIZE = 256
 AGREEMENT = {
     "nmi": metrics.normalized_mutual_info_score,
@@ -305,7 +307,10 @@ def probes(table: dict, reduce) -> dict[str, float]:
 
 def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt, config) -> None:
     """Write the figures of one source: its reduced codes (N, D), their labels and clusters."""
-    run, counts = Path(config.run), contingency(labels, clusters, len(classes))
+    folder, counts = Path(config.run), contingency(labels, clusters, len(classes))
+    if len(config.codes) > 1 or config.codes == ["all"]:
+        folder = folder if source in SHOWN else folder / "more"
+    folder.mkdir(exist_ok=True)
     order = diagonal_order(counts)
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
     names = [f"cluster {number + 1}" for number in range(len(order))]
@@ -316,11 +321,32 @@ def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt
     points = TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=config.seed).fit_transform(codes[rows])
     panels = {"by style": (points, labels[rows], classes), "by KMeans": (points, clusters[rows], names)}
     title = f"t-SNE of {source} codes, {len(rows)} of {len(codes)} {config.split} paintings"
-    figures.scatter(run / f"tsne_{source}.png", panels, title)
+    figures.scatter(folder / f"tsne_{source}.png", panels, title)
+    plot_map(folder / f"map_{source}.png", source, rows, points, data, config)
 
-    percent, path = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1), run / f"clusters_{source}.png"
+    percent, path = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1), folder / f"clusters_{source}.png"
     figures.heat(path, percent, classes, names, f"KMeans on {source} codes: clusters of each style", "% of style")
+    plot_centroids(folder / f"centroids_{source}.png", source, codes, clusters, names, data, config)
 
+
+def plot_map(path: Path, source: str, rows, points, data: WikiArt, config) -> None:
+    """A map of paintings: each in the free cell of a grid that is near its t-SNE point (N, 2); `rows` (N,) of data."""
+    shown = np.flatnonzero(data.showable(config.hide)[rows])
+    shown = shown[np.linspace(0, len(shown) - 1, min(MAP_IMAGES, len(shown))).astype(int)]
+    columns = int(np.ceil((1.2 * len(shown)) ** 0.5))
+    cells = np.arange(columns * -(-len(shown) // columns))
+    grid = np.stack([cells % columns, cells // columns], 1) / columns
+    span = np.ptp(points[shown], 0).clip(1e-9)
+    places = (points[shown] - points[shown].min(0)) / span * grid.max(0)
+    near = linear_sum_assignment(((places[:, None] - grid) ** 2).sum(2))[1]
+    items = rows[shown]
+    title = f"{len(shown)} {config.split} paintings, like beside like by their {source}; frames: styles"
+    labels = data.labels.numpy()[items]
+    figures.thumbnails(path, data.pixels[data.rows[items]], near, columns, labels, data.classes, title)
+
+
+def plot_centroids(path: Path, source: str, codes, clusters, names: list[str], data: WikiArt, config) -> None:
+    """The paintings nearest to the centre of each cluster, and a file with their painters and titles."""
     showable, images, captions = data.showable(config.hide), [], []
     for number, name in enumerate(names):
         centre = codes[clusters == number].mean(0)
@@ -329,9 +355,8 @@ def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt
         blank = np.full((8 - len(nearest), *data.pixels.shape[1:]), 255, np.uint8)
         images.append(np.concatenate([data.pixels[data.rows[nearest]], blank]))
         captions.append(f"{name}: {data.captions(nearest)}")
-    sheet = run / f"centroids_{source}.png"
-    figures.grid(sheet, np.stack(images), [""] * 8, names, f"KMeans on {source} codes: nearest to each centre")
-    write_text(sheet.with_suffix(".txt"), "\n\n".join(captions) + "\n")
+    figures.grid(path, np.stack(images), [""] * 8, names, f"KMeans on {source} codes: nearest to each centre")
+    write_text(path.with_suffix(".txt"), "\n\n".join(captions) + "\n")
 
 
 def diagonal_order(counts: np.ndarray) -> np.ndarray:

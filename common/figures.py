@@ -218,3 +218,25 @@ def painting_grid(path, pictures: np.ndarray, columns: list[str], rows: list[str
             canvas.paste(cell, (left + column * (width + gap), top + row * (height + gap)))
     with atomic_write(path) as temporary:
         canvas.save(temporary, format="png", optimize=True)
+
+
+def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], title: str, side: int = 48) -> None:
+    """Pictures uint8 (N, 3, S, S) in the cells (N,) of a grid; up to nine classes are told by coloured frames."""
+    gap, frame, top = 2, 3, 34
+    step, rows, font = side + 2 * frame + gap, 1 + max(cells) // columns, ImageFont.load_default(13)
+    framed = len(classes) <= len(HUES)
+    canvas = Image.new("RGB", (columns * step, top + rows * step + 26 * framed), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((canvas.width / 2, top / 2), title, "black", ImageFont.load_default(16), anchor="mm")
+    for picture, cell, label in zip(pictures, cells, labels, strict=True):
+        x, y = cell % columns * step, top + cell // columns * step
+        if framed:
+            draw.rectangle((x, y, x + step - gap - 1, y + step - gap - 1), class_style(label)["color"])
+        small = Image.fromarray(np.asarray(picture).transpose(1, 2, 0)).resize((side, side), Image.Resampling.LANCZOS)
+        canvas.paste(small, (x + frame, y + frame))
+    for number, name in enumerate(classes if framed else ()):
+        x, y = number * canvas.width // len(classes), canvas.height - 18
+        draw.rectangle((x, y, x + 12, y + 12), class_style(number)["color"])
+        draw.text((x + 17, y + 6), display_name(name), "black", font, anchor="lm")
+    with atomic_write(path) as temporary:
+        canvas.save(temporary, format="png", optimize=True)
