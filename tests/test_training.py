@@ -18,7 +18,8 @@ import train
 import wikiart
 from common import crops, layers, optim
 from common.errors import UserError
-from common.run import load_checkpoint
+from common.metrics import familiarity, typical_answers
+from common.run import load_checkpoint, save_checkpoint
 
 SETTINGS = {"model": "CNN", "target": "style", "balance": "none"}
 SETTINGS |= {"label_smoothing": 0.0, "aux_weight": 0.0}
@@ -295,6 +296,32 @@ def test_95_per_cent_of_the_validation_paintings_pass_as_known(trained, demo):
     assert 1 <= unsure.sum() <= 0.05 * len(validation) + 1
     assert classifier.unsure(torch.full((1, 8), 1 / 8))
     assert not classifier.unsure(torch.eye(8)).any()
+
+
+def test_an_answer_is_familiar_where_it_is_nearer_to_a_class_than_to_the_mean():
+    """Of two answers with the same highest probability, the one whose others are those of a known class."""
+    answers = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.1, 0.1, 0.8]]).repeat(2, 1)
+    typical = typical_answers(answers, torch.tensor([0, 1, 2, 0, 1, 2]))
+    torch.testing.assert_close(typical, answers[:3].log())
+    like, unlike, mean = familiarity(torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.1, 0.3], [1 / 3] * 3]), typical)
+    assert like == pytest.approx((typical[0] - typical.mean(0)).norm().item())
+    assert like > unlike > mean
+    assert familiarity(answers).tolist() == answers.amax(1).tolist()
+
+
+def test_a_checkpoint_without_typical_answers_goes_by_the_highest_probability(trained, tmp_path):
+    checkpoint = load_checkpoint(trained / "classifier.pt")
+    del checkpoint["typical"]
+    save_checkpoint(tmp_path / "classifier.pt", checkpoint | {"unsure_below": 0.5})
+    classifier = wikiart.Classifier.load(tmp_path / "classifier.pt", "cpu")
+    assert classifier.unsure(torch.tensor([[0.49, 0.48] + [0.005] * 6, [0.51] + [0.07] * 7])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("typical", [[], [[0.0] * 7], [["a"] * 8], [[float("nan")] * 8], [1.0] * 8])
+def test_damaged_typical_answers_get_one_clear_line(trained, tmp_path, typical):
+    save_checkpoint(tmp_path / "classifier.pt", load_checkpoint(trained / "classifier.pt") | {"typical": typical})
+    with pytest.raises(UserError, match="typical answers do not fit its classes"):
+        wikiart.Classifier.load(tmp_path / "classifier.pt", "cpu")
 
 
 # Several processes
