@@ -33,10 +33,9 @@ from common.metrics import (
     balanced_accuracy,
     calibrate,
     class_balanced_mean,
-    familiarity,
+    familiarity_threshold,
     fit_temperature,
     negative_log_likelihood,
-    passing_threshold,
     typical_answers,
 )
 from common.names import count, display_name
@@ -383,9 +382,9 @@ def calibration(classifier: Classifier, validation: WikiArt) -> dict:
     probabilities = classifier.predict_dataset(validation, calibrated=False)
     temperature = fit_temperature(probabilities, validation.labels)
     probabilities = calibrate(probabilities, temperature)
-    typical = typical_answers(probabilities, validation.labels)
-    unsure_below = passing_threshold(familiarity(probabilities, typical))
-    return {"temperature": temperature, "typical": typical.tolist(), "unsure_below": unsure_below}
+    typical = typical_answers(probabilities, validation.labels).tolist()
+    unsure_below = familiarity_threshold(probabilities, validation.labels)
+    return {"temperature": temperature, "typical": typical, "unsure_below": unsure_below}
 
 
 # Report ---------------------------------------------------------------------------------------------------------------

@@ -123,9 +123,23 @@ def familiarity(probabilities, typical=None):
     """
     if typical is None:
         return probabilities.amax(1)
-    logs, exact = log_probabilities(probabilities), "donot_use_mm_for_euclid_dist"
-    from_mean = (logs - typical.mean(0)).norm(dim=1)
-    return from_mean - torch.cdist(logs, typical, compute_mode=exact).amin(1)
+    points = torch.cat([typical.mean(0, keepdim=True), typical])
+    distances = torch.cdist(log_probabilities(probabilities), points, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances[:, 0] - distances[:, 1:].amin(1)
+
+
+def familiarity_threshold(probabilities, labels) -> float:
+    """The familiarity that 95 % of known paintings reach, each by the typical answers of the others.
+
+    Where a class has few paintings, each is near their mean, but new paintings are not.
+    """
+    if len(labels) < 2:
+        return 0.0  # as of every painting, by the typical answers of one class
+    scores = []
+    for item, others in enumerate(~torch.eye(len(labels), dtype=torch.bool)):
+        typical = typical_answers(probabilities[others], labels[others])
+        scores.append(familiarity(probabilities[item : item + 1], typical))
+    return passing_threshold(torch.cat(scores))
 
 
 def passing_threshold(scores, passing: float = 0.95) -> float:

@@ -18,7 +18,7 @@ import train
 import wikiart
 from common import crops, layers, optim
 from common.errors import UserError
-from common.metrics import familiarity, typical_answers
+from common.metrics import familiarity, familiarity_threshold, typical_answers
 from common.run import load_checkpoint, save_checkpoint
 
 SETTINGS = {"model": "CNN", "target": "style", "balance": "none"}
@@ -293,9 +293,28 @@ def test_95_per_cent_of_the_validation_paintings_pass_as_known(trained, demo):
     data = wikiart.WikiArt(demo, "train", size=32, processes=1)
     validation = data.split_off(0.1, 0)[1]
     unsure = classifier.unsure(classifier.predict_dataset(validation))
-    assert 1 <= unsure.sum() <= 0.05 * len(validation) + 1
-    assert classifier.unsure(torch.full((1, 8), 1 / 8))
-    assert not classifier.unsure(torch.eye(8)).any()
+    assert unsure.sum() <= 0.05 * len(validation) + 1
+
+
+def test_the_threshold_is_reached_by_95_per_cent_of_paintings_that_it_was_not_made_from():
+    """Of classes with four paintings each, whose own means would be nearer to them than to others."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(paintings):
+        labels = torch.arange(8).repeat(paintings)
+        return (3 * F.one_hot(labels) + torch.randn(len(labels), 8, generator=random)).softmax(1), labels
+
+    shares, (new, _) = [], draw(200)
+    for _ in range(20):
+        known = draw(4)
+        reached = familiarity(new, typical_answers(*known)) >= familiarity_threshold(*known)
+        shares.append(reached.float().mean().item())
+    assert sum(shares) / len(shares) == pytest.approx(0.95, abs=0.02)
+    typical, threshold = typical_answers(*known), familiarity_threshold(*known)
+    assert (familiarity(torch.full((1, 8), 1 / 8), typical) < threshold).all()
+    assert (familiarity(torch.eye(8), typical) >= threshold).all()
+    assert familiarity_threshold(new[:1], torch.zeros(1)) == 0
+    assert familiarity(new, typical_answers(new[:1], torch.zeros(1))).eq(0).all()
 
 
 def test_an_answer_is_familiar_where_it_is_nearer_to_a_class_than_to_the_mean():
