@@ -36,8 +36,9 @@ from common.metrics import (
     balanced_accuracy,
     bootstrap_scores,
     calibrate,
-    confidence_threshold,
+    familiarity,
     fit_temperature,
+    passing_threshold,
     seen_unseen_accuracy,
 )
 from common.optim import Optimizers
@@ -189,7 +190,8 @@ class Task:
     def calibration(self, probabilities) -> dict:
         """The temperature of probabilities of the validation paintings, and the confidence that is an unsure one."""
         temperature = fit_temperature(probabilities, self.splits["validation"].labels)
-        return {"temperature": temperature, "unsure_below": confidence_threshold(calibrate(probabilities, temperature))}
+        unsure_below = passing_threshold(familiarity(calibrate(probabilities, temperature)))
+        return {"temperature": temperature, "unsure_below": unsure_below}
 
 
 def fit_classifiers(task: Task, path: Path, config) -> tuple[dict, dict]:

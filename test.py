@@ -31,7 +31,6 @@ from common.metrics import (
     bootstrap_scores,
     calibrate,
     calibration_error,
-    confidence,
     confusion_counts,
     seen_unseen_accuracy,
 )
@@ -129,9 +128,9 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
 
 
 def unknown_style(classifier: Classifier, probabilities, config) -> dict:
-    """How well confidence tells paintings of the style of train.py's --holdout, if any, from those of known styles.
+    """How well familiarity tells paintings of the style of train.py's --holdout, if any, from those of known styles.
 
-    The area under the ROC curve: the probability that a painting of a known style has the higher confidence.
+    The area under the ROC curve: the probability that a painting of a known style is the more familiar one.
     """
     settings = classifier.checkpoint["data"]
     style = settings.get("holdout", "none")
@@ -142,9 +141,9 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
     if not len(data):
         return {}
     unknown = classifier.predict_dataset(data)
-    scores = torch.cat([confidence(torch.from_numpy(probabilities)), confidence(unknown)])
+    scores = torch.cat([classifier.familiarity(torch.from_numpy(probabilities)), classifier.familiarity(unknown)])
     auroc = roc_auc_score(np.arange(len(scores)) < len(probabilities), scores)
-    median = confidence(unknown).median().item()
+    median = unknown.amax(1).median().item()
     share = classifier.unsure(unknown).float().mean().item()
     print(f"{style}, which it never saw: {share:.0%} unsure; AUROC {auroc:.2f}, median confidence {median:.0%}")
     return {"unknown_auroc": auroc, "unknown_unsure": share, "unknown_confidence": median}

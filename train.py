@@ -33,9 +33,10 @@ from common.metrics import (
     balanced_accuracy,
     calibrate,
     class_balanced_mean,
-    confidence_threshold,
+    familiarity_threshold,
     fit_temperature,
     negative_log_likelihood,
+    typical_answers,
 )
 from common.names import count, display_name
 from common.optim import MovingAverage, Optimizers
@@ -145,7 +146,7 @@ def main(argv=None):
     if rank() == 0:
         state |= calibration(Classifier(publishable(state), device), validation)
         if config.refit:
-            kept = ("history", "temperature", "unsure_below")
+            kept = ("history", "temperature", "typical", "unsure_below")
             state = refit_state | {"refit_history": refit_state["history"]} | {key: state[key] for key in kept}
         state = publishable(state)
         report(run, state, fitted, validation, int(held_out(training, validation).sum()))
@@ -377,10 +378,13 @@ def save_and_show(config, stem: str, state: dict, record: dict, parts: dict) -> 
 
 
 def calibration(classifier: Classifier, validation: WikiArt) -> dict:
-    """The temperature of a trained network's probabilities, and the confidence below which it is unsure."""
+    """The temperature of a trained network's probabilities, its typical answers, and when it is unsure."""
     probabilities = classifier.predict_dataset(validation, calibrated=False)
     temperature = fit_temperature(probabilities, validation.labels)
-    return {"temperature": temperature, "unsure_below": confidence_threshold(calibrate(probabilities, temperature))}
+    probabilities = calibrate(probabilities, temperature)
+    typical = typical_answers(probabilities, validation.labels).tolist()
+    unsure_below = familiarity_threshold(probabilities, validation.labels)
+    return {"temperature": temperature, "typical": typical, "unsure_below": unsure_below}
 
 
 # Report ---------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def answer_html(classifier, probabilities) -> str:
     if unsure:
         parts.append(
             f'<p class="unsure">It may be none of the {classifier.target}s: of 20 paintings that were set aside in '
-            "training, 19 got a surer answer.</p>"
+            "training, 19 got a clearer answer.</p>"
         )
     others = len(classifier.classes) - len(rows)
     parts.append(bars_html(rows, 1))

@@ -34,6 +34,7 @@ def test_a_file_predicts_what_the_classifier_does_and_describes_itself(trained, 
     assert json.loads(described["classes"]) == classifier.classes
     assert (described["size"], described["resize"]) == ("32", "squash")
     assert float(described["unsure_below"]) == classifier.unsure_below
+    assert json.loads(described["typical"]) == classifier.typical.tolist()
 
 
 def test_a_file_that_predicts_something_else_is_not_kept(trained, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def bare(trained, tmp_path_factory):
     """A run folder with nothing but the MLP, which is never sure enough."""
     run = tmp_path_factory.mktemp("bare")
     checkpoint = torch.load(trained / "mlp/classifier.pt", weights_only=True)
-    torch.save(checkpoint | {"unsure_below": 1.0}, run / "classifier.pt")
+    torch.save(checkpoint | {"unsure_below": float("inf")}, run / "classifier.pt")
     return run
 
 
