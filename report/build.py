@@ -29,12 +29,6 @@ FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles
 OF_README = ("style_row.png",)  # besides the report's figures
 OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png")  # the small text-to-image model is trained on the demo
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe
-FRONT = {
-    "How often is each style recognised?": "confusion.png",
-    "Reconstructions from a short code": "reconstructions.png",
-    "Do paintings of a style cluster?": "tsne_descriptors.png",
-    "The same painting in another style": "style_grid.png",
-}
 
 
 def main():
@@ -111,7 +105,6 @@ def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
     texts = documents(facts)  # first: a missing fact ends the program before anything is overwritten
     for name, path in figures.items():
         copy(path, REPORT / name)
-    plot_front(REPORT / "front.png", {title: run / name for title, name in FRONT.items()})
     write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
         copy(run / name, REPORT / name)
@@ -122,32 +115,6 @@ def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
 def copy(source: Path, target: Path) -> None:
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
-
-
-def plot_front(path: Path, panels: dict[str, Path]) -> None:
-    """Four finished figures on one picture, two above each other on the left, two on the right: {title: PNG file}."""
-    from PIL import Image
-
-    from common.figures import plt, save  # here, because --check works without matplotlib
-
-    pictures = [Image.open(file).convert("RGB") for file in panels.values()]
-    pictures = [upper_panel(picture) for picture in pictures]
-    heights = [picture.height / picture.width + 0.1 for picture in pictures]
-    figure = plt.figure(figsize=(8.8, 7.2), layout="constrained")  # as wide as a page of GitHub
-    for number, half in enumerate(figure.subfigures(1, 2)):
-        pair = slice(2 * number, 2 * number + 2)
-        axes = half.subplots(2, 1, height_ratios=heights[pair])
-        for axis, title, picture in zip(axes, list(panels)[pair], pictures[pair], strict=True):
-            axis.imshow(picture)
-            axis.set_title(title, fontsize=12, pad=6)
-            axis.axis("off")
-    save(figure, path)
-
-
-def upper_panel(picture):
-    """The first panel of a figure with two panels above each other; a wide figure stays as it is."""
-    wide = picture.height <= 1.1 * picture.width
-    return picture if wide else picture.crop((0, 0, picture.width, round(0.69 * picture.width)))
 
 
 if __name__ == "__main__":

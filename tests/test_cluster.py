@@ -129,13 +129,14 @@ def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered)
         assert scores["nmi_starts_low"] <= scores["nmi"] <= scores["nmi_starts_high"]
         assert -1 <= scores["ari"] <= 1
         assert 0 <= scores["probe"] <= 1
-        for kind in ("tsne", "clusters", "centroids"):
-            assert np.asarray(Image.open(clustered / f"{kind}_{source}.png").convert("L")).std() > 5, (kind, source)
+        folder = clustered if source in ("autoencoder", "descriptors") else clustered / "more"
+        for kind in ("map", "tsne", "clusters", "centroids"):
+            assert np.asarray(Image.open(folder / f"{kind}_{source}.png").convert("L")).std() > 5, (kind, source)
     for source in sources - {"descriptors"}:
         with np.load(clustered / "codes" / f"{source}.npz") as table:
             assert len(table["test"]) == len(table["test_labels"]) == len(table["test_paths"]) == 32
             assert len(table["train"]) == len(table["train_artists"])
-    captions = (clustered / "centroids_contrastive.txt").read_text().strip().split("\n\n")
+    captions = (clustered / "more/centroids_contrastive.txt").read_text().strip().split("\n\n")
     assert len(captions) == facts["cluster"]["contrastive"]["clusters"]
     assert captions[0].startswith("cluster 1: ")
     assert captions[0].count(": ") == 1 + min(8, 1 + captions[0].count("; "))  # artist: title, of eight at most
