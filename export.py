@@ -13,9 +13,7 @@ kept. Needs requirements/export.txt.
 """
 
 import io
-import itertools
 import json
-import sys
 from pathlib import Path
 
 import common.packages  # noqa: F401
@@ -40,9 +38,8 @@ REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "u
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    config = configure("export", __doc__, SETTINGS, SHARED, argv[len(words) :])
+    config = configure("export", __doc__, SETTINGS, SHARED, argv, words=True)
+    words = config.words
     if len(words) not in (1, 2):
         raise UserError("give a checkpoint, and a file if you like: python export.py report/classifier.pt --to onnx")
     path = checkpoint_path(config.run, words[0])
