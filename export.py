@@ -14,9 +14,7 @@ requirements/export.txt.
 """
 
 import io
-import itertools
 import json
-import sys
 from pathlib import Path
 
 import common.packages  # noqa: F401
@@ -41,9 +39,8 @@ REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "t
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    config = configure("export", __doc__, SETTINGS, SHARED, argv[len(words) :])
+    config = configure("export", __doc__, SETTINGS, SHARED, argv, words=True)
+    words = config.words
     if len(words) not in (1, 2):
         raise UserError("give a checkpoint, and a file if you like: python export.py report/classifier.pt --to onnx")
     path = checkpoint_path(config.run, words[0])

@@ -38,6 +38,7 @@ from common.config import ROOT, Setting, configure
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
 from common.names import cell_text, count, display_name, file_part, printable, safe_cell
+from common.painter import STYLES
 from common.run import (
     add_facts,
     checkpoint_path,
@@ -74,10 +75,8 @@ SHEET, COLUMNS, SIDE = 48, 6, 256  # pictures on the contact sheet, at most; in 
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    config = configure("label", __doc__, SETTINGS, SHARED, argv[len(words) :])
-    command, folder = read_command(words)
+    config = configure("label", __doc__, SETTINGS, SHARED, argv, words=True)
+    command, folder = read_command(config.words)
     corrections = Corrections(Path(config.run) / "corrections.sqlite")
     if command == "export":
         return export(corrections, folder)
@@ -112,6 +111,8 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
         path = HEAD if installed_weights(BACKBONE) else COMMITTED
     classifier = Classifier.load(path, device)
     print(describe(classifier, path), flush=True)
+    if set(classifier.classes) <= STYLES.keys() and config.checkpoint == COMMITTED.name:
+        print(f"these are the styles of the demo; for real paintings: --checkpoint {os.path.relpath(COMMITTED)}")
     if path == COMMITTED:
         accuracy = load_checkpoint(HEAD)["unseen_artists_accuracy"]
         better = f"a network on a pre-trained backbone is right for {accuracy:.0%} of them"

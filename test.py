@@ -176,7 +176,7 @@ def write_tables(run, suffix: str, data: WikiArt, probabilities, unsure, scores:
     lines += [f"{name:28} {p:9.3f} {r:9.3f} {f1:9.3f} {images:9}" for name, p, r, f1, images in scores]
     write_csv(run / f"report{suffix}.csv", ("class", "precision", "recall", "f1", "pictures"), scores)
     rows = [
-        (path, data.classes[label], data.classes[row.argmax()], row.max(), "unsure" if doubt else "")
+        (path, data.classes[label], data.classes[row.argmax()], float(row.max()), "unsure" if doubt else "")
         for path, label, row, doubt in zip(data.paths, data.labels, probabilities, unsure, strict=True)
     ]
     write_csv(run / f"predictions{suffix}.csv", ("path", "class", "predicted", "probability", "unsure"), rows)

@@ -71,8 +71,12 @@ SHARED = {
 }
 
 
-def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple, argv=None) -> argparse.Namespace:
+def configure(
+    script: str, doc: str, settings: dict[str, Setting], shared: tuple, argv=None, words=False
+) -> argparse.Namespace:
     """Settings of one script: its section of config.json and the `shared` keys it uses.
+
+    With `words`, what is no flag or its value, a folder for example, is in `words`, whether it comes first or last.
 
     Raises UserError for unknown keys, wrong types and values out of range; argparse exits for wrong flags.
     """
@@ -91,7 +95,9 @@ def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple
     first.add_argument("-c", "--config", action="append", metavar="FILE", help=layers)
     for key, setting in settings.items():
         add_flag(first if key in COMMON else rest if key in shared else own, key, setting, defaults[key])
-    config = parser.parse_args(argv)
+    if words:
+        parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    config = parser.parse_intermixed_args(argv) if words else parser.parse_args(argv)
     for key, setting in settings.items():
         check(key, getattr(config, key), setting)
     return config

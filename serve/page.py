@@ -60,13 +60,13 @@ class Page:
 
     def missing(self, config) -> list[str]:
         """A line for each part of the page that is left out."""
-        lines = []
+        lines, data = [], config.data if Path(config.data).is_dir() else "folder_of_known_paintings"
         if not self.has_regions:
             lines.append(f"no regions: {self.classifier.model_name} has no maps of them")
         if not self.nearest:
             why = f"{self.classifier.model_name} has no features"
             if panels.code_origin(self.classifier):
-                why = f"python {panels.code_command(self.classifier)} --data {config.data} --run {config.run}"
+                why = f"python {panels.code_command(self.classifier)} --data {data} --run {config.run}"
             lines.append(f"no nearest paintings: {why}")
         if not self.repainter:
             lines.append(f"no repainting: {config.run} has no style.pt of these styles, nor has report/")
@@ -154,6 +154,8 @@ class Page:
 
     def save(self, state, choice):
         """Save the label that was chosen: its message, the state, and whether there is something to undo."""
+        if choice is None:
+            return '<p role="status">Choose a label first.</p>', state, gr.update()
         with request_errors():
             if choice not in (*self.classifier.classes, *NO_CLASS):
                 raise UserError("choose a label first")
@@ -180,6 +182,8 @@ class Page:
         return f'<p role="status">{html.escape(message)} {total}</p>'
 
     def repaint(self, state, style, strength) -> str:
+        if style is None:  # leaving the list with Tab asks for a repainting, too
+            return '<p role="status">Choose a style first.</p>'
         with request_errors(), self.slots:
             if not self.repainter or style not in self.repainter.classes:
                 raise UserError("choose a style first")
@@ -354,8 +358,8 @@ def running(classifier, artist_classifier, corrections, config):
             prevent_thread_lock=True,
         )
     except OSError as error:
-        advice = "is the address taken? give another --port, or --host"
-        raise UserError(f"cannot listen at {config.host}:{config.port}: {advice} ({error})") from None
+        advice, reason = "is the address taken? give another --port, or --host", str(error).partition(". ")[0]
+        raise UserError(f"cannot listen at {config.host}:{config.port}: {advice} ({reason})") from None
     settings = blocks.server.config  # uvicorn asks it for the class of every new connection
     settings.http_protocol_class = uploads.with_timeout(settings.http_protocol_class)
     try:

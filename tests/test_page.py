@@ -379,7 +379,10 @@ def test_nothing_is_preselected_and_labels_can_be_undone(server, run, demo, desk
     undo = desktop.get_by_role("button", name="Undo")
     assert not undo.is_visible()
     desktop.get_by_role("button", name="Save this label").click()
-    desktop.get_by_text("choose a label first").first.wait_for()
+    desktop.get_by_text("Choose a label first.").wait_for()
+    desktop.get_by_role("button", name="Repaint").click()
+    desktop.get_by_text("Choose a style first.").wait_for()
+    assert not desktop.get_by_text("Error").count()
     assert corrections(run) == before
     labels = ("Dots", "None of these", "Not a painting")
     for count, label_ in enumerate(labels, 1):

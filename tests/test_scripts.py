@@ -197,6 +197,7 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     assert facts["accuracy"] == pytest.approx(np.mean(hits), abs=1e-4)
     for name in METRICS:
         assert facts[f"{name}_low"] <= facts[name] <= facts[f"{name}_high"]
+    assert all(len(row["probability"]) == len("0.1234") for row in rows)
     assert facts["majority_accuracy"] == pytest.approx(1 / 8)
     assert facts["seen_artists_images"] + facts["unseen_artists_images"] == 32
     both = [facts[f"{who}_artists_accuracy"] * facts[f"{who}_artists_images"] for who in ("seen", "unseen")]
