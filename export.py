@@ -47,6 +47,7 @@ def main(argv=None):
     classifier, target = Classifier.load(path, "cpu"), Path((words[1:] or [path.with_suffix(ENDINGS[config.to])])[0])
     write, read = FORMATS[config.to]
     images = torch.randint(256, (3, 3, classifier.size, classifier.size), dtype=torch.uint8)
+    print(f"{config.to} of {path}: this may take minutes", flush=True)
     with atomic_write(target) as temporary:
         try:
             write(classifier, path, temporary)

@@ -234,17 +234,16 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
     title = f"The most confident mistakes on {PAINTINGS[data.split]}s" if rows else "No mistakes to show"
     figures.contact_sheet(run / f"mistakes{suffix}.png", data.pixels[data.rows[rows]], captions, 4, title)
 
-    if classifier.has_evidence:
-        rows = [members[0] for members in by_class[:12] if members]
-        images, captions = [], []
-        for row in rows:
-            pixels = data.pixels[data.rows[row]]
-            evidence = classifier.evidence(torch.from_numpy(pixels[None].copy()), truth[row])
-            highlighted = highlight(Image.fromarray(pixels.transpose(1, 2, 0)), evidence)
-            images += [pixels, np.asarray(highlighted).transpose(2, 0, 1)]
-            captions += [artist_over_title(data, row), f"evidence: {classes[truth[row]]}\n{predicted(row)}"]
-        title = "Orange: evidence for the painting's class"
-        figures.contact_sheet(run / f"regions{suffix}.png", images, captions, 4, title)
+    rows = [members[0] for members in by_class[:12] if members]
+    images, captions = [], []
+    for row in rows:
+        pixels = data.pixels[data.rows[row]]
+        evidence = classifier.evidence(torch.from_numpy(pixels[None].copy()), truth[row])
+        highlighted = highlight(Image.fromarray(pixels.transpose(1, 2, 0)), evidence)
+        images += [pixels, np.asarray(highlighted).transpose(2, 0, 1)]
+        captions += [artist_over_title(data, row), f"evidence: {classes[truth[row]]}\n{predicted(row)}"]
+    title = "Orange: evidence for the painting's class"
+    figures.contact_sheet(run / f"regions{suffix}.png", images, captions, 4, title)
 
 
 def artist_over_title(data: WikiArt, row: int) -> str:

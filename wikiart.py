@@ -43,6 +43,7 @@ from common.layers import (
     covariances,
     map_evidence,
     mean_std,
+    occlusion_evidence,
 )
 from common.metrics import calibrate, familiarity
 from common.names import artist_and_title, artist_of, count, match_style, printable, read_metadata, showable, stem_of
@@ -685,14 +686,12 @@ class Classifier:
         return mean_over_views(self.model.features, self.prepare(images), self.crop, FEATURE_SCALES).cpu()
 
     def evidence(self, image, label: int) -> np.ndarray:
-        """How much each region of one image (1, 3, any, any) spoke for a class, float (h, w); see has_evidence."""
+        """How much each region of one image (1, 3, any, any) spoke for a class, float (h, w)."""
         view = views(self.prepare(image), self.crop, max(1.0, *self.tta_scales))[0]
-        own = hasattr(self.model, "evidence")
-        return (self.model.evidence(view, label) if own else map_evidence(self.model, view, label)).cpu().numpy()
-
-    @property
-    def has_evidence(self) -> bool:
-        """Whether the network's features are the means of maps, which tell regions: not an MLP, nor ViTs, of tokens."""
-        if self.model_name == "Pretrained":
-            return self.model.stages > 0
-        return self.model_name != "MLP" and not self.model_name.startswith("vit_")
+        if self.model_name == "MLP" or self.model_name.startswith("vit_") or getattr(self.model, "stages", 1) == 0:
+            evidence = occlusion_evidence(self.model, view, label)  # there are no maps whose means are the features
+        elif hasattr(self.model, "evidence"):
+            evidence = self.model.evidence(view, label)
+        else:
+            evidence = map_evidence(self.model, view, label)
+        return evidence.cpu().numpy()

@@ -55,14 +55,11 @@ class Page:
         self.nearest = panels.NearestPaintings(classifier, codes, config) if codes else None
         self.repainter = panels.load_repainter(config.run, classifier)
         self.collection = collection.Collection(config, codes)
-        self.has_regions = classifier.has_evidence
         self.notes = self.missing(config)
 
     def missing(self, config) -> list[str]:
         """A line for each part of the page that is left out."""
         lines, data = [], config.data if Path(config.data).is_dir() else "folder_of_known_paintings"
-        if not self.has_regions:
-            lines.append(f"no regions: {self.classifier.model_name} has no maps of them")
         if not self.nearest:
             why = f"{self.classifier.model_name} has no features"
             if panels.code_origin(self.classifier):
@@ -129,7 +126,7 @@ class Page:
                 parts = [
                     panels.figure_html(picture, "The uploaded painting", Path(name).name),
                     panels.answer_html(self.classifier, probabilities) + self.artist_html(image),
-                    panels.regions_html(self.classifier, image, data, state["guess"]) if self.has_regions else "",
+                    panels.regions_html(self.classifier, image, data, state["guess"]),
                     self.nearest.figures_html(image) if self.nearest else "",
                 ]
         except UserError as error:
@@ -231,7 +228,7 @@ class Page:
                     answer = gr.HTML()
                     choice, saved = self.correction_controls(state, private)
             with gr.Row():
-                regions = self.section("The regions that decided", self.has_regions, "regions")
+                regions = self.section("The regions that decided", True, "regions")
                 nearest = self.section("The most similar known paintings", self.nearest is not None, "nearest")
             painted = self.repainting_controls(state, private)
         shown = [problem, state, file, result, picture, answer, regions, nearest, choice, saved, painted]

@@ -29,7 +29,7 @@ import serve
 import test as evaluation
 import train
 import wikiart
-from common import backbones, crops, images, metrics
+from common import backbones, crops, images, layers, metrics
 from common.errors import UserError
 from common.run import file_hash, load_checkpoint, save_checkpoint
 from serve import collection, corrections, page, panels, uploads
@@ -480,7 +480,6 @@ def torchvision_classifier(name: str) -> wikiart.Classifier:
 def test_a_network_of_torchvision_has_regions_of_its_last_maps(name):
     """Those of ResNet, which has a linear head, add up to the logit but for its bias."""
     classifier, left = torchvision_classifier(name), []
-    assert classifier.has_evidence
     for number in range(3):
         pixels = torch.from_numpy(np.random.default_rng(number).integers(0, 256, (1, 3, 64, 64), dtype=np.uint8))
         regions = classifier.evidence(pixels, 1)
@@ -510,9 +509,21 @@ def test_the_regions_are_those_of_one_s_own_picture(monkeypatch):
     assert np.array_equal(classifier.evidence(own, 1), expected)
 
 
-def test_what_has_no_maps_at_its_end_has_no_regions(trained):
-    assert not torchvision_classifier("vit_b_32").has_evidence
-    assert not wikiart.Classifier.load(trained / "mlp/classifier.pt", "cpu").has_evidence
+def test_regions_are_covered_where_a_network_has_no_maps(trained):
+    """An MLP and a ViT of torchvision. A network that sees brightness in one corner alone has its evidence there."""
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 64, 64), dtype=np.uint8))
+    mlp = wikiart.Classifier.load(trained / "mlp/classifier.pt", "cpu")
+    for classifier in (torchvision_classifier("vit_b_32"), mlp):
+        regions = classifier.evidence(pixels, 1)
+        assert regions.shape == (7, 7) and regions.std() > 0
+
+    def bright_corner(images):
+        return torch.stack([images[:, :, :8, -8:].mean((1, 2, 3)), torch.zeros(len(images))], 1)
+
+    image = torch.zeros(1, 3, 56, 56)
+    image[:, :, :8, -8:] = 1
+    regions = layers.occlusion_evidence(bright_corner, image, 0)
+    assert regions[0, 6] > 0.4 and regions.abs().sum() == regions[0, 6]
 
 
 def test_the_nearest_paintings_of_a_frozen_backbone(frozen, demo):

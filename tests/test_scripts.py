@@ -281,7 +281,7 @@ def test_figures_are_readable_at_27_classes(tmp_path):
     probabilities = random.dirichlet(np.ones(27), 300)
     evaluation.plot_scores(tmp_path, "", data, probabilities)
     assert min(Image.open(tmp_path / "confusion.png").size) > 1000
-    evaluation.plot_paintings(tmp_path, "", data, probabilities, SimpleNamespace(has_evidence=False), config)
+    evaluation.plot_paintings(tmp_path, "", data, probabilities, None, config)
     for name in ("samples", "mistakes"):
         assert (tmp_path / f"{name}.png").stat().st_size < 20_000  # every picture has a genre that is not to be shown
 
