@@ -35,7 +35,7 @@ from common.metrics import (
     seen_unseen_accuracy,
 )
 from common.names import artist_and_title, count, display_name, match_style, printable, safe_cell, stem_of
-from common.run import add_facts, atomic_write, checkpoint_path, claim, pick_device, run_script, write_text
+from common.run import Timer, add_facts, atomic_write, checkpoint_path, claim, pick_device, run_script, write_text
 from wikiart import Classifier, WikiArt
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
@@ -57,11 +57,13 @@ def main(argv=None):
     data = load_paintings(classifier, config)
     truth = data.labels.numpy()
 
+    timer = Timer()
     raw = classifier.predict_dataset(data, calibrated=False)
+    cpu_seconds = timer.seconds()["cpu_seconds"]
     probabilities = calibrate(raw, classifier.temperature).numpy()
     predictions = probabilities.argmax(1)
     facts = {"checkpoint": classifier.hash[:12], "images": len(data), "classes": len(data.classes)}
-    facts["left_out"] = data.left_out
+    facts |= {"left_out": data.left_out, "images_per_cpu_second": len(data) / cpu_seconds}
     facts |= bootstrap_scores(truth, predictions, len(data.classes), config.seed)
     facts |= compare(classifier, data, config)
     facts["temperature"] = classifier.temperature

@@ -440,10 +440,12 @@ def report(run, state: dict, fitted: WikiArt, validation: WikiArt, validation_he
 def plot_classes(path, state: dict, training: WikiArt, drawn) -> None:
     """Bars: paintings per class, and how many of them an epoch draws."""
     config, counts = state["config"], training.counts()
-    bars = {"paintings": counts, f"drawn in an epoch by {config['balance']}": drawn}
+    bars = {"paintings": counts}
+    if (drawn != counts).any():
+        bars[f"drawn in an epoch by {config['balance']}"] = drawn
     if config["balance"] not in ("resample", "sampler"):  # these change the loss; show what resampling would draw
         resampler = BalancedSampler(training.labels, "resample", config["per_class"], config["seed"])
-        bars["drawn by resample"] = draws_per_class(resampler)
+        bars["would be drawn by resample"] = draws_per_class(resampler)
     largest_first = np.argsort(-counts, kind="stable")
     bars = {name: heights[largest_first] for name, heights in bars.items()}
     names = [display_name(state["classes"][label]) for label in largest_first]

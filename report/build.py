@@ -94,15 +94,17 @@ def find_figures(text: str, others: tuple, run: Path) -> dict[str, Path]:
     return figures
 
 
-def documents(facts: dict) -> dict[Path, str]:
-    """The committed documents as the committed templates and these facts make them."""
+def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
+    """The committed documents as the committed templates, these facts and the weights in a folder make them."""
+    sizes = {Path(name).stem: (weights / name).stat().st_size / 1e6 for name in WEIGHTS}
+    facts = facts | {"megabytes": sizes}
     results = fill(REPORT / "results.md", facts)
     readme = RESULTS.sub(lambda marks: marks[1] + results + marks[2], README.read_text())
     return {REPORT / "README.md": fill(REPORT / "template.md", facts), README: readme}
 
 
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
-    texts = documents(facts)  # first: a missing fact ends the program before anything is overwritten
+    texts = documents(facts, run)  # first: a missing fact ends the program before anything is overwritten
     for name, path in figures.items():
         copy(path, REPORT / name)
     write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
