@@ -510,12 +510,10 @@ def test_the_regions_are_those_of_one_s_own_picture(monkeypatch):
 
 
 def test_regions_are_covered_where_a_network_has_no_maps(trained):
-    """An MLP and a ViT of torchvision. A network that sees brightness in one corner alone has its evidence there."""
+    """An MLP. A network that sees brightness in one corner alone has its evidence there."""
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 64, 64), dtype=np.uint8))
-    mlp = wikiart.Classifier.load(trained / "mlp/classifier.pt", "cpu")
-    for classifier in (torchvision_classifier("vit_b_32"), mlp):
-        regions = classifier.evidence(pixels, 1)
-        assert regions.shape == (7, 7) and regions.std() > 0
+    regions = wikiart.Classifier.load(trained / "mlp/classifier.pt", "cpu").evidence(pixels, 1)
+    assert regions.shape == (7, 7) and regions.std() > 0
 
     def bright_corner(images):
         return torch.stack([images[:, :, :8, -8:].mean((1, 2, 3)), torch.zeros(len(images))], 1)
