@@ -71,8 +71,10 @@ SHARED = {
 }
 
 
-def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple, argv=None) -> argparse.Namespace:
-    """Settings of one script: its section of config.json and the `shared` keys it uses.
+def configure(
+    script: str, doc: str, settings: dict[str, Setting], shared: tuple, argv=None, action: str = ""
+) -> argparse.Namespace:
+    """Settings of one script: its section of config.json and the `shared` keys it uses; `action` is a subcommand.
 
     Raises UserError for unknown keys, wrong types and values out of range; argparse exits for wrong flags.
     """
@@ -84,7 +86,7 @@ def configure(script: str, doc: str, settings: dict[str, Setting], shared: tuple
 
     formatter = argparse.RawDescriptionHelpFormatter
     options = {"usage": "%(prog)s [flags]; --help has examples", "formatter_class": formatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(f"{script}.py", description=doc, add_help=False, **options)
+    parser = argparse.ArgumentParser(f"{script}.py {action}".strip(), description=doc, add_help=False, **options)
     first, own, rest = map(parser.add_argument_group, ("common flags", f"more flags of {script}.py", "shared flags"))
     layers = "settings that override config.json, e.g. settings/cpu.json"
     first.add_argument("-h", "--help", action="help", help="show this text")
