@@ -164,7 +164,7 @@ def train(config) -> None:
         raise UserError(f"--batch-size must be a multiple of {world_size()} processes times --accumulate")
     if config.base == "tiny":
         config.base = f"{adapters.TINY}/{tiny_diffusion.base_name(styles)}"
-        facts = tiny_diffusion.make_base(run / adapters.TINY, styles, config.seed, device, config.processes)
+        facts = tiny_diffusion.make_base(run / adapters.TINY, styles, device, config.processes)
         add_facts(run, "lora", facts, merge=True)
     adapters.check_words(config.prompts, adapters.base_path(config.base, run))
     training = data.subset(np.isin(data.styles, styles))

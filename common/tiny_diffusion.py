@@ -1,17 +1,17 @@
 """A small text-to-image model with the parts of Stable Diffusion, for machines without a GPU or a network.
 
-    make_base(Path("runs/demo/tiny_base"), ["Halftone"], seed=0, device=device)
+    make_base(Path("runs/demo/tiny_base"), ["Halftone"], device)
     load(Path("runs/demo/tiny_base/without-Halftone"), device)    # of common.diffusion: a folder in diffusers' layout
 
-It learns 64-px scenes of the demo's painter, painted for it: first as they are, without a style, which bases share,
-and then in all styles but the unseen ones, whose words and brushwork are left for LoRA.
+It learns 64-px scenes of the demo's painter, painted for it: first as they are, without a style, then in all styles but
+the unseen ones, whose words and brushwork are left for LoRA. The first part takes most of the time; its result, which
+all bases share, is in report/tiny_base. Without that folder, or with other numbers below, it is trained anew.
 """
 
 import json
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +33,14 @@ from common.painter import STYLES, Artist, Scene
 from common.run import write_text
 
 SIDE = 64
-SCENES, PAINTERS = 32, 2  # few, so that minutes suffice to learn them; of each style
-PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE = 350, 350, 16
-LR, EMA_DECAY = 0.003, 0.98
+SHARED = Path(__file__).resolve().parent.parent / "report/tiny_base"  # the base that knows no style
+SEED = 0
+SCENES, PAINTERS = 64, 2  # few, so that minutes suffice to learn them; of each style
+PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE = 3000, 350, 16
+LR, EMA_DECAY = 0.003, 0.99
 CHANNELS = (64, 96)
 SCALES = (2.0, 1.0, 0.55)  # standard deviations of light and of the two hues, of the mean of a patch
+NOTE = "made_from.json"
 FIRST_SCENE = 1_000_000  # the demo's own numbers are small, so that no picture is in both
 
 
@@ -75,9 +78,9 @@ class Patches(ModelMixin, ConfigMixin):
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def paint_scene(number: int, seed: int) -> np.ndarray:
+def paint_scene(number: int) -> np.ndarray:
     """A scene as it is and, by several painters, in every style: uint8 (1 + styles * PAINTERS, 3, 64, 64)."""
-    rng, scene = np.random.default_rng([seed, number]), Scene(FIRST_SCENE + number, seed, 2 * SIDE)
+    rng, scene = np.random.default_rng([SEED, number]), Scene(FIRST_SCENE + number, SEED, 2 * SIDE)
     pictures = [(255 * scene.colour.clip(0, 1)).astype(np.uint8)]
     for style, about in STYLES.items():
         artists = about.artists.split()[:-2]  # the others paint the demo's test pictures
@@ -85,10 +88,10 @@ def paint_scene(number: int, seed: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(picture).reduce(2)).transpose(2, 0, 1) for picture in pictures])
 
 
-def paint_scenes(seed: int, processes: int) -> dict:
+def paint_scenes(processes: int) -> dict:
     """The pictures uint8 (N, 3, 64, 64) by style, "" for scenes as they are; number n shows GENRES[n % 4]."""
     with ProcessPoolExecutor(processes or None) as pool:
-        painted = np.stack(list(pool.map(partial(paint_scene, seed=seed), range(SCENES))))
+        painted = np.stack(list(pool.map(paint_scene, range(SCENES))))
     styles = {}
     for number, style in enumerate(STYLES):
         of_style = painted[:, 1 + number * PAINTERS : 1 + (number + 1) * PAINTERS]
@@ -136,29 +139,33 @@ def new_pipeline() -> diffusers.StableDiffusionPipeline:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def make_base(folder: Path, unseen: list[str], seed: int, device, processes: int = 0) -> dict:
+def make_base(folder: Path, unseen: list[str], device, processes: int = 0) -> dict:
     """Train a base on all styles but the unseen ones, and save it to folder / base_name(unseen); returns facts.
 
-    A base of the same settings that is there already is kept, and {} returned.
+    A base of the same numbers that is there already is kept.
     """
-    base, plain, start = folder / base_name(unseen), folder / base_name(STYLES), time.process_time()
-    numbers = [PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE, SCENES, PAINTERS, list(CHANNELS), seed]
+    plain_numbers = [SEED, PLAIN_STEPS, BATCH_SIZE, SCENES, list(CHANNELS)]
+    numbers = [*plain_numbers, STYLE_STEPS, PAINTERS]
+    base, plain = folder / base_name(unseen), folder / base_name(STYLES)
+    seen = [style for style in STYLES if style not in unseen]
     with diffusion.exclusive(folder / "bases"):
-        if is_made(base, numbers):
-            return {}
-        pictures = paint_scenes(seed, processes)
-        if not is_made(plain, numbers):
-            torch.manual_seed(seed)
+        if not is_made(plain, plain_numbers) and is_made(SHARED, plain_numbers):
+            shutil.copytree(SHARED, plain, dirs_exist_ok=True)
+        start = time.process_time()
+        pictures = None if is_made(plain, plain_numbers) and is_made(base, numbers) else paint_scenes(processes)
+        torch.manual_seed(SEED)
+        if not is_made(plain, plain_numbers):
             fit(pipe := new_pipeline().to(device), {"": pictures[""]}, PLAIN_STEPS, "scenes without a style")
-            save(pipe, plain, numbers)
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(plain, safety_checker=None).to(device)
-        torch.manual_seed(seed)
-        seen = {style: pictures[style] for style in STYLES if style not in unseen}
-        if seen:
-            fit(pipe, seen, STYLE_STEPS, f"all styles but {', '.join(map(display_name, unseen))}")
-            save(pipe, base, numbers)
-    weights = sum(weight.numel() for network in diffusion.networks(pipe) for weight in network.parameters())
-    return {"tiny_weights": weights, "tiny_cpu_minutes": (time.process_time() - start) / 60, "tiny_scenes": SCENES}
+            save(pipe, plain, plain_numbers, start)
+            start = time.process_time()
+        if seen and not is_made(base, numbers):
+            pipe = diffusers.StableDiffusionPipeline.from_pretrained(plain, safety_checker=None).to(device)
+            names = ", ".join(map(display_name, unseen))
+            fit(pipe, {style: pictures[style] for style in seen}, STYLE_STEPS, f"all styles but {names}")
+            save(pipe, base, numbers, start)
+    first, second = read_note(plain), read_note(base)
+    minutes = {"tiny_plain_cpu_minutes": first["cpu_minutes"], "tiny_cpu_minutes": second["cpu_minutes"]}
+    return minutes | {"tiny_weights": first["weights"], "tiny_scenes": SCENES}
 
 
 def base_name(unseen) -> str:
@@ -167,16 +174,22 @@ def base_name(unseen) -> str:
     return "plain" if len(left_out) == len(STYLES) else "without-" + ("-".join(left_out) or "none")
 
 
+def read_note(folder: Path) -> dict:
+    return json.loads((folder / NOTE).read_text())
+
+
 def is_made(folder: Path, numbers: list) -> bool:
-    note = folder / "made_from.json"
-    return note.exists() and json.loads(note.read_text())["numbers"] == numbers
+    return (folder / NOTE).exists() and read_note(folder)["numbers"] == numbers
 
 
-def save(pipe, folder: Path, numbers: list) -> None:
+def save(pipe, folder: Path, numbers: list, start: float) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+    pipe.unet.half()  # half of the size; it is read as float32
     pipe.save_pretrained(folder)
-    words = sorted({word for text in captions() for word in text.lower().split()})
-    write_text(folder / "made_from.json", json.dumps({"numbers": numbers, "words": words}))  # last: now it is complete
+    about = {"numbers": numbers, "cpu_minutes": (time.process_time() - start) / 60}
+    about["weights"] = sum(weight.numel() for part in diffusion.networks(pipe) for weight in part.parameters())
+    about["words"] = sorted({word for text in captions() for word in text.lower().split()})
+    write_text(folder / NOTE, json.dumps(about))  # last: now it is complete
 
 
 def captions(artists=("",)) -> list[str]:

@@ -231,7 +231,7 @@ def test_patches_come_back_as_they_were():
 
 
 def test_the_base_has_scenes_of_its_own(demo):
-    pictures = tiny_diffusion.paint_scenes(0, 1)
+    pictures = tiny_diffusion.paint_scenes(1)
     assert {style: len(each) for style, each in pictures.items()} == {"": 8} | dict.fromkeys(STYLES, 16)
     assert pictures["Dots"].shape[1:] == (3, 64, 64)
     assert not torch.equal(pictures["Dots"][0], pictures["Dots"][8])  # the same scene by another painter
