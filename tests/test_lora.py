@@ -508,12 +508,14 @@ def sdxl(tuned, tmp_path_factory):
     """A folder like SDXL's with fresh weights: two text encoders, of which the second pools, and sizes for the UNet."""
     small = diffusers.StableDiffusionPipeline.from_pretrained(tuned.base, safety_checker=None)
     torch.manual_seed(0)
-    second = transformers.CLIPTextModelWithProjection(small.text_encoder.config)
+    words = small.text_encoder.config
+    words.num_hidden_layers = 2  # SDXL takes the output of the last but one
+    first, second = transformers.CLIPTextModel(words), transformers.CLIPTextModelWithProjection(words)
     sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64 + 6 * 8}
     options = {"cross_attention_dim": 128, "addition_embed_type": "text_time", **sizes}
     unet = diffusers.UNet2DConditionModel.from_config(dict(small.unet.config) | options)
     scheduler = diffusers.EulerDiscreteScheduler.from_config(small.scheduler.config, prediction_type="v_prediction")
-    encoders = (small.text_encoder, second, small.tokenizer, small.tokenizer)
+    encoders = (first, second, small.tokenizer, small.tokenizer)
     pipe = diffusers.StableDiffusionXLPipeline(small.vae, *encoders, unet, scheduler, add_watermarker=False)
     folder = tmp_path_factory.mktemp("sdxl") / "base"
     pipe.save_pretrained(folder)
