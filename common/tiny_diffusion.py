@@ -150,7 +150,9 @@ def make_base(folder: Path, unseen: list[str], device, processes: int = 0) -> di
     seen = [style for style in STYLES if style not in unseen]
     with diffusion.exclusive(folder / "bases"):
         if not is_made(plain, plain_numbers) and is_made(SHARED, plain_numbers):
-            shutil.copytree(SHARED, plain, dirs_exist_ok=True)
+            shutil.rmtree(plain, ignore_errors=True)
+            shutil.copytree(SHARED, plain, ignore=shutil.ignore_patterns(NOTE))
+            write_text(plain / NOTE, (SHARED / NOTE).read_text())  # last: now it is complete
         start = time.process_time()
         pictures = None if is_made(plain, plain_numbers) and is_made(base, numbers) else paint_scenes(processes)
         torch.manual_seed(SEED)
@@ -189,7 +191,7 @@ def save(pipe, folder: Path, numbers: list, start: float) -> None:
     about = {"numbers": numbers, "cpu_minutes": (time.process_time() - start) / 60}
     about["weights"] = sum(weight.numel() for part in diffusion.networks(pipe) for weight in part.parameters())
     about["words"] = sorted({word for text in captions() for word in text.lower().split()})
-    write_text(folder / NOTE, json.dumps(about))  # last: now it is complete
+    write_text(folder / NOTE, json.dumps(about))  # last, here too
 
 
 def captions(artists=("",)) -> list[str]:
