@@ -221,7 +221,7 @@ def painting_grid(path, pictures: np.ndarray, columns: list[str], rows: list[str
 
 
 def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], title: str, side: int = 48) -> None:
-    """Pictures uint8 (N, 3, S, S) in the cells (N,) of a grid; up to nine classes are told by coloured frames."""
+    """Pictures uint8 (N, 3, S, S) in the cells (N,) of a grid; up to nine classes have frames of their own colours."""
     gap, frame, top = 2, 3, 34
     step, rows, font = side + 2 * frame + gap, 1 + max(cells) // columns, ImageFont.load_default(13)
     framed = len(classes) <= len(HUES)

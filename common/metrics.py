@@ -74,9 +74,13 @@ def calibration_error(truth, probabilities, bins: int = 15) -> float:
     return float(np.abs(gaps).sum() / len(truth))
 
 
+def log_probabilities(probabilities):
+    return probabilities.float().clamp_min(1e-9).log()
+
+
 def calibrate(probabilities, temperature: float):
     """Probabilities (B, classes), sharper at temperatures below 1, flatter above (Guo et al. 2017); the order stays."""
-    return (probabilities.clamp_min(1e-9).log() / temperature).softmax(1)
+    return (log_probabilities(probabilities) / temperature).softmax(1)
 
 
 def fit_temperature(probabilities, labels) -> float:
@@ -85,10 +89,10 @@ def fit_temperature(probabilities, labels) -> float:
     Labels are smoothed by 1 / (N + 2) (Platt 1999): without this, the best temperature of a network
     without mistakes is 0.
     """
-    log_probabilities, weights = probabilities.clamp_min(1e-9).log(), 1 / torch.bincount(labels)[labels]
+    logs, weights = log_probabilities(probabilities), 1 / torch.bincount(labels)[labels]
 
     def loss(temperature):
-        logits, smoothing = log_probabilities / temperature, 1 / (len(labels) + 2)
+        logits, smoothing = logs / temperature, 1 / (len(labels) + 2)
         losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
         return (weights * losses).sum().item()
 
@@ -97,14 +101,10 @@ def fit_temperature(probabilities, labels) -> float:
 
 def negative_log_likelihood(probabilities, labels):
     """-log of the probability (N, classes) of each label (N,), at most 21."""
-    return F.nll_loss(probabilities.clamp_min(1e-9).log(), labels, reduction="none")
+    return F.nll_loss(log_probabilities(probabilities), labels, reduction="none")
 
 
 # What a classifier does not know -------------------------------------------------------------------------------------
-
-
-def log_probabilities(probabilities):
-    return probabilities.float().clamp_min(1e-9).log()
 
 
 def typical_answers(probabilities, labels) -> torch.Tensor:

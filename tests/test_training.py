@@ -322,9 +322,9 @@ def test_an_answer_is_familiar_where_it_is_nearer_to_a_class_than_to_the_mean():
     answers = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.1, 0.1, 0.8]]).repeat(2, 1)
     typical = typical_answers(answers, torch.tensor([0, 1, 2, 0, 1, 2]))
     torch.testing.assert_close(typical, answers[:3].log())
-    like, unlike, mean = familiarity(torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.1, 0.3], [1 / 3] * 3]), typical)
-    assert like == pytest.approx((typical[0] - typical.mean(0)).norm().item())
-    assert like > unlike > mean
+    near, far, centre = familiarity(torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.1, 0.3], [1 / 3] * 3]), typical)
+    assert near == pytest.approx((typical[0] - typical.mean(0)).norm().item())
+    assert near > far > centre
     assert familiarity(answers).tolist() == answers.amax(1).tolist()
 
 
