@@ -323,6 +323,22 @@ def tab_to(page, name):
     raise AssertionError(f"{name} is not reached")
 
 
+def choose_by_keys(page, name, downs):
+    """Tab to a list, press the arrow until its options are there, and `downs` times more; Enter. Returns its value."""
+    from playwright.sync_api import expect
+
+    tab_to(page, name)
+    options = page.get_by_role("option").locator("visible=true")
+    while not options.count():
+        page.keyboard.press("ArrowDown")
+        page.wait_for_timeout(200)
+    for _ in range(downs):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label(name)).not_to_have_value("")
+    return page.get_by_label(name).input_value()
+
+
 def test_everything_is_reached_by_keyboard_alone(server, run, demo, phone):
     """Upload, classify, correct, confirm, repaint, and the collection: Tab, letters, arrows and Enter."""
     from playwright.sync_api import expect
@@ -338,13 +354,8 @@ def test_everything_is_reached_by_keyboard_alone(server, run, demo, phone):
         phone.wait_for_timeout(200)
     choosers[0].set_files(path)
     phone.get_by_role("heading", name=re.compile("%")).wait_for()
-    box = phone.get_by_label("Its style is")
-    expect(box).to_have_value("")
-    tab_to(phone, "Its style is")
-    for key in ("ArrowDown", "ArrowDown", "Enter"):
-        phone.keyboard.press(key)
-    expect(box).not_to_have_value("")
-    style = box.input_value()
+    expect(phone.get_by_label("Its style is")).to_have_value("")
+    style = choose_by_keys(phone, "Its style is", 2)
     tab_to(phone, "Save this label")
     phone.keyboard.press("Enter")
     phone.get_by_text(f"Saved: {style}.").wait_for()
@@ -354,9 +365,7 @@ def test_everything_is_reached_by_keyboard_alone(server, run, demo, phone):
     phone.keyboard.press("Enter")
     phone.get_by_text(f"Undone: {style} for {path.name}.").wait_for()
     assert len(corrections(run)) == before
-    tab_to(phone, "Repaint it as")
-    for key in ("ArrowDown", "Enter"):
-        phone.keyboard.press(key)
+    choose_by_keys(phone, "Repaint it as", 1)
     tab_to(phone, "Repaint")
     phone.keyboard.press("Enter")
     phone.get_by_role("img", name="The painting in the style").wait_for()
