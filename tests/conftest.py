@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,9 @@ def pytest_sessionfinish(exitstatus):
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
+    """A worker of pytest-xdist for each core: more threads would only wait for each other."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
