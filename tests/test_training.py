@@ -414,8 +414,9 @@ def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
 # Other networks and labels
 
 
-def test_a_network_of_torchvision(demo, tmp_path):
-    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "resnet18", "--epochs", "1"])
+def test_the_network_of_the_judge(demo, tmp_path):
+    name = json.loads((ROOT / "settings/judge.json").read_text())["train"]["model"]  # one of torchvision
+    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", name, "--epochs", "1"])
     model = wikiart.build_model(load_checkpoint(tmp_path / "classifier.pt"))
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 8)
     with pytest.raises(UserError, match="no model resnet19"):
