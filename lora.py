@@ -162,28 +162,39 @@ def train(config) -> None:
     styles = list(dict.fromkeys(find_style(style, data.classes) for style in config.style)) or data.classes
     if config.batch_size % (world_size() * config.accumulate):
         raise UserError(f"--batch-size must be a multiple of {world_size()} processes times --accumulate")
-    if config.base == "tiny":
-        config.base = f"{adapters.TINY}/{tiny_diffusion.base_name(styles)}"
-        facts = tiny_diffusion.make_base(run / adapters.TINY, styles, device, config.processes)
-        add_facts(run, "lora", facts, merge=True)
-    adapters.check_words(config.prompts, adapters.base_path(config.base, run))
     training = data.subset(np.isin(data.styles, styles))
     if config.per_style and config.restart and rank() == 0:  # or an interrupted restart would find old ones finished
         for style in styles:
             (run / "lora" / style / adapters.NOTE).unlink(missing_ok=True)
+    base = config.base
     for name in styles if config.per_style else [""]:
-        fit_adapter(name, [name] if name else styles, training, test, config, device)
+        chosen = [name] if name else styles
+        config.base = small_base(chosen, config, device) if base == "tiny" else base
+        adapters.check_words(config.prompts, adapters.base_path(config.base, run), chosen)
+        fit_adapter(name, chosen, training, test, config, device)
     if lock:
         lock.close()
     leave_processes()
 
 
+def small_base(styles: list[str], config, device) -> str:
+    """The small base that has seen none of these styles; trained where it is not there yet."""
+    facts = tiny_diffusion.make_base(Path(config.run, adapters.TINY), styles, device, config.processes)
+    add_facts(config.run, "lora", facts, merge=True)
+    return f"{adapters.TINY}/{tiny_diffusion.base_name(styles)}"
+
+
 def load_paintings(config) -> tuple[WikiArt, WikiArt]:
-    """At most --pictures training paintings of each style, and at most EVAL_IMAGES test paintings."""
+    """At most --pictures training paintings of each style, and at most EVAL_IMAGES test paintings.
+
+    Scenes that exist in every style, as in the demo, come first: with them, only the style is new to a base that knows
+    the scene.
+    """
     options = {key: getattr(config, key) for key in ("size", "resize", "split_seed", "processes")}
     data = WikiArt(config.data, "train", **options)
     test = WikiArt(config.data, "test", classes=data.classes, **options)
-    order = np.random.default_rng(config.seed).permutation(len(data))
+    everywhere = np.isin(np.arange(len(data)), common_scenes(data))
+    order = np.lexsort([np.random.default_rng(config.seed).permutation(len(data)), ~everywhere])
     data = first_of_each(data, order, config.pictures or len(data))
     return data, first_of_each(test, np.arange(len(test)), EVAL_IMAGES)
 

@@ -1,11 +1,12 @@
 """A small text-to-image model with the parts of Stable Diffusion, for machines without a GPU or a network.
 
     make_base(Path("runs/demo/tiny_base"), ["Halftone"], device)
-    load(Path("runs/demo/tiny_base/without-Halftone"), device)    # of common.diffusion: a folder in diffusers' layout
+    load(Path("runs/demo/tiny_base/knows-Bands-Dots-Drips-Facets"), device)    # of common.diffusion
 
-It learns 64-px scenes of the demo's painter, painted for it: first as they are, without a style, then in all styles but
-the unseen ones, whose words and brushwork are left for LoRA. The first part takes most of the time; its result, which
-all bases share, is in report/tiny_base. Without that folder, or with other numbers below, it is trained anew.
+It learns 64-px scenes of the demo's painter, painted for it, as they are and in one half of the styles. The words and
+the brushwork of the other half are left for LoRA. The two bases, one for each half, are in report/tiny_base; without
+that folder, or with other numbers below, they are trained anew. So few scenes are learned by heart: to invent others, a
+model needs thousands of times as many steps.
 """
 
 import json
@@ -27,21 +28,23 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from common import diffusion
+from common.errors import UserError
 from common.names import display_name
 from common.optim import MovingAverage, Optimizers
 from common.painter import STYLES, Artist, Scene
 from common.run import write_text
 
 SIDE = 64
-SHARED = Path(__file__).resolve().parent.parent / "report/tiny_base"  # the base that knows no style
+SHARED = Path(__file__).resolve().parent.parent / "report/tiny_base"
+HALVES = list(STYLES)[:4], list(STYLES)[4:]
 SEED = 0
-SCENES, PAINTERS = 64, 2  # few, so that minutes suffice to learn them; of each style
-PLAIN_STEPS, STYLE_STEPS, BATCH_SIZE = 3000, 350, 16
+SCENES = 24  # few, so that minutes suffice to learn them
+STEPS, BATCH_SIZE = 5000, 16
 LR, EMA_DECAY = 0.003, 0.99
 CHANNELS = (64, 96)
 SCALES = (2.0, 1.0, 0.55)  # standard deviations of light and of the two hues, of the mean of a patch
 NOTE = "made_from.json"
-FIRST_SCENE = 1_000_000  # the demo's own numbers are small, so that no picture is in both
+FIRST_SCENE = 40  # of the demo's first training scenes, which are painted in every style
 
 
 class Patches(ModelMixin, ConfigMixin):
@@ -79,24 +82,20 @@ class Patches(ModelMixin, ConfigMixin):
 
 
 def paint_scene(number: int) -> np.ndarray:
-    """A scene as it is and, by several painters, in every style: uint8 (1 + styles * PAINTERS, 3, 64, 64)."""
-    rng, scene = np.random.default_rng([SEED, number]), Scene(FIRST_SCENE + number, SEED, 2 * SIDE)
+    """A scene as it is and in every style: uint8 (1 + styles, 3, 64, 64)."""
+    rng, scene = np.random.default_rng([SEED, number]), Scene(FIRST_SCENE + number, SEED, 4 * SIDE)
     pictures = [(255 * scene.colour.clip(0, 1)).astype(np.uint8)]
     for style, about in STYLES.items():
-        artists = about.artists.split()[:-2]  # the others paint the demo's test pictures
-        pictures += [Artist(name).paint(scene, style) for name in rng.choice(artists, PAINTERS, replace=False)]
-    return np.stack([np.asarray(Image.fromarray(picture).reduce(2)).transpose(2, 0, 1) for picture in pictures])
+        artist = rng.choice(about.artists.split()[:-2])  # the others paint the demo's test pictures
+        pictures.append(Artist(artist).paint(scene, style))
+    return np.stack([np.asarray(Image.fromarray(picture).reduce(4)).transpose(2, 0, 1) for picture in pictures])
 
 
 def paint_scenes(processes: int) -> dict:
-    """The pictures uint8 (N, 3, 64, 64) by style, "" for scenes as they are; number n shows GENRES[n % 4]."""
+    """The pictures uint8 (SCENES, 3, 64, 64) by style, "" for scenes as they are; number n shows GENRES[n % 4]."""
     with ProcessPoolExecutor(processes or None) as pool:
-        painted = np.stack(list(pool.map(paint_scene, range(SCENES))))
-    styles = {}
-    for number, style in enumerate(STYLES):
-        of_style = painted[:, 1 + number * PAINTERS : 1 + (number + 1) * PAINTERS]
-        styles[style] = of_style.swapaxes(0, 1).reshape(-1, *painted.shape[2:])
-    return {style: torch.from_numpy(pictures) for style, pictures in ({"": painted[:, 0]} | styles).items()}
+        painted = torch.from_numpy(np.stack(list(pool.map(paint_scene, range(SCENES)))))
+    return {style: painted[:, number] for number, style in enumerate(["", *STYLES])}
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -140,40 +139,37 @@ def new_pipeline() -> diffusers.StableDiffusionPipeline:
 
 
 def make_base(folder: Path, unseen: list[str], device, processes: int = 0) -> dict:
-    """Train a base on all styles but the unseen ones, and save it to folder / base_name(unseen); returns facts.
+    """Put a base that has seen none of these styles into folder / base_name(unseen); returns facts.
 
-    A base of the same numbers that is there already is kept.
+    One of the same numbers that is there already is kept, and one in report/tiny_base is copied.
     """
-    plain_numbers = [SEED, PLAIN_STEPS, BATCH_SIZE, SCENES, list(CHANNELS)]
-    numbers = [*plain_numbers, STYLE_STEPS, PAINTERS]
-    base, plain = folder / base_name(unseen), folder / base_name(STYLES)
-    seen = [style for style in STYLES if style not in unseen]
+    numbers, known = [SEED, STEPS, BATCH_SIZE, SCENES, list(CHANNELS)], known_styles(unseen)
+    base, shared = folder / base_name(unseen), SHARED / base_name(unseen)
     with diffusion.exclusive(folder / "bases"):
-        if not is_made(plain, plain_numbers) and is_made(SHARED, plain_numbers):
-            shutil.rmtree(plain, ignore_errors=True)
-            shutil.copytree(SHARED, plain, ignore=shutil.ignore_patterns(NOTE))
-            write_text(plain / NOTE, (SHARED / NOTE).read_text())  # last: now it is complete
-        start = time.process_time()
-        pictures = None if is_made(plain, plain_numbers) and is_made(base, numbers) else paint_scenes(processes)
-        torch.manual_seed(SEED)
-        if not is_made(plain, plain_numbers):
-            fit(pipe := new_pipeline().to(device), {"": pictures[""]}, PLAIN_STEPS, "scenes without a style")
-            save(pipe, plain, plain_numbers, start)
-            start = time.process_time()
-        if seen and not is_made(base, numbers):
-            pipe = diffusers.StableDiffusionPipeline.from_pretrained(plain, safety_checker=None).to(device)
-            names = ", ".join(map(display_name, unseen))
-            fit(pipe, {style: pictures[style] for style in seen}, STYLE_STEPS, f"all styles but {names}")
-            save(pipe, base, numbers, start)
-    first, second = read_note(plain), read_note(base)
-    minutes = {"tiny_plain_cpu_minutes": first["cpu_minutes"], "tiny_cpu_minutes": second["cpu_minutes"]}
-    return minutes | {"tiny_weights": first["weights"], "tiny_scenes": SCENES}
+        if not is_made(base, numbers) and is_made(shared, numbers):
+            shutil.rmtree(base, ignore_errors=True)
+            shutil.copytree(shared, base, ignore=shutil.ignore_patterns(NOTE))
+            write_text(base / NOTE, (shared / NOTE).read_text())  # last: now it is complete
+        if not is_made(base, numbers):
+            start, pictures = time.process_time(), paint_scenes(processes)
+            torch.manual_seed(SEED)
+            fit(pipe := new_pipeline().to(device), {style: pictures[style] for style in ("", *known)})
+            save(pipe, base, numbers, known, start)
+    note = read_note(base)
+    return {"tiny_cpu_minutes": note["cpu_minutes"], "tiny_weights": note["weights"], "tiny_scenes": SCENES}
 
 
-def base_name(unseen) -> str:
-    """The folder of a base: "plain" is the one that no style was left for."""
-    left_out = [style for style in STYLES if style in unseen]
-    return "plain" if len(left_out) == len(STYLES) else "without-" + ("-".join(left_out) or "none")
+def known_styles(unseen: list[str]) -> list[str]:
+    """The half of the styles that has none of these. Raises UserError where each half has some."""
+    for half in HALVES:
+        if not set(half) & set(unseen):
+            return half
+    halves = " or ".join(", ".join(map(display_name, half)) for half in HALVES)
+    raise UserError(f"the small bases know half of the styles each: give --style of {halves}, or --per-style")
+
+
+def base_name(unseen: list[str]) -> str:
+    return "knows-" + "-".join(known_styles(unseen))
 
 
 def read_note(folder: Path) -> dict:
@@ -184,32 +180,32 @@ def is_made(folder: Path, numbers: list) -> bool:
     return (folder / NOTE).exists() and read_note(folder)["numbers"] == numbers
 
 
-def save(pipe, folder: Path, numbers: list, start: float) -> None:
+def save(pipe, folder: Path, numbers: list, known: list[str], start: float) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     pipe.unet.half()  # half of the size; it is read as float32
     pipe.save_pretrained(folder)
     about = {"numbers": numbers, "cpu_minutes": (time.process_time() - start) / 60}
     about["weights"] = sum(weight.numel() for part in diffusion.networks(pipe) for weight in part.parameters())
-    about["words"] = sorted({word for text in captions() for word in text.lower().split()})
+    about["words"] = sorted({word for text in captions(styles=("", *known)) for word in text.lower().split()})
     write_text(folder / NOTE, json.dumps(about))  # last, here too
 
 
-def captions(artists=("",)) -> list[str]:
+def captions(artists=("",), styles=("", *STYLES)) -> list[str]:
     return [
         diffusion.caption(genre, artist, style)
         for genre in (*Scene.GENRES, "")
-        for style in (*STYLES, "")
+        for style in styles
         for artist in artists
     ]
 
 
-def fit(pipe, pictures: dict, steps: int, name: str) -> None:
+def fit(pipe, pictures: dict) -> None:
     """Train UNet and text encoder on pictures {style: uint8 (N, 3, 64, 64)}; number n shows GENRES[n % 4]."""
     pipe.unet.to(memory_format=torch.channels_last)
     networks = torch.nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}).train()
-    optimizer, average = Optimizers(networks, LR, 0.0, steps), MovingAverage(networks, EMA_DECAY)
+    optimizer, average = Optimizers(networks, LR, 0.0, STEPS), MovingAverage(networks, EMA_DECAY)
     schedule, styles = diffusion.noise_schedule(pipe), list(pictures)
-    for _ in (bar := tqdm(range(steps), name, leave=False)):
+    for _ in (bar := tqdm(range(STEPS), "small base", leave=False)):
         drawn = torch.randint(len(styles), (BATCH_SIZE,)).tolist()
         rows = [(styles[style], int(torch.randint(len(pictures[styles[style]]), ()))) for style in drawn]
         images = torch.stack([pictures[style][row] for style, row in rows]).to(pipe.device) / 127.5 - 1

@@ -110,7 +110,7 @@ def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
     write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
         copy(run / name, REPORT / name)
-    base = run / "demo/tiny_base/plain"  # of lora.py
+    base = run / "demo/tiny_base"  # of lora.py
     for path in filter(Path.is_file, base.rglob("*")):
         copy(path, REPORT / "tiny_base" / path.relative_to(base))
     for path, text in texts.items():

@@ -180,8 +180,7 @@ def test_lora_trains_in_half_precision(demo, tmp_path, monkeypatch, dtype):
     import lora
     from common import diffusion, tiny_diffusion
 
-    monkeypatch.setattr(tiny_diffusion, "PLAIN_STEPS", 20)
-    monkeypatch.setattr(tiny_diffusion, "STYLE_STEPS", 40)
+    monkeypatch.setattr(tiny_diffusion, "STEPS", 60)
     monkeypatch.setattr(diffusion, "precision", lambda device: dtype if device.type == "cuda" else torch.float32)
     quick = flags(size=32, resolution=32, epochs=2, lr=0.005, per_class=32, batch_size=8, rank=4, steps=3)
     tiny = ["-c", str(ROOT / "settings/tiny.json"), *TINY, *ON_GPU, *quick]
