@@ -79,7 +79,7 @@ WEIGHTS = {
     "palette": 1.0,
     "critic": 2.5,
     "style_ce": 0.4,
-    "feature": 0.5,  # in the own style
+    "feature": 1.0,  # in the own style
     "content": 0.05,
     "layout": 0.3,
 }
