@@ -11,6 +11,7 @@ Images are uint8 (N, 3, S, S) until they are on the device; there common/crops.p
 The networks take those floats and normalise them themselves.
 """
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -553,8 +554,8 @@ def make_model(name: str, arguments: dict) -> nn.Module:
 def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
     """The trained network of a checkpoint, in evaluation mode, on the CPU. Raises UserError.
 
-    A network of this project is built without memory first, so that a damaged file cannot ask for more than it holds
-    itself. Those of torchvision have fixed sizes, which RegNet computes with tensors: on "meta" they hold no numbers.
+    The network is built without memory first, so that a damaged file cannot ask for more than it holds itself. RegNet
+    cannot be: torchvision computes its sizes with tensors, which hold no numbers on "meta".
     """
     check_entries(checkpoint, path, ("model", "arguments", "weights"))
     name, arguments, weights = (checkpoint[key] for key in ("model", "arguments", "weights"))
@@ -565,9 +566,8 @@ def build_model(checkpoint: dict, path="the checkpoint") -> nn.Module:
         weights = weights | backbone_weights(checkpoint)
     try:
         check_arguments(arguments, weights)
-        if name in MODELS:
-            with torch.device("meta"):
-                make_model(name, arguments).load_state_dict({key: value.to("meta") for key, value in weights.items()})
+        with contextlib.suppress(NotImplementedError), torch.device("meta"):
+            make_model(name, arguments).load_state_dict({key: value.to("meta") for key, value in weights.items()})
         model = make_model(name, arguments)
         model.load_state_dict(weights)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
