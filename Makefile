@@ -7,7 +7,7 @@
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
 #   make lora                         optional: LoRA on a small text-to-image model that is trained first (minutes)
-#   make lora WIKIART=... LORA='--styles Ukiyo_e'    the same on Stable Diffusion from the hub (needs a GPU)
+#   make lora WIKIART=... LORA='--style Ukiyo_e'     the same on Stable Diffusion from the hub (needs a GPU)
 #   make benchmark                    optional: CPU time and memory compared with common alternatives
 #   make test, make clean             run the tests; delete the demo's data and results
 #   make clean-cache WIKIART=...      delete the decoded pixels of these paintings; the scripts write them again
@@ -22,7 +22,7 @@ PORT := 7860
 ifneq ($(words x$(WIKIART) x$(RUN)),2)
 $(error WIKIART and RUN must be paths without spaces; a link to the folder will do)
 endif
-small_lora := -c settings/tiny.json --styles Drips
+small_lora := -c settings/tiny.json --style Halftone
 ifeq ($(WIKIART),)
 DATA := data/demo
 RUN ?= runs/demo
@@ -53,6 +53,7 @@ all: $(VENV)/ready
 classifier := train.py
 mlp := train.py -c settings/mlp.json --run $(RUN)/mlp
 judge := train.py -c settings/judge.json $(if $(WIKIART),,--epochs 10 --optimizer adamw) --run $(RUN)/judge
+judge_genre = $(judge)_genre --target genre
 autoencoder := train_autoencoder.py
 contrastive := train_autoencoder.py --run $(RUN)/contrastive --contrastive-weight 0.15
 style := train_style.py
@@ -88,7 +89,7 @@ data/demo/metadata.csv: data/demo.stamp
 
 $(RUN)/classifier.pt: $(RUN)/stamps/classifier $(RUN)/paintings.txt
 	$(call train,classifier)
-$(RUN)/mlp/classifier.pt $(RUN)/judge/classifier.pt: $(RUN)/%/classifier.pt: $(RUN)/stamps/% $(RUN)/paintings.txt
+$(patsubst %,$(RUN)/%/classifier.pt,mlp judge judge_genre): $(RUN)/%/classifier.pt: $(RUN)/stamps/% $(RUN)/paintings.txt
 	$(call train,$*)
 $(RUN)/autoencoder.pt: $(RUN)/stamps/autoencoder $(RUN)/paintings.txt
 	$(call train,autoencoder)
@@ -123,10 +124,9 @@ lora: $(VENV)/ready-lora
 painter: $(RUN)/lora_grid.png
 # With --per-style there is an adapter for each style, so a file of make's own says that training has finished.
 $(RUN)/lora/trained: $(RUN)/stamps/lora $(RUN)/paintings.txt
-	$(call run,lora,train) $(or $(call restart,$(RUN)/lora*.partial.pt),--restart)
-	mkdir -p $(@D) && touch $@
-$(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(RUN)/judge/classifier.pt
-	$(call run,lora,grid)
+	$(call run,lora,train) $(or $(call restart,$(RUN)/lora*.partial.pt),--restart) && mkdir -p $(@D) && touch $@
+$(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(RUN)/judge/classifier.pt $(RUN)/judge_genre/classifier.pt
+	$(PY) lora.py grid --run $(RUN) $(addprefix -c ,$(filter %.json,$(LORA)))
 
 benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
 	$(call with_settings,$(RUN)/benchmark.md)

@@ -77,12 +77,13 @@ def main(argv=None):
 
 
 def plan(config) -> list[dict]:
-    """The row of metadata.csv of each painting. Styles draw their training scenes from one pool, so they share many."""
+    """The row of metadata.csv of each painting. All test scenes and the first training scenes are in every style."""
     rng, rows, shares = np.random.default_rng(config.seed), [], sum(style.share for style in STYLES.values())
     counts = [max(2, round(config.train_images * style.share / shares)) for style in STYLES.values()]
     for number, (name, style) in enumerate(STYLES.items()):
         seen, unseen = style.artists.split()[:-2][: counts[number]], style.artists.split()[-2:]
-        scenes = config.test_scenes + rng.choice(max(counts), counts[number], replace=False)
+        others = min(counts) + rng.permutation(max(counts) - min(counts))  # of one pool, so that styles share many
+        scenes = config.test_scenes + np.array([*range(min(counts)), *others][: counts[number]])
         works = [("train", scene, seen[i % len(seen)]) for i, scene in enumerate(scenes)]
         for scene in range(config.test_scenes):  # half of every genre's scenes go to unseen artists
             works.append(("test", scene, str(rng.choice(unseen if (scene + scene // 4 + number) % 2 else seen))))

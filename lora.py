@@ -1,22 +1,14 @@
 """Fine-tune a pre-trained text-to-image model on styles with LoRA (Hu et al. 2021), and paint with it.
 
-    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --styles Ukiyo_e Cubism
-    python lora.py train --base stabilityai/stable-diffusion-xl-base-1.0 --per-style    # one adapter for each style
-    python lora.py train -c settings/tiny.json --styles Hatching    # a small base, trained here: no GPU, no network
+    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --style Ukiyo_e Cubism
     python lora.py paint "a harbour at dusk" --style Ukiyo_e --seed 3
-    python lora.py paint "a harbour at dusk" --style Ukiyo_e --image my.jpg --strength 0.6
-    python lora.py grid                                     # styles x prompts, with and without LoRA
-    torchrun --nproc-per-node=2 -- lora.py train ...        # several GPUs; `accelerate launch` works, too
+    python lora.py grid                                     # styles x prompts, without and with LoRA
+    python lora.py compare                                  # image to image, beside style_transfer.py, on the demo
+    python lora.py train --help                             # each has flags and examples of its own
 
-Needs diffusers: pip install -r requirements/lora.txt. `train` writes into the run folder: lora/ (lora/<Style>/ with
---per-style) with the adapter, which `load_lora_weights` of diffusers reads, and samples of each epoch; lora.jsonl,
-lora_curve.png, lora.md (losses on test paintings by style), facts.json, and tiny_base/ with --base tiny. An interrupted
-training resumes after its last finished epoch (lora.partial.pt) when the same command is run again; --restart starts
-anew. `paint` writes to --out. `grid` writes lora_grid.png and, where judge/classifier.pt knows the styles, how often
-it predicts the requested style. Where several adapters know a style, the one trained last is used.
+Needs diffusers: pip install -r requirements/lora.txt. Where several adapters know a style, the one trained last counts.
 """
 
-import itertools
 import json
 import re
 import sys
@@ -29,13 +21,17 @@ import common.packages  # noqa: F401
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from common import figures
 from common.config import Setting, configure
 from common.errors import UserError
-from common.names import display_name, find_style
+from common.images import read_image
+from common.metrics import psnr, ssim
+from common.names import display_name, file_part, find_style, fit_name
 from common.optim import FUSED, linear_warmup_decay
+from common.repaint import Repainter, check_model, common_scenes
 from common.run import (
     Steps,
     Timer,
@@ -47,6 +43,7 @@ from common.run import (
     interruptible,
     join_processes,
     leave_processes,
+    load_checkpoint,
     local_share,
     pick_device,
     rank,
@@ -59,23 +56,23 @@ from common.run import (
     world_size,
     write_text,
 )
-from wikiart import BalancedSampler, Classifier, WikiArt
+from wikiart import BalancedSampler, Classifier, WikiArt, build_model
 
 try:
     from safetensors import SafetensorError
 
-    from common import diffusion, tiny_diffusion
+    from common import adapters, diffusion, tiny_diffusion
 except ModuleNotFoundError as error:
     if error.name.startswith("common"):
         raise
     diffusion = None  # main says what to install; --help works without
 
-SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart", "tensorboard")
 SETTINGS = {
     "base": Setting(str, None, "Hugging Face name or diffusers folder of SD 1.x, 2.x or SDXL; tiny: trained here"),
     "resolution": Setting(int, "[0, inf)", "side of the images, a multiple of 8 pixels; 0: what the base is made for"),
-    "styles": Setting(list[str], None, "styles to learn (train); none: all"),
+    "style": Setting(list[str], None, "styles; paint mixes those with weights: Ukiyo_e=0.6 Cubism=0.4; none: all"),
     "per_style": Setting(bool, None, "one adapter for each style instead of one for all"),
+    "pictures": Setting(int, "[0, inf)", "training pictures of each style, at most; 0: all"),
     "rank": Setting(int, "[1, inf)", "rank of the LoRA matrices; alpha equals it"),
     "targets": Setting(list[str], None, "layers of the UNet to adapt, by the end of their names"),
     "text_encoder": Setting(bool, None, "adapt the text encoders, too"),
@@ -85,43 +82,61 @@ SETTINGS = {
     "accumulate": Setting(int, "[1, inf)", "parts in which a process computes its share of a batch, to save memory"),
     "checkpointing": Setting(bool, None, "gradient checkpointing: slower, but needs less memory"),
     "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW"),
-    "eval_images": Setting(int, "[1, inf)", "test paintings of each style for the held-out loss, at most"),
-    "style": Setting(str, None, "style to paint in (paint); none: as the prompt says"),
-    "image": Setting(str, None, "image to start from instead of noise (paint)"),
+    "image": Setting(str, None, "image to start from instead of noise"),
     "strength": Setting(float, "(0, 1]", "fraction of the noise that is added to --image"),
-    "out": Setting(str, None, "folder for the images of paint"),
+    "negative": Setting(str, None, "what the image should not show"),
+    "out": Setting(str, None, "folder for the images"),
     "steps": Setting(int, "[1, inf)", "sampling steps"),
     "guidance": Setting(float, "[0, inf)", "scale of classifier-free guidance; up to 1: none"),
     "prompts": Setting(list[str], None, "prompts of the grid; the first is also sampled after each epoch"),
 }
-# Flags that do not change an adapter; its own styles are compared in place of --styles, see fit_adapter
-FREE_SETTINGS = ("styles", "per_style", "accumulate", "checkpointing", "style", "image", "strength", "out", "steps")
-FREE_SETTINGS += ("guidance", "prompts")
-TINY, JUDGE = "tiny_base", "judge"  # folders in the run folder
-NOTE = "lora.json"  # beside an adapter: what it was trained on
-IMAGES_PER_PROMPT = 8  # for each style in the grid's hit rates
+SAMPLING = ("resolution", "batch_size", "steps", "guidance")
+LEARNING = ("base", "per_style", "pictures", "rank", "targets", "text_encoder", "epochs", "per_class", "accumulate")
+DATA = ("data", "size", "resize", "split_seed", "processes")
+SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "restart", "tensorboard")
+# Of each subcommand: its settings, and those it shares with other scripts.
+ACTIONS = {
+    "train": (("style", *SAMPLING, *LEARNING, "checkpointing", "lr", "prompts"), SHARED),
+    "paint": (("style", *SAMPLING, "image", "strength", "negative", "out"), ("run", "device", "seed")),
+    "grid": (("style", *SAMPLING, "negative", "prompts"), ("run", "device", "seed")),
+    "compare": (("style", *SAMPLING), (*DATA, "run", "device", "seed")),
+}
+# Flags that do not change an adapter; its own styles are compared in place of --style, see fit_adapter
+FREE_SETTINGS = ("style", "per_style", "accumulate", "checkpointing", "steps", "guidance", "prompts")
+JUDGES = ("judge", "judge_genre")  # folders in the run folder: classifiers of the style and of the genre
+EVAL_IMAGES = 24  # test paintings of each style for the held-out loss, at most
+IMAGES_PER_PROMPT = 16  # for each style in the grid's hit rates
+STRENGTHS = (0.3, 0.5, 0.7)  # of image to image, and scenes for each style, in the comparison
+COMPARED = 16
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    config = configure("lora", __doc__, SETTINGS, SHARED, argv[len(words) :])
+    actions = {"train": train, "paint": paint, "grid": grid, "compare": compare}
+    action = argv[0] if argv else ""
+    if action in ("-h", "--help"):
+        print(f"{__doc__}\nsubcommands: {', '.join(actions)}")
+        return
+    if action not in actions:
+        raise UserError(f"say first what to do: {', '.join(actions)}")
+    rest = argv[1:]
+    flags = next((number for number, word in enumerate(rest) if word.startswith("-")), len(rest))
+    own, shared = ACTIONS[action]
+    settings = {key: setting for key, setting in SETTINGS.items() if key in own}
+    config = configure("lora", actions[action].__doc__, settings, shared, rest[flags:], action)
     if diffusion is None:
         raise UserError("diffusers, transformers or peft is missing: pip install -r requirements/lora.txt")
-    actions = {"train": train, "paint": paint, "grid": grid}
-    if not words or words[0] not in actions:
-        raise UserError(f"say first what to do: {', '.join(actions)}")
-    action, *prompts = words
+    prompts = rest[:flags]
     if action != "paint" and prompts:
         raise UserError(f"{action} takes no prompts, but was given {prompts[0]!r}")
-    if config.resolution % 8 or not config.prompts:
+    if config.resolution % 8 or not getattr(config, "prompts", True):
         raise UserError("--resolution must be a multiple of 8, and --prompts needs at least one")
     try:
         actions[action](config, *prompts)
     except SafetensorError as error:  # hides "no space left"
         raise UserError(f"could not write into {config.run}: is the disk full? ({error})") from None
     except (torch.OutOfMemoryError, MemoryError):
-        advice = "add --checkpointing, raise --accumulate up to --batch-size, or lower --resolution"
+        advice = "lower --resolution or --batch-size; in training add --checkpointing, raise --accumulate"
         raise UserError(f"out of memory: {advice}") from None
 
 
@@ -129,37 +144,65 @@ def main(argv=None):
 
 
 def train(config) -> None:
-    """Train one adapter for all styles, or one for each."""
+    """Train one adapter for all styles, or one for each.
+
+    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --style Ukiyo_e Cubism
+    python lora.py train --base stabilityai/stable-diffusion-xl-base-1.0 --per-style    # one adapter for each style
+    python lora.py train -c settings/tiny.json --style Hatching    # a small base, trained here: no GPU, no network
+    torchrun --nproc-per-node=2 -- lora.py train ...    # several GPUs; `accelerate launch` works, too
+
+    Writes into the run folder: lora/ (lora/<Style>/ with --per-style) with the adapter, which `load_lora_weights` of
+    diffusers reads, peft/ for peft, a model card and samples of each epoch; lora.jsonl, lora_curve.png, lora.md
+    (losses on test paintings by style), facts.json, and tiny_base/ with --base tiny. An interrupted training resumes
+    after its last finished epoch (lora.partial.pt) when the same command is run again; --restart starts anew.
+    """
     device, run = join_processes(pick_device(config.device)), Path(config.run)
     lock = claim(run, "lora") if rank() == 0 else None
     data, test = load_paintings(config)
-    styles = list(dict.fromkeys(find_style(style, data.classes) for style in config.styles)) or data.classes
+    styles = list(dict.fromkeys(find_style(style, data.classes) for style in config.style)) or data.classes
     if config.batch_size % (world_size() * config.accumulate):
         raise UserError(f"--batch-size must be a multiple of {world_size()} processes times --accumulate")
-    if config.base == "tiny":
-        if 0 < config.resolution < tiny_diffusion.VAE_CROP:
-            raise UserError(f"--base tiny needs a --resolution of {tiny_diffusion.VAE_CROP} or more")
-        side = config.resolution or 64
-        facts = tiny_diffusion.make_base(run / TINY, data, side, config.seed, device, config.processes)
-        add_facts(run, "lora", facts, merge=True)
     training = data.subset(np.isin(data.styles, styles))
     if config.per_style and config.restart and rank() == 0:  # or an interrupted restart would find old ones finished
         for style in styles:
-            (run / "lora" / style / NOTE).unlink(missing_ok=True)
+            (run / "lora" / style / adapters.NOTE).unlink(missing_ok=True)
+    base = config.base
     for name in styles if config.per_style else [""]:
-        fit_adapter(name, [name] if name else styles, training, test, config, device)
+        chosen = [name] if name else styles
+        config.base = small_base(chosen, config, device) if base == "tiny" else base
+        adapters.check_words(config.prompts, adapters.base_path(config.base, run), chosen)
+        fit_adapter(name, chosen, training, test, config, device)
     if lock:
         lock.close()
     leave_processes()
 
 
+def small_base(styles: list[str], config, device) -> str:
+    """The small base that has seen none of these styles; trained where it is not there yet."""
+    facts = tiny_diffusion.make_base(Path(config.run, adapters.TINY), styles, device, config.processes)
+    add_facts(config.run, "lora", facts, merge=True)
+    return f"{adapters.TINY}/{tiny_diffusion.base_name(styles)}"
+
+
 def load_paintings(config) -> tuple[WikiArt, WikiArt]:
-    """The training set, and at most --eval-images test paintings of each style."""
+    """At most --pictures training paintings of each style, and at most EVAL_IMAGES test paintings.
+
+    Scenes that exist in every style, as in the demo, come first: with them, only the style is new to a base that knows
+    the scene.
+    """
     options = {key: getattr(config, key) for key in ("size", "resize", "split_seed", "processes")}
     data = WikiArt(config.data, "train", **options)
     test = WikiArt(config.data, "test", classes=data.classes, **options)
-    rows = [np.flatnonzero(test.styles == style)[: config.eval_images] for style in data.classes]
-    return data, test.subset(np.sort(np.concatenate(rows)))
+    everywhere = np.isin(np.arange(len(data)), common_scenes(data))
+    order = np.lexsort([np.random.default_rng(config.seed).permutation(len(data)), ~everywhere])
+    data = first_of_each(data, order, config.pictures or len(data))
+    return data, first_of_each(test, np.arange(len(test)), EVAL_IMAGES)
+
+
+def first_of_each(data: WikiArt, order, count: int) -> WikiArt:
+    """The first `count` paintings of each style in this order (N,)."""
+    rows = [order[data.styles[order] == style][:count] for style in data.classes]
+    return data.subset(np.sort(np.concatenate(rows)))
 
 
 def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, config, device) -> None:
@@ -173,8 +216,8 @@ def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, conf
         return
 
     # Data
-    base = TINY if config.base == "tiny" else config.base
-    pipe = diffusion.load(base_path(base, run), device)
+    base = adapters.base_path(config.base, run)
+    pipe = diffusion.load(base, device)
     side = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     cache = run / "lora" / "latents.pt"
     latents, test_latents = diffusion.cached_latents(pipe, (data, test), side, cache, config.processes)
@@ -211,27 +254,26 @@ def fit_adapter(name: str, styles: list[str], data: WikiArt, test: WikiArt, conf
                 save_epoch(config, stem, state, record, parts, scores)
     if rank() == 0:
         adapter.save(folder)
-        facts = {"base": base, "learned": ", ".join(map(display_name, styles)), "resolution": side, "weights": weights}
+        write_example(folder / "example.png", data, side)
+        facts = {"base": config.base, "base_key": adapters.base_key(base), "resolution": side, "weights": weights}
+        facts["learned"] = ", ".join(map(display_name, styles))
         facts |= {"rank": config.rank, "steps": steps, "training_images": len(data)} | evaluation.facts()
         report(name, state, facts, config)
         before, after = facts["heldout_loss_before"], facts["heldout_loss_after"]
         print(f"{folder}: loss on test paintings of {facts['learned']} {before:.4f} before, {after:.4f} after")
 
 
-def base_path(base: str, run):
-    return Path(run, TINY) if base == TINY else base
-
-
 def is_finished(folder: Path, partial: Path, state: dict) -> bool:
     """Was an adapter trained with these settings? Raises UserError for other settings."""
-    if partial.exists() or not (folder / NOTE).exists():
+    if partial.exists() or not (folder / adapters.NOTE).exists():
         return False
-    note = json.loads((folder / NOTE).read_text())
+    note = adapters.read_note(folder)
     trained = note["config"] | {"fingerprint": note["fingerprint"]}
     for key, value in (state["config"] | {"fingerprint": state["fingerprint"]}).items():
         if trained.get(key) != value:
             change = f"trained with {key} = {trained.get(key)}, now it is {value}"
             raise UserError(f"{folder} was {change}: give the old setting, or --restart")
+    adapters.check_adapter(folder, partial.parent)
     print(f"{folder} is finished")
     return True
 
@@ -278,7 +320,8 @@ class Evaluation:
 
     def __init__(self, pipe, test: WikiArt, latents, styles: list[str], config):
         self.styles, self.names, self.learned = styles, test.styles, np.isin(test.styles, styles)
-        self.captions = list(map(diffusion.caption, test.genres, test.artists, test.styles))
+        artists = [""] * len(test)  # prompts rarely name one
+        self.captions = [diffusion.caption(*about) for about in zip(test.genres, artists, test.styles, strict=True)]
         self.losses = partial(diffusion.heldout_losses, pipe, latents, config=config)
         self.before = self.losses(self.captions)
         genres = [diffusion.caption(genre, "", "") for genre in test.genres]
@@ -326,12 +369,20 @@ def report(name: str, state: dict, facts: dict, config) -> None:
     earlier = read_facts(run).get("lora", {})
     kept = {key: value for key, value in earlier.items() if key.startswith("tiny_")}
     add_facts(run, "lora", kept | ({"per_style": earlier.get("per_style", {}) | {name: facts}} if name else facts))
-    newest = max((note.get("finished", 0) for note in read_notes(run).values()), default=0)
+    newest = max((note.get("finished", 0) for note in adapters.read_notes(run).values()), default=0)
     finished = max(time.time(), newest + 1)  # later than all, although the clock may have been set back
-    note = {"base": facts["base"], "resolution": facts["resolution"], "styles": state["config"]["styles"]}
+    note = {key: facts[key] for key in ("base", "base_key", "resolution")} | {"styles": state["config"]["styles"]}
     note |= {"config": state["config"], "fingerprint": state["fingerprint"], "finished": finished}
-    write_text(run / "lora" / name / NOTE, json.dumps(note, indent=2) + "\n")
+    adapters.write_card(run / "lora" / name, facts, note, config.prompts[0])
+    write_text(run / "lora" / name / adapters.NOTE, json.dumps(note, indent=2) + "\n")
     (run / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
+
+
+def write_example(path: Path, data: WikiArt, side: int) -> None:
+    """One of the pictures that were learned from, for the grid."""
+    pixels = read_image(data.root / data.paths[0], side, "crop")
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary)
 
 
 def plot_samples(path: Path, pipe, styles: list[str], side: int, config) -> None:
@@ -344,102 +395,275 @@ def plot_samples(path: Path, pipe, styles: list[str], side: int, config) -> None
 # Painting -------------------------------------------------------------------------------------------------------------
 
 
-def read_notes(run) -> dict[Path, dict]:
-    """What each adapter was trained on, by its folder."""
-    return {path.parent: json.loads(path.read_text()) for path in Path(run).glob(f"lora/**/{NOTE}")}
-
-
-def find_adapters(run) -> dict[str, Path]:
-    """The folder of each style's adapter; where several know a style, the one trained last."""
-    notes = read_notes(run)
-    if not notes:
-        raise UserError(f"no adapter in {run}/lora: run lora.py train, or give another --run")
-    oldest_first = sorted(notes, key=lambda folder: notes[folder].get("finished", 0))
-    return dict(sorted({style: folder for folder in oldest_first for style in notes[folder]["styles"]}.items()))
-
-
-def load_adapter(folder: Path, config):
-    """The base with an adapter, and the side of its images."""
-    note = json.loads((folder / NOTE).read_text())
-    pipe = diffusion.load(base_path(note["base"], config.run), pick_device(config.device))
-    pipe.load_lora_weights(folder)
-    return pipe, config.resolution or note["resolution"]
+def load_adapters(chosen, config):
+    """The base with the chosen adapters, and the side of its images. Raises UserError."""
+    pipe = diffusion.load(adapters.base_path(chosen.base, config.run), pick_device(config.device))
+    names = [f"adapter_{number}" for number in range(len(chosen.folders))]
+    for name, folder in zip(names, chosen.folders, strict=True):
+        try:
+            pipe.load_lora_weights(folder, weight_name=adapters.ADAPTER_FILE, adapter_name=name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder} does not fit the base {chosen.base}: {reason}") from None
+    pipe.set_adapters(names, list(chosen.folders.values()))
+    return pipe, config.resolution or chosen.resolution
 
 
 def paint(config, *prompts: str) -> None:
-    """Paint each prompt, from noise or from --image."""
+    """Paint each prompt, from noise or from --image, in a style or in several with weights.
+
+    python lora.py paint "a harbour at dusk" --style Ukiyo_e --seed 3
+    python lora.py paint "a harbour at dusk" --style Ukiyo_e=0.6 Cubism=0.4 --negative "people"
+    python lora.py paint "a harbour at dusk" --style Ukiyo_e --image my.jpg --strength 0.6
+
+    A weight below 1 leaves a style weaker, above 1 exaggerates it. The images in --out have the seed in their name,
+    and all settings in their metadata, as JSON under "parameters".
+    """
     if not prompts:
         raise UserError('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')
     if config.image and not Path(config.image).exists():
         raise UserError(f"no file {config.image}")
     if config.image and config.steps * config.strength < 1:
         raise UserError("--steps times --strength is less than one step: raise one of them")
-    adapters = find_adapters(config.run)
-    if config.style:
-        config.style = find_style(config.style, list(adapters))
-    pipe, side = load_adapter(adapters[config.style or next(iter(adapters))], config)
+    chosen = adapters.choose(config.run, config.style)
+    adapters.check_words([*prompts, config.negative], adapters.base_path(chosen.base, config.run), chosen.styles)
+    pipe, side = load_adapters(chosen, config)
     options = {"height": side, "width": side}
     if config.image:
         pipe = diffusion.image_to_image(pipe)
-        options = {"image": diffusion.open_image(config.image, side), "strength": config.strength}
+        options = {"image": [diffusion.open_image(config.image, side)], "strength": config.strength}
+    names = [style if weight == 1 else f"{style}-{weight:g}" for style, weight in chosen.styles.items()]
     for prompt in prompts:
-        words = [*re.findall(r"\w+", prompt)[:8], config.style, str(config.seed)]
-        path = Path(config.out, "-".join(filter(None, words)) + ".png")
-        prompt = diffusion.with_style(prompt, config.style)
+        words = [*re.findall(r"\w+", prompt)[:8], *map(file_part, names), "seed", str(config.seed)]
+        path = Path(config.out, fit_name("-".join(words), ".png"))
+        prompt = diffusion.with_style(prompt, " ".join(chosen.styles))
         pixels = diffusion.sample(pipe, [prompt], [config.seed], config, **options)[0]
+        about = PngInfo()
+        about.add_text("parameters", json.dumps(settings_of(prompt, chosen, side, config)))
         with atomic_write(path) as temporary:
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary)
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary, pnginfo=about)
         print(path)
 
 
+def settings_of(prompt: str, chosen, side: int, config) -> dict:
+    """All that an image was made with."""
+    keys = ("seed", "steps", "guidance", "negative", *(("image", "strength") if config.image else ()))
+    about = {"prompt": prompt, "base": chosen.base, "styles": chosen.styles, "side": side}
+    about["adapters"] = {str(folder): weight for folder, weight in chosen.folders.items()}
+    return about | {key: getattr(config, key) for key in keys}
+
+
 def grid(config) -> None:
-    """Paint every style and prompt from the same noise, without and with LoRA; write the grid and the hit rates."""
-    run, images, loaded = Path(config.run), {}, None
-    for style, folder in tqdm(find_adapters(run).items(), "styles", leave=False):
-        if folder != loaded:
-            (pipe, side), loaded = load_adapter(folder, config), folder
+    """Paint every style and prompt from the same noise, without and with LoRA.
+
+    python lora.py grid
+    python lora.py grid --style Ukiyo_e --prompts "a harbour at dusk" "a portrait of a woman in a hat"
+
+    Writes lora_grid.png and, where judge/classifier.pt knows the styles, lora_grid.md: how often it finds the style
+    that was asked for, and judge_genre/classifier.pt the genre that the prompt names.
+    """
+    run, images, examples = Path(config.run), {}, {}
+    known = adapters.find_adapters(run)
+    styles = [find_style(style, list(known)) for style in config.style] or list(known)
+    chosen = {style: adapters.choose(run, [style]) for style in styles}  # before anything is loaded
+    for style in styles:
+        adapters.check_words(config.prompts, adapters.base_path(chosen[style].base, run), [style])
+    for style in tqdm(styles, "styles", leave=False):
+        pipe, side = load_adapters(chosen[style], config)
         prompts = [diffusion.with_style(prompt, style) for prompt in config.prompts]
         seeds = range(config.seed, config.seed + IMAGES_PER_PROMPT)
         pipe.disable_lora()
         without = diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
         pipe.enable_lora()
         images[style] = without, diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
-    plot_grid(run / "lora_grid.png", images, config.prompts)
-    facts = {key: value for key, value in read_facts(run).get("lora", {}).items() if not key.startswith("hit_rate")}
-    facts["pictures"] = sum(len(without) for without, _ in images.values())
-    facts |= hit_rates(images, config)
+        examples[style] = read_image(next(iter(chosen[style].folders)) / "example.png", side, "crop")
+    plot_grid(run / "lora_grid.png", images, examples, config.prompts)
+    facts = {key: value for key, value in read_facts(run).get("lora", {}).items() if not key.startswith("grid")}
+    rates = hit_rates(images, config)
+    facts |= {"grid_pictures": IMAGES_PER_PROMPT * len(config.prompts), "grid": rates}
+    if rates:
+        facts["grid_table"] = grid_table(rates, facts)
+        write_text(run / "lora_grid.md", facts["grid_table"] + "\n")
     add_facts(run, "lora", facts)
-    result = "no judge of these styles"
-    if "hit_rate" in facts:
-        result = (
-            "the judge predicts the requested style for {hit_rate_without:.1%} without LoRA, {hit_rate:.1%} with it"
-        )
-    print(f"{run / 'lora_grid.png'}: {result.format(**facts)}")
+    print(f"{run / 'lora_grid.png'}: {'see lora_grid.md' if rates else 'no judge of these styles'}")
 
 
-def plot_grid(path: Path, images: dict, prompts: list[str]) -> None:
-    """A row per style, or a few of different noise; two columns per prompt: {style: (without, with) LoRA}."""
-    rows, titles = [], []
+def plot_grid(path: Path, images: dict, examples: dict, prompts: list[str]) -> None:
+    """A row per style, or a few of different noise: {style: (without, with) LoRA}; first a picture that was learned."""
+    rows, names, several = [], [], len(images) > 3
     for style, pair in images.items():
         by_prompt = [pixels.reshape(len(prompts), IMAGES_PER_PROMPT, *pixels.shape[1:]) for pixels in pair]
-        for number in range(min(IMAGES_PER_PROMPT, max(1, 4 // len(images)))):
-            rows.append([pixels[prompt, number] for prompt in range(len(prompts)) for pixels in by_prompt])
-            titles.append(display_name(style) + (f", noise {number + 1}" if len(images) < 4 else ""))
-    columns = [title for prompt in prompts for title in (prompt, "the same, with LoRA")]
-    figures.grid(path, np.array(rows), columns, titles, "Without and with LoRA")
+        for number in range(1 if several else min(IMAGES_PER_PROMPT, 3)):
+            rows.append([pixels[:, number] for pixels in by_prompt])
+            names.append(display_name(style))
+            rows[-1] = examples[style], np.stack(rows[-1], 1)
+    figures.pair_grid(path, rows, prompts, names)
 
 
 def hit_rates(images: dict, config) -> dict:
-    """How often the judge predicts the requested style; {} without a judge of these styles."""
-    path = checkpoint_path(config.run, JUDGE)
-    judge = Classifier.load(path, config.device) if path.exists() else None
-    if judge is None or not set(images) <= set(judge.classes):
+    """How often judges find the style and the genre that were asked for, by style; {} without a judge of the styles."""
+    judges = []
+    for name in JUDGES:
+        path = checkpoint_path(config.run, name)
+        judges.append(Classifier.load(path, config.device) if path.exists() else None)
+    style_judge, scene_judge = judges
+    if style_judge is None or not set(images) <= set(style_judge.classes):
         return {}
-    hits = {"hit_rate_without": [], "hit_rate": []}
+    genres = [genre_of(prompt, scene_judge) for prompt in config.prompts]
+    rates = {}
     for style, pair in images.items():
-        for name, pixels in zip(hits, pair, strict=True):
-            hits[name].append(judge.predict(torch.from_numpy(pixels)).argmax(1) == judge.classes.index(style))
-    return {name: torch.cat(values).float().mean().item() for name, values in hits.items()}
+        rates[style] = {}
+        for ending, pixels in zip(("_without", ""), map(torch.from_numpy, pair), strict=True):
+            found = style_judge.predict(pixels).argmax(1) == style_judge.classes.index(style)
+            rates[style]["hit_rate" + ending] = found.float().mean().item()
+            if None not in genres:
+                asked = torch.tensor(genres).repeat_interleave(IMAGES_PER_PROMPT)
+                scenes = scene_judge.predict(pixels).argmax(1) == asked
+                rates[style]["scene_rate" + ending] = scenes.float().mean().item()
+    return rates
+
+
+def genre_of(prompt: str, judge) -> int | None:
+    """The number of the judge's genre that a prompt names."""
+    found = [number for number, genre in enumerate(judge.classes if judge else ()) if display_name(genre) in prompt]
+    return found[0] if len(found) == 1 else None
+
+
+def grid_table(rates: dict, facts: dict) -> str:
+    """A row per style: what the judges found without and with LoRA, and how the losses on test paintings changed."""
+    header = ["style", "style found", "with LoRA", "scene found", "with LoRA", "loss on the style", "on the others"]
+    rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for style, rate in rates.items():
+        losses, cells = facts.get("per_style", {}).get(style, facts), [display_name(style)]
+        for name in ("hit_rate_without", "hit_rate", "scene_rate_without", "scene_rate"):
+            cells.append(f"{rate[name]:.0%}" if name in rate else "")
+        for name in ("heldout_loss", "other_styles_loss"):
+            known = f"{name}_change" in losses
+            cells.append(f"{losses[f'{name}_change'] / losses[f'{name}_before']:+.1%}" if known else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def compare(config) -> None:
+    """Repaint test pictures of the demo, whose true repainting is known, with LoRA and as style_transfer.py does.
+
+    python lora.py compare -c settings/tiny.json
+
+    Needs adapters; style.pt of train_style.py and judge/classifier.pt in the run folder are used where they are.
+    Writes lora_compare.md and lora_compare.png: the source, repaintings, and the true picture.
+    """
+    if config.steps * min(STRENGTHS) < 1:
+        raise UserError(
+            f"--steps must be {1 / min(STRENGTHS):.0f} or more: the smallest strength is {min(STRENGTHS):g}"
+        )
+    run, known = Path(config.run), adapters.find_adapters(config.run)
+    styles = [find_style(style, list(known)) for style in config.style] or list(known)
+    chosen = {style: adapters.choose(run, [style]) for style in styles}
+    options = {key: getattr(config, key) for key in ("size", "resize", "split_seed", "processes")}
+    test = WikiArt(config.data, "test", **options)
+    scenes = common_scenes(test)[:COMPARED]
+    missing = [style for style in styles if style not in test.classes]
+    if not scenes or missing:
+        raise UserError(f"{config.data} has no scenes in every style, {', '.join(missing) or 'as the demo has'}")
+    transfer, judge = load_repainter(config), load_judge(config, styles)
+    results = {}
+    for style in tqdm(styles, "styles", leave=False):
+        target = test.classes.index(style)
+        pairs = [(rows[(target + 1 + number) % len(rows)], rows[target]) for number, rows in enumerate(scenes)]
+        results[style] = repaint_pairs(style, pairs, test, chosen[style], transfer, config)
+    rows = compare_rows(results, judge)
+    write_text(run / "lora_compare.md", compare_table(rows) + "\n")
+    add_facts(run, "lora", {"compare": rows, "compare_table": compare_table(rows)}, merge=True)
+    plot_compare(run / "lora_compare.png", results)
+    print(compare_table(rows))
+
+
+def load_repainter(config) -> Repainter | None:
+    """The model of train_style.py in the run folder, if it is there."""
+    path, device = Path(config.run, "style.pt"), pick_device(config.device)
+    if not path.exists():
+        print(f"no {path}: without style_transfer.py's row")
+        return None
+    checkpoint = load_checkpoint(path, "StyleAutoencoder")
+    check_model(checkpoint, path)
+    return Repainter(build_model(checkpoint, path), checkpoint["classes"], None, device)
+
+
+def load_judge(config, styles: list[str]) -> Classifier | None:
+    path = checkpoint_path(config.run, JUDGES[0])
+    judge = Classifier.load(path, config.device) if path.exists() else None
+    return judge if judge and set(styles) <= set(judge.classes) else None
+
+
+def repaint_pairs(style: str, pairs: list, test: WikiArt, chosen, transfer, config) -> dict:
+    """Pictures uint8 (N, 3, S, S) of (source, truth) pairs by method, and "seconds" {method: of one picture}."""
+    pipe, side = load_adapters(chosen, config)
+    pipe = diffusion.image_to_image(pipe)
+    files = [[test.root / test.paths[row] for row in rows] for rows in zip(*pairs, strict=True)]
+    source, truth = (diffusion.read_images(paths, side, config.processes) for paths in files)
+    results, seconds = {"source": source.numpy()}, {}
+    prompts = [diffusion.with_style(f"{diffusion.caption(test.genres[row], '', '')}", style) for row, _ in pairs]
+    for strength in STRENGTHS:
+        timer, name = Timer(), f"LoRA, strength {strength:g}"
+        images = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in source.numpy()]
+        results[name] = diffusion.sample_each(pipe, prompts, config, image=images, strength=strength)
+        seconds[name] = timer.seconds()["seconds"] / len(pairs)
+    if transfer and style in transfer.classes:
+        timer, painted = Timer(), []
+        for path, (row, _) in zip(files[0], pairs, strict=True):
+            with Image.open(path) as image:
+                own = {test.styles[row]: 1.0}
+                painted.append(transfer.repaint(image.convert("RGB"), {style: 1.0}, own).resize((side, side)))
+        results["style_transfer.py"] = np.stack([np.asarray(image).transpose(2, 0, 1) for image in painted])
+        seconds["style_transfer.py"] = timer.seconds()["seconds"] / len(pairs)
+    return results | {"truth": truth.numpy(), "seconds": seconds}
+
+
+def compare_rows(results: dict, judge) -> list[dict]:
+    """Of each method, over all styles: how near it comes to the truth, and how often the judge finds the style."""
+    rows = []
+    for method in [name for name in next(iter(results.values())) if name != "seconds"]:
+        errors, likeness, hits, seconds = [], [], [], []
+        for style, pictures in results.items():
+            painted, truth = (torch.from_numpy(pictures[name]) for name in (method, "truth"))
+            errors.append((painted / 255 - truth / 255).square().mean((1, 2, 3)))
+            likeness.append(ssim(painted / 255, truth / 255))
+            seconds.append(pictures["seconds"].get(method, 0.0))
+            if judge:
+                hits.append(judge.predict(painted).argmax(1) == judge.classes.index(style))
+        row = {
+            "method": method,
+            "psnr": psnr(torch.cat(errors).mean().item()),
+            "ssim": torch.cat(likeness).mean().item(),
+        }
+        row |= {"seconds": float(np.mean(seconds)), "pictures": sum(map(len, errors))}
+        rows.append(row | ({"hit_rate": torch.cat(hits).float().mean().item()} if judge else {}))
+    return rows
+
+
+def compare_table(rows: list[dict]) -> str:
+    lines = [
+        "| pictures | PSNR to the truth | SSIM to the truth | style found | seconds each |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        near = ["", ""] if row["method"] == "truth" else [f"{row['psnr']:.1f} dB", f"{row['ssim']:.2f}"]
+        found = f"{row['hit_rate']:.0%}" if "hit_rate" in row else ""
+        seconds = f"{row['seconds']:.2f}" if row["seconds"] else ""
+        lines.append(f"| {' | '.join([row['method'], *near, found, seconds])} |")
+    return "\n".join(lines)
+
+
+def plot_compare(path: Path, results: dict) -> None:
+    """A row per style: the source, each repainting, the truth."""
+    methods = [name for name in next(iter(results.values())) if name != "seconds"]
+    number = [index % len(next(iter(results.values()))["truth"]) for index in range(len(results))]  # another scene each
+    pictures = [[results[style][name][row] for name in methods] for style, row in zip(results, number, strict=True)]
+    names = list(map(display_name, results))
+    figures.painting_grid(path, np.array(pictures), methods, names, "The same scene, repainted", side=144)
 
 
 if __name__ == "__main__":

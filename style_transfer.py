@@ -16,9 +16,7 @@ same scenes exist in every style, as in the demo, style_truth.png compares with 
 """
 
 import time
-from collections import Counter
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 
 import common.packages  # noqa: F401
@@ -43,8 +41,8 @@ from common.metrics import (
     psnr,
     ssim,
 )
-from common.names import count, display_name, file_part, find_style, fit_name, title_of
-from common.repaint import Repainter, check_model, open_picture, read_mixture
+from common.names import count, display_name, file_part, find_style, fit_name
+from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, true_pairs
 from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
@@ -327,24 +325,6 @@ def picture_facts(test: WikiArt, data: WikiArt, originals, reconstructed, repain
         "source_found": mean_over_pairs(found, labels),
         "position": np.mean(positions),
     }
-
-
-def common_scenes(data: WikiArt) -> list[list[int]]:
-    """Rows of the scenes that exist in every style, as in the demo: of each, the row of every style.
-
-    A scene is a title that occurs once in each style. Empty if there is none, or if a title occurs twice in one style.
-    """
-    titles, labels = [title_of(path) for path in data.paths], data.labels.tolist()
-    row_of = {key: row for row, key in enumerate(zip(titles, labels, strict=True))}
-    unique, styles = len(row_of) == len(titles), range(len(data.classes))
-    scenes = [title for title, count in Counter(titles).items() if title and unique and count == len(styles)]
-    return [[row_of[title, style] for style in styles] for title in scenes]
-
-
-def true_pairs(data: WikiArt) -> list[tuple[int, int, int]]:
-    """Source and true image in the target style (rows), and that style, of all scenes that exist in every style."""
-    styles = range(len(data.classes))
-    return [(rows[a], rows[b], b) for rows in common_scenes(data) for a, b in permutations(styles, 2)]
 
 
 def true_image_facts(pairs, originals, repainted) -> dict:

@@ -72,9 +72,9 @@ SHARED = {
 
 
 def configure(
-    script: str, doc: str, settings: dict[str, Setting], shared: tuple, argv=None, words=False
+    script: str, doc: str, settings: dict[str, Setting], shared: tuple, argv=None, action: str = "", words=False
 ) -> argparse.Namespace:
-    """Settings of one script: its section of config.json and the `shared` keys it uses.
+    """Settings of one script: its section of config.json and the `shared` keys it uses; `action` is a subcommand.
 
     With `words`, what is no flag or its value, a folder for example, is in `words`, whether it comes first or last.
 
@@ -88,7 +88,7 @@ def configure(
 
     formatter = argparse.RawDescriptionHelpFormatter
     options = {"usage": "%(prog)s [flags]; --help has examples", "formatter_class": formatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(f"{script}.py", description=doc, add_help=False, **options)
+    parser = argparse.ArgumentParser(f"{script}.py {action}".strip(), description=doc, add_help=False, **options)
     first, own, rest = map(parser.add_argument_group, ("common flags", f"more flags of {script}.py", "shared flags"))
     layers = "settings that override config.json, e.g. settings/cpu.json"
     first.add_argument("-h", "--help", action="help", help="show this text")

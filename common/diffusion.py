@@ -3,13 +3,12 @@
     pipe = load("stable-diffusion-v1-5/stable-diffusion-v1-5", device)    # or a folder in diffusers' layout; SDXL too
     losses = denoising_loss(pipe, noise_schedule(pipe), latents, noise, timesteps, captions)    # (B,)
 
-Latents are float16 (N, 4, S / 8, S / 8) on the CPU until they are used.
+Latents are float16 (N, channels, S / 8, S / 8) on the CPU until they are used.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +20,15 @@ import torch
 import transformers
 from huggingface_hub import errors as hub
 from PIL import Image
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+from common.adapters import ADAPTER_FILE
 from common.errors import UserError
 from common.images import named_errors, open_rgb, read_image
 from common.names import display_name
 from common.run import atomic_write, save_checkpoint, to_device
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 SNR_GAMMA = 5.0
 DROP_CAPTION, DROP_PART = 0.1, 0.3  # probabilities of an empty caption, and of one without the genre or the artist
 
@@ -114,12 +114,12 @@ def text_conditions(pipe, captions: list[str], side: int) -> dict:
 
 
 def denoising_loss(pipe, schedule, latents, noise, timesteps, captions: list[str]) -> torch.Tensor:
-    """Mean squared error of the UNet's prediction for each image, (B,); latents and noise (B, 4, h, w)."""
+    """Mean squared error of the UNet's prediction for each image, (B,); latents and noise (B, channels, h, w)."""
     device, dtype = pipe.unet.device, precision(pipe.unet.device)
     latents, noise, timesteps = (to_device(values, device) for values in (latents.float(), noise, timesteps))
     noisy = schedule.add_noise(latents, noise, timesteps)
-    predicts_velocity = schedule.config.prediction_type == "v_prediction"
-    target = schedule.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
+    targets = {"epsilon": lambda *_: noise, "v_prediction": schedule.get_velocity, "sample": lambda *_: latents}
+    target = targets[schedule.config.prediction_type](latents, noise, timesteps)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         conditions = text_conditions(pipe, captions, latents.shape[-1] * pipe.vae_scale_factor)
         prediction = pipe.unet(noisy.to(dtype), timesteps, **conditions).sample
@@ -127,10 +127,16 @@ def denoising_loss(pipe, schedule, latents, noise, timesteps, captions: list[str
 
 
 def min_snr_weight(schedule, timesteps) -> torch.Tensor:
-    """Min-SNR weights (B,) of timesteps (Hang et al. 2023), which keep nearly noiseless timesteps from dominating."""
+    """Min-SNR weights (B,) of timesteps (Hang et al. 2023), which keep nearly noiseless timesteps from dominating.
+
+    Of predicted velocities and images with 1 added, because a schedule may end in noise alone: the SNR is 0 there.
+    """
     signal = schedule.alphas_cumprod[timesteps]
     snr = signal / (1 - signal)
-    return snr.clamp(max=SNR_GAMMA) / (snr + 1 if schedule.config.prediction_type == "v_prediction" else snr)
+    kept = snr.clamp(max=SNR_GAMMA)
+    return {"epsilon": kept / snr, "v_prediction": (kept + 1) / (snr + 1), "sample": kept + 1}[
+        schedule.config.prediction_type
+    ]
 
 
 @torch.no_grad()
@@ -192,23 +198,41 @@ class Adapter:
             part.enable_adapters()
 
     def save(self, folder: Path) -> None:
-        """Write the file that load_lora_weights of diffusers reads."""
-        layers = {f"{name}_lora_layers": state for name, state in self.state_dict().items()}
+        """Write the file that load_lora_weights of diffusers reads, and a folder for peft of each network."""
+        states = self.state_dict()
+        layers = {f"{name}_lora_layers": state for name, state in states.items()}
         with atomic_write(folder / ADAPTER_FILE) as temporary:
             self.pipe.save_lora_weights(temporary.parent, **layers, weight_name=temporary.name)
+        for name, state in states.items():
+            self.parts[name].peft_config["default"].save_pretrained(folder / "peft" / name)
+            named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in state.items()}
+            with atomic_write(folder / "peft" / name / "adapter_model.safetensors") as temporary:
+                save_file(named, temporary)
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def sample(pipe, prompts, seeds, config, **options) -> np.ndarray:
-    """Images uint8 (prompts * seeds, 3, H, W). The noise comes from the CPU: equal on every machine."""
+    """Images uint8 (prompts * seeds, 3, H, W), by prompt. The noise comes from the CPU: equal on every machine."""
+    seeds = list(seeds)
+    return sample_each(pipe, np.repeat(prompts, len(seeds)).tolist(), config, seeds * len(prompts), **options)
+
+
+@torch.no_grad()
+def sample_each(pipe, prompts, config, seeds=None, image=None, **options) -> np.ndarray:
+    """An image of each prompt with its own seed, uint8 (N, 3, H, W); `image` holds those to start from, if any."""
     options |= {"num_inference_steps": config.steps, "guidance_scale": config.guidance}
-    images = []
-    for prompt, seed in itertools.product(prompts, seeds):
-        images += pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images
-    return np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images])
+    options["negative_prompt"] = getattr(config, "negative", "") or None
+    seeds, images = seeds or [config.seed] * len(prompts), []
+    for start in range(0, len(prompts), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        batch = dict(options) | ({} if image is None else {"image": image[part]})
+        if batch["negative_prompt"]:
+            batch["negative_prompt"] = [batch["negative_prompt"]] * len(prompts[part])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        images += pipe(prompts[part], generator=generators, **batch).images
+    return np.stack([np.asarray(each.convert("RGB")).transpose(2, 0, 1) for each in images])
 
 
 def image_to_image(pipe):
@@ -264,7 +288,7 @@ def read_images(files, side: int, threads: int) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(pipe, batches) -> torch.Tensor:
-    """Latents, float16 (N, 4, h, w) on the CPU, of batches of images uint8 (B, 3, S, S)."""
+    """Latents, float16 (N, channels, h, w) on the CPU, of batches of images uint8 (B, 3, S, S)."""
     pipe.vae.float()  # SDXL's overflows in fp16
     latents = [pipe.vae.encode(batch.to(pipe.vae.device) / 127.5 - 1).latent_dist.mean.cpu() for batch in batches]
     pipe.vae.to(pipe.unet.dtype)

@@ -240,3 +240,31 @@ def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], 
         draw.text((x + 17, y + 6), display_name(name), "black", font, anchor="lm")
     with atomic_write(path) as temporary:
         canvas.save(temporary, format="png", optimize=True)
+
+
+def pair_grid(path, rows: list, columns: list[str], names: list[str], side: int = 128) -> None:
+    """Rows (example (3, S, S), pairs (columns, 2, 3, S, S)), uint8: without and with, side by side under each title."""
+    gap, space, top, left = 2, 14, 62, 24
+    pair = 2 * side + gap + space
+    canvas = Image.new("RGB", (left + side + space + len(columns) * pair, top + len(rows) * (side + 6)), "white")
+    draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
+    draw.text((left + side / 2, 18), "learned from", "black", font, anchor="mm")
+    for number, title in enumerate(columns):
+        x = left + side + space + number * pair
+        draw.text((x + side, 18), title, "black", font, anchor="mm")
+        for place, word in enumerate(("without LoRA", "with LoRA")):
+            draw.text((x + place * (side + gap) + side / 2, 44), word, ("grey", "black")[place], small, anchor="mm")
+    for number, (name, (example, pairs)) in enumerate(zip(names, rows, strict=True)):
+        y = top + number * (side + 6)
+        label = Image.new("RGB", (side, left), "white")
+        ImageDraw.Draw(label).text((side / 2, left / 2), name, "black", font, anchor="mm")
+        canvas.paste(label.rotate(90, expand=True), (0, y))
+        places = [(left, example)]
+        for column, both in enumerate(pairs):
+            x = left + side + space + column * pair
+            places += [(x, both[0]), (x + side + gap, both[1])]
+        for x, picture in places:
+            cell = Image.fromarray(picture.transpose(1, 2, 0)).resize((side, side), Image.Resampling.LANCZOS)
+            canvas.paste(cell, (x, y))
+    with atomic_write(path) as temporary:
+        canvas.save(temporary, format="png", optimize=True)

@@ -113,6 +113,22 @@ def find_style(name: str, classes: list[str]) -> str:
     return found
 
 
+def read_weights(texts: list[str], classes: list[str]) -> dict[str, float]:
+    """["ukiyo-e=0.7", "Fauvism"] as {class: weight}, 1 where none is given. Raises UserError."""
+    weights = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            weight = float(number or 1)
+        except ValueError:
+            weight = -1.0
+        if not 0 < weight < 1e6:
+            raise UserError(f"{text}: the weight of a style must be a positive number")
+        style = find_style(name, classes)
+        weights[style] = weights.get(style, 0) + weight
+    return weights
+
+
 def read_metadata(path: Path) -> dict[str, dict]:
     """The rows of metadata.csv by their column `path`; empty where there is no such file. Raises DataError.
 

@@ -6,6 +6,8 @@ painted = repainter.repaint(open_picture("my.jpg", 1024), {"Ukiyo_e": 0.7, "Fauv
 
 import io
 import warnings
+from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError
 from common.images import FORMATS, open_file, open_rgb
-from common.names import find_style
+from common.names import read_weights, title_of
 from common.run import autocast
 
 SMALLEST = 32  # pixels of a picture's shorter side
@@ -57,18 +59,26 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def read_mixture(texts: list[str], classes: list[str]) -> dict[str, float]:
     """["ukiyo-e=0.7", "Fauvism=0.3"] as weights {class: weight} that add up to 1. Raises UserError."""
-    weights = {}
-    for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            weight = float(number or 1)
-        except ValueError:
-            weight = -1.0
-        if not 0 < weight < 1e6:
-            raise UserError(f"{text}: the weight of a style must be a positive number")
-        style = find_style(name, classes)
-        weights[style] = weights.get(style, 0) + weight
+    weights = read_weights(texts, classes)
     return {style: weight / sum(weights.values()) for style, weight in weights.items()}
+
+
+def common_scenes(data) -> list[list[int]]:
+    """Rows of the scenes that exist in every style, as in the demo: of each, the row of every style.
+
+    A scene is a title that occurs once in each style. Empty if there is none, or if a title occurs twice in one style.
+    """
+    titles, labels = [title_of(path) for path in data.paths], data.labels.tolist()
+    row_of = {key: row for row, key in enumerate(zip(titles, labels, strict=True))}
+    unique, styles = len(row_of) == len(titles), range(len(data.classes))
+    scenes = [title for title, count in Counter(titles).items() if title and unique and count == len(styles)]
+    return [[row_of[title, style] for style in styles] for title in scenes]
+
+
+def true_pairs(data) -> list[tuple[int, int, int]]:
+    """Source and true image in the target style (rows), and that style, of all scenes that exist in every style."""
+    styles = range(len(data.classes))
+    return [(rows[a], rows[b], b) for rows in common_scenes(data) for a, b in permutations(styles, 2)]
 
 
 def check_model(checkpoint: dict, path) -> None:

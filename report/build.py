@@ -27,7 +27,7 @@ RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", r
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
 OF_README = ("style_row.png",)  # besides the report's figures
-OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png")  # the small text-to-image model is trained on the demo
+OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe
 
 
@@ -110,6 +110,9 @@ def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
     write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
         copy(run / name, REPORT / name)
+    base = run / "demo/tiny_base"  # of lora.py
+    for path in filter(Path.is_file, base.rglob("*")):
+        copy(path, REPORT / "tiny_base" / path.relative_to(base))
     for path, text in texts.items():
         write_text(path, text)
 

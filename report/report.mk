@@ -56,10 +56,17 @@ $(RUN)/style_grid_fewer.png: $(RUN)/style_grid.png
 # The codes that clusters.md compares, and the second judge: made first, so that $(wildcard ...) finds them.
 backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_lite2_224.pt
 
-# In the demo the same scene exists in every style, so repaintings can be compared with the true picture; it also
-# trains the small text-to-image model.
+# In the demo the same scene exists in every style, so repaintings can be compared with the true picture. There LoRA
+# learns each style in turn, on a small base that has seen the others; finished adapters are kept.
 $(RUN)/demo: FORCE
-	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo LORA='$(small_lora)' pipeline painter
+	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline eight_styles
+
+.PHONY: eight_styles
+eight_styles: $(RUN)/judge/classifier.pt $(RUN)/judge_genre/classifier.pt $(if $(WIKIART),,data/demo/metadata.csv)
+	for style in $$(ls $(DATA)/train); do \
+	    $(PY) lora.py train $(FLAGS) -c settings/tiny.json --per-style --style $$style || exit; done
+	$(PY) lora.py grid --run $(RUN) -c settings/tiny.json
+	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 
 # Speed is measured last, when nothing else of this runs.
 publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png $(RUN)/style_grid_fewer.png $(RUN)/demo

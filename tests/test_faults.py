@@ -380,7 +380,7 @@ def project(tmp_path_factory):
     for name in ("report", "run"):
         shutil.copytree(ROOT / "report", root / name)
     (root / "run/demo").mkdir()
-    for name in ("demo.png", "style_truth.png", "lora_grid.png"):
+    for name in ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png"):
         (root / "run" / name).rename(root / "run/demo" / name)
     facts = json.loads((root / "run/facts.json").read_text())
     facts["test"]["accuracy"] = 0.987654

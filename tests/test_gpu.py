@@ -180,14 +180,11 @@ def test_lora_trains_in_half_precision(demo, tmp_path, monkeypatch, dtype):
     import lora
     from common import diffusion, tiny_diffusion
 
-    monkeypatch.setattr(tiny_diffusion, "VAE_STEPS", 20)
-    monkeypatch.setattr(tiny_diffusion, "UNET_STEPS", 40)
+    monkeypatch.setattr(tiny_diffusion, "STEPS", 60)
     monkeypatch.setattr(diffusion, "precision", lambda device: dtype if device.type == "cuda" else torch.float32)
-    quick = flags(
-        size=32, resolution=32, epochs=2, lr=0.005, per_class=32, batch_size=8, rank=4, eval_images=4, steps=3
-    )
+    quick = flags(size=32, resolution=32, epochs=2, lr=0.005, per_class=32, batch_size=8, rank=4, steps=3)
     tiny = ["-c", str(ROOT / "settings/tiny.json"), *TINY, *ON_GPU, *quick]
-    lora.main(["train", *tiny, "--data", str(demo), "--run", str(tmp_path), "--styles", "Hatching"])
+    lora.main(["train", *tiny, "--data", str(demo), "--run", str(tmp_path), "--style", "Hatching"])
     history = [json.loads(line) for line in (tmp_path / "lora.jsonl").read_text().splitlines()]
     assert len(history) == 2  # a loss that is not finite would have stopped it
     assert json.loads((tmp_path / "facts.json").read_text())["lora"]["heldout_loss_change"] < 0

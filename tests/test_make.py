@@ -210,7 +210,7 @@ def test_wrong_settings_give_one_clear_line(project):
 
 
 def test_lora_comes_with_the_judge_and_only_on_demand(project):
-    assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "lora.py"]
+    assert make(project, "lora")[0] == ["demo.py", "lora.py", "train.py", "train.py", "lora.py"]
     of_lora = calls(project, "lora.py")
     assert [call.split()[1] for call in of_lora] == ["train", "grid"]
     assert all("-c settings/tiny.json" in call for call in of_lora)
@@ -226,8 +226,8 @@ def test_lora_comes_with_the_judge_and_only_on_demand(project):
         (project / "runs/demo/lora/trained").unlink()
         make(project, "lora", f"LORA={flags}")
         assert ("--restart" in calls(project, "lora.py train")[0]) != resumed
-    make(project, "lora", f"WIKIART={project}/paintings", "LORA=--styles Cubism")
-    assert "--styles Cubism" in "\n".join(calls(project))
+    make(project, "lora", f"WIKIART={project}/paintings", "LORA=--style Cubism")
+    assert "--style Cubism" in "\n".join(calls(project))
     assert "tiny.json" not in "\n".join(calls(project))
 
 
@@ -298,7 +298,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     scripts, _ = make(project, *wanted)
     variants = 2 * ["train_style.py", "style_transfer.py"]
     rest = [*STAGES, BUILD, *4 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
-    demo = ["demo.py", *STAGES, BUILD, "lora.py", "lora.py"]
+    demo = ["demo.py", *STAGES, BUILD, "train.py", "lora.py", "lora.py"]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]

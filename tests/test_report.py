@@ -131,8 +131,10 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     run, report = tmp_path / "run", tmp_path / "report"
     shutil.copytree(report, run)
     (run / "demo").mkdir()
-    for name in ("demo.png", "style_truth.png", "lora_grid.png"):
+    for name in ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png"):
         (run / name).rename(run / "demo" / name)
+    (run / "demo/tiny_base/knows-all/unet").mkdir(parents=True)
+    (run / "demo/tiny_base/knows-all/unet/config.json").write_text("of this run")
     facts = json.loads((run / "facts.json").read_text())
     facts["test"]["accuracy"] = 0.987654
     (run / "facts.json").write_text(json.dumps(facts))
@@ -147,6 +149,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
     assert (report / "centroids_descriptors.txt").read_text().startswith("cluster 1")
+    assert (report / "tiny_base/knows-all/unet/config.json").read_text() == "of this run"
     assert script(tmp_path / "report/build.py", "--check").returncode == 0
 
 
