@@ -53,7 +53,8 @@ all: $(VENV)/ready
 classifier := train.py
 mlp := train.py -c settings/mlp.json --run $(RUN)/mlp
 judge := train.py -c settings/judge.json $(if $(WIKIART),,--epochs 10 --optimizer adamw) --run $(RUN)/judge
-judge_genre = $(judge)_genre --target genre
+judge_style = $(if $(WIKIART),$(judge),train.py --size 64 --crop 64 --seed 1 --no-refit --run $(RUN)/judge)_style
+judge_genre = $(subst judge_style,judge_genre,$(judge_style)) --target genre
 autoencoder := train_autoencoder.py
 contrastive := train_autoencoder.py --run $(RUN)/contrastive --contrastive-weight 0.15
 style := train_style.py
@@ -89,7 +90,7 @@ data/demo/metadata.csv: data/demo.stamp
 
 $(RUN)/classifier.pt: $(RUN)/stamps/classifier $(RUN)/paintings.txt
 	$(call train,classifier)
-$(patsubst %,$(RUN)/%/classifier.pt,mlp judge judge_genre): $(RUN)/%/classifier.pt: $(RUN)/stamps/% $(RUN)/paintings.txt
+$(patsubst %,$(RUN)/%/classifier.pt,mlp judge judge_style judge_genre): $(RUN)/%/classifier.pt: $(RUN)/stamps/% $(RUN)/paintings.txt
 	$(call train,$*)
 $(RUN)/autoencoder.pt: $(RUN)/stamps/autoencoder $(RUN)/paintings.txt
 	$(call train,autoencoder)
@@ -118,14 +119,13 @@ label: $(VENV)/ready
 	$(PY) label.py '$(or $(FOLDER),$(error give FOLDER=my_folder, of pictures))' --run $(RUN) $(if $(OUT),--out '$(OUT)')
 serve: $(VENV)/ready-label
 	$(PY) label.py serve $(FLAGS) --host $(HOST) --port $(PORT)
-
 lora: $(VENV)/ready-lora
 	$(call with_settings,painter)
 painter: $(RUN)/lora_grid.png
 # With --per-style there is an adapter for each style, so a file of make's own says that training has finished.
 $(RUN)/lora/trained: $(RUN)/stamps/lora $(RUN)/paintings.txt
 	$(call run,lora,train) $(or $(call restart,$(RUN)/lora*.partial.pt),--restart) && mkdir -p $(@D) && touch $@
-$(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(RUN)/judge/classifier.pt $(RUN)/judge_genre/classifier.pt
+$(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(addprefix $(RUN)/judge_,style/classifier.pt genre/classifier.pt)
 	$(PY) lora.py grid --run $(RUN) $(addprefix -c ,$(filter %.json,$(LORA)))
 
 benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)

@@ -103,7 +103,7 @@ ACTIONS = {
 }
 # Flags that do not change an adapter; its own styles are compared in place of --style, see fit_adapter
 FREE_SETTINGS = ("style", "per_style", "accumulate", "checkpointing", "steps", "guidance", "prompts")
-JUDGES = ("judge", "judge_genre")  # folders in the run folder: classifiers of the style and of the genre
+JUDGES = ("judge_style", "judge_genre")  # folders in the run folder: classifiers of the style and of the genre
 EVAL_IMAGES = 24  # test paintings of each style for the held-out loss, at most
 IMAGES_PER_PROMPT = 16  # for each style in the grid's hit rates
 STRENGTHS = (0.3, 0.5, 0.7)  # of image to image, and scenes for each style, in the comparison
@@ -459,8 +459,8 @@ def grid(config) -> None:
     python lora.py grid
     python lora.py grid --style Ukiyo_e --prompts "a harbour at dusk" "a portrait of a woman in a hat"
 
-    Writes lora_grid.png and, where judge/classifier.pt knows the styles, lora_grid.md: how often it finds the style
-    that was asked for, and judge_genre/classifier.pt the genre that the prompt names.
+    Writes lora_grid.png and, where judge_style/classifier.pt knows the styles, lora_grid.md: how often it finds the
+    style that was asked for, and judge_genre/classifier.pt the genre that the prompt names.
     """
     run, images, examples = Path(config.run), {}, {}
     known = adapters.find_adapters(run)
@@ -552,7 +552,7 @@ def compare(config) -> None:
 
     python lora.py compare -c settings/tiny.json
 
-    Needs adapters; style.pt of train_style.py and judge/classifier.pt in the run folder are used where they are.
+    Needs adapters; style.pt of train_style.py and judge_style/classifier.pt in the run folder are used where they are.
     Writes lora_compare.md and lora_compare.png: the source, repaintings, and the true picture.
     """
     if config.steps * min(STRENGTHS) < 1:

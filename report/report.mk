@@ -62,7 +62,7 @@ $(RUN)/demo: FORCE
 	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline eight_styles
 
 .PHONY: eight_styles
-eight_styles: $(RUN)/judge/classifier.pt $(RUN)/judge_genre/classifier.pt $(if $(WIKIART),,data/demo/metadata.csv)
+eight_styles: $(RUN)/judge_style/classifier.pt $(RUN)/judge_genre/classifier.pt $(if $(WIKIART),,data/demo/metadata.csv)
 	for style in $$(ls $(DATA)/train); do \
 	    $(PY) lora.py train $(FLAGS) -c settings/tiny.json --per-style --style $$style || exit; done
 	$(PY) lora.py grid --run $(RUN) -c settings/tiny.json

@@ -28,18 +28,7 @@ from common.run import add_facts
 from demo import plan
 
 QUICK = "--size 32 --epochs 2 --lr 0.005 --per-class 32 --batch-size 8 --rank 4"
-SMALL = [
-    "-c",
-    str(ROOT / "settings/tiny.json"),
-    "--seed",
-    "0",
-    "--device",
-    "cpu",
-    "--resolution",
-    "32",
-    "--steps",
-    "3",
-]
+SMALL = ["-c", str(ROOT / "settings/tiny.json"), "--seed=0", "--device=cpu", "--resolution=32", "--steps=3"]
 QUICK = [*SMALL, "--processes", "1", *QUICK.split()]
 STYLE = ["--style", "Hatching"]
 BASE = "tiny_base/knows-Bands-Dots-Drips-Facets"  # in the run folder
@@ -290,7 +279,7 @@ def test_paint_makes_pictures_from_noise_and_from_pictures(tuned, tmp_path):
     assert name == "a-landscape-painting-Hatching-seed-0.png"
     assert about["prompt"] == "a landscape painting in the style of Hatching"
     assert {"seed": 0, "steps": 3, "side": 32, "guidance": 3.0, "styles": {"Hatching": 1.0}}.items() <= about.items()
-    assert about["base"] == "tiny_base/without-Hatching"
+    assert about["base"] == BASE
     assert np.array_equal(painted(tuned.run, tmp_path / "out", *STYLE)[0], first)
     assert not np.array_equal(painted(tuned.run, tmp_path / "out", *STYLE, "--seed", "1")[0], first)
     negative, about, _ = painted(tuned.run, tmp_path / "out", *STYLE, "--negative", "a town")
@@ -306,17 +295,15 @@ def test_paint_makes_pictures_from_noise_and_from_pictures(tuned, tmp_path):
 
 
 def test_adapters_of_one_base_mix_by_their_weights(pair, tmp_path):
-    mixed, about, name = painted(pair, tmp_path / "out", "--style", "hatching=0.6", "Dots=0.4")
-    assert name == "a-landscape-painting-Hatching-0.6-Dots-0.4-seed-0.png"
-    assert about["adapters"] == {str(pair / "lora/Hatching"): 0.6, str(pair / "lora/Dots"): 0.4}
-    assert about["prompt"].endswith("in the style of Hatching Dots")
-    assert not np.array_equal(mixed, painted(pair, tmp_path / "out", "--style", "Hatching=0.4", "Dots=0.6")[0])
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-        pair / "tiny_base/without-Dots-Hatching", safety_checker=None
-    )
-    for style in ("Hatching", "Dots"):
+    mixed, about, name = painted(pair, tmp_path / "out", "--style", "hatching=0.6", "Strokes=0.4")
+    assert name == "a-landscape-painting-Hatching-0.6-Strokes-0.4-seed-0.png"
+    assert about["adapters"] == {str(pair / "lora/Hatching"): 0.6, str(pair / "lora/Strokes"): 0.4}
+    assert about["prompt"].endswith("in the style of Hatching Strokes")
+    assert not np.array_equal(mixed, painted(pair, tmp_path / "out", "--style", "Hatching=0.4", "Strokes=0.6")[0])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pair / BASE, safety_checker=None)
+    for style in ("Hatching", "Strokes"):
         pipe.load_lora_weights(pair / "lora" / style, adapter_name=style)
-    pipe.set_adapters(["Hatching", "Dots"], [0.6, 0.4])
+    pipe.set_adapters(["Hatching", "Strokes"], [0.6, 0.4])
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32}
     alone = pipe(about["prompt"], generator=torch.Generator().manual_seed(0), **settings).images[0]
     assert np.abs(np.asarray(alone).astype(int) - mixed).max() <= 2
@@ -332,7 +319,7 @@ def test_peft_reads_the_adapter(tuned, base):
 def test_the_model_card_says_how_to_paint(tuned):
     card = (tuned.run / "lora/README.md").read_text()
     _, head, body = card.split("---\n", 2)
-    assert "base_model: tiny_base/without-Hatching\nlibrary_name: diffusers" in head
+    assert f"base_model: {BASE}\nlibrary_name: diffusers" in head
     assert "instance_prompt: in the style of Hatching" in head
     assert f'pipe.load_lora_weights("{tuned.run / "lora"}")' in body
     assert f"on\n{tuned.facts['training_images']} pictures" in body
@@ -342,11 +329,11 @@ def test_the_model_card_says_how_to_paint(tuned):
 
 def test_no_more_pictures_are_learned_than_asked_for(tuned, demo, tmp_path):
     flags = ["--base", str(tuned.base), "--epochs", "1", "--per-class", "8", "--pictures", "2"]
-    assert train(demo, tmp_path, *flags, "--style", "Hatching", "Dots")["training_images"] == 4
+    assert train(demo, tmp_path, *flags, "--style", "Hatching", "Strokes")["training_images"] == 4
 
 
 def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
-    shutil.copytree(trained, tuned.run / "judge", ignore=lambda *_: ["mlp"])
+    shutil.copytree(trained, tuned.run / "judge_style", ignore=lambda *_: ["mlp"])
     grid = ["grid", *SMALL, "--run", str(tuned.run), "--prompts"]
     lora.main([*grid, "a painting", "a town"])
     picture = np.asarray(Image.open(tuned.run / "lora_grid.png").convert("L"))
@@ -358,7 +345,7 @@ def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
     assert facts["grid_table"].splitlines()[2].startswith("| Hatching | ")
     assert f"{tuned.facts['heldout_loss_change'] / tuned.facts['heldout_loss_before']:+.1%}" in facts["grid_table"]
     assert (tuned.run / "lora_grid.md").read_text().strip() == facts["grid_table"]
-    shutil.rmtree(tuned.run / "judge")
+    shutil.rmtree(tuned.run / "judge_style")
     lora.main([*grid, "a town"])
     assert "no judge" in capsys.readouterr().out
     assert json.loads((tuned.run / "facts.json").read_text())["lora"]["grid"] == {}
@@ -383,21 +370,8 @@ class Darker:
 
 def test_repaintings_are_compared_with_the_truth(tuned, demo, monkeypatch):
     monkeypatch.setattr(lora, "load_repainter", lambda config: Darker())
-    flags = [
-        "compare",
-        *SMALL,
-        "--steps",
-        "4",
-        "--processes",
-        "1",
-        "--size",
-        "32",
-        "--data",
-        str(demo),
-        "--run",
-        str(tuned.run),
-    ]
-    lora.main(flags)
+    flags = ["--steps=4", "--processes=1", "--size=32", "--data", str(demo), "--run", str(tuned.run)]
+    lora.main(["compare", *SMALL, *flags])
     rows = {row["method"]: row for row in json.loads((tuned.run / "facts.json").read_text())["lora"]["compare"]}
     assert list(rows) == ["source", *(f"LoRA, strength {x}" for x in lora.STRENGTHS), "style_transfer.py", "truth"]
     assert rows["truth"]["ssim"] == pytest.approx(1, abs=1e-4)
@@ -432,15 +406,27 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_parts_of_a_batch_processes_and_checkpointing_change_nothing(tuned, demo, tmp_path, launcher):
-    short = [*STYLE, "--base", str(tuned.base), "--epochs", "1", "--lr", "0.0002"]
-    train(demo, tmp_path / "whole", *short)
-    train(demo, tmp_path / "parts", *short, "--accumulate", "4", "--checkpointing")
-    whole, parts = (load_file(tmp_path / name / "lora" / adapters.ADAPTER_FILE) for name in ("whole", "parts"))
+SHORT = [*STYLE, "--epochs", "1", "--lr", "0.0002"]
+
+
+@pytest.fixture(scope="module")
+def whole(tuned, demo, tmp_path_factory):
+    """The weights of an adapter that was trained in one process, on whole batches."""
+    run = tmp_path_factory.mktemp("whole")
+    train(demo, run, *SHORT, "--base", str(tuned.base))
+    return load_file(run / "lora" / adapters.ADAPTER_FILE)
+
+
+def test_parts_of_a_batch_and_checkpointing_change_nothing(tuned, whole, demo, tmp_path):
+    train(demo, tmp_path, *SHORT, "--base", str(tuned.base), "--accumulate", "4", "--checkpointing")
+    parts = load_file(tmp_path / "lora" / adapters.ADAPTER_FILE)
     assert max(value.abs().max() for name, value in whole.items() if "lora_B" in name) > 1e-4
     assert max((whole[name] - parts[name]).abs().max() for name in whole) < 1e-5
-    flags = [*QUICK, *short, "--data", demo, "--run", tmp_path / "two"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_learn_the_same(tuned, whole, demo, tmp_path, launcher):
+    flags = [*QUICK, *SHORT, "--base", tuned.base, "--data", demo, "--run", tmp_path / "two"]
     command = [sys.executable, "-m", *launcher, ROOT / "lora.py", "train", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
@@ -479,34 +465,34 @@ def test_a_full_disk_is_one_line_though_safetensors_has_its_own_errors(tmp_path,
 def pair(demo, tmp_path_factory):
     """A run folder with an adapter for each of two styles, on one base that saw neither."""
     run = tmp_path_factory.mktemp("pair")
-    train(demo, run, "--epochs", "1", "--per-style", "--style", "Hatching", "Dots")
+    train(demo, run, "--epochs", "1", "--per-style", "--style", "Hatching", "Strokes")
     return run
 
 
 def test_one_adapter_for_each_style(pair, demo, tmp_path, capsys):
     shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
-    flags = ["--epochs", "1", "--per-style", "--style", "Hatching", "Dots"]
+    flags = ["--epochs", "1", "--per-style", "--style", "Hatching", "Strokes"]
     facts = json.loads((tmp_path / "facts.json").read_text())["lora"]
-    assert facts["per_style"]["Dots"]["other_styles_loss_images"] == 7 * 4
-    hatching, dots = (load_file(tmp_path / "lora" / style / adapters.ADAPTER_FILE) for style in ("Hatching", "Dots"))
-    assert not all(torch.equal(hatching[name], dots[name]) for name in hatching)
+    assert facts["per_style"]["Strokes"]["other_styles_loss_images"] == 7 * 4
+    hatching, strokes = (load_file(tmp_path / f"lora/{style}/{adapters.ADAPTER_FILE}") for style in facts["per_style"])
+    assert not all(torch.equal(hatching[name], strokes[name]) for name in hatching)
     train(demo, tmp_path, *flags)
     assert capsys.readouterr().out.count("is finished") == 2
     with pytest.raises(UserError, match="trained with rank = 4, now it is 2"):
         train(demo, tmp_path, *flags, "--rank", "2")
     lora.main(["grid", *SMALL, "--run", str(tmp_path), "--prompts", "a town"])
-    assert set(adapters.find_adapters(tmp_path)) == {"Hatching", "Dots"}
-    chosen = adapters.choose(tmp_path, ["Dots"])
+    assert set(adapters.find_adapters(tmp_path)) == {"Hatching", "Strokes"}
+    chosen = adapters.choose(tmp_path, ["Strokes"])
     pipe, _ = lora.load_adapters(chosen, SimpleNamespace(run=tmp_path, device="cpu", resolution=0))
     loaded = next(value for name, value in pipe.unet.state_dict().items() if "lora_A" in name)
-    assert torch.equal(loaded, next(iter(dots.values())))
+    assert torch.equal(loaded, next(iter(strokes.values())))
     for note in tmp_path.glob(f"lora/*/{adapters.NOTE}"):  # the clock has been set back since
         note.write_text(json.dumps(json.loads(note.read_text()) | {"finished": 4e9}))
-    base = ["--base", str(tmp_path / "tiny_base/without-Dots-Hatching"), "--epochs", "1"]
-    train(demo, tmp_path, *base, "--style", "Dots", "Bands", "--per-class", "8", "--restart")
+    base = ["--base", str(tmp_path / BASE), "--epochs", "1"]
+    train(demo, tmp_path, *base, "--style", "Strokes", "Halftone", "--per-class", "8", "--restart")
     both = tmp_path / "lora"
-    assert (both / "Dots" / adapters.NOTE).exists()  # --restart discards nothing else
-    assert adapters.find_adapters(tmp_path) == {"Bands": both, "Dots": both, "Hatching": both / "Hatching"}
+    assert (both / "Strokes" / adapters.NOTE).exists()  # --restart discards nothing else
+    assert adapters.find_adapters(tmp_path) == {"Halftone": both, "Hatching": both / "Hatching", "Strokes": both}
     assert "is finished" not in capsys.readouterr().out
     train(demo, tmp_path, *flags, "--rank", "2", "--restart")
     assert "is finished" not in capsys.readouterr().out
@@ -662,11 +648,11 @@ def without_weights(run):
 
 
 def without_base(run):
-    shutil.rmtree(run / "tiny_base/without-Hatching")
+    shutil.rmtree(run / BASE)
 
 
 def another_base(run):
-    file = run / "tiny_base/without-Hatching/unet/diffusion_pytorch_model.safetensors"
+    file = run / f"{BASE}/unet/diffusion_pytorch_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file)
 
 
@@ -703,15 +689,15 @@ def test_a_bad_adapter_is_found_before_anything_is_loaded(tuned, tmp_path, monke
         assert "\n" not in str(problem.value)
 
 
-def test_adapters_of_two_bases_do_not_mix(tuned, pair, tmp_path, monkeypatch):
-    for source, name in ((tuned.run / "lora", ""), (pair / "lora/Dots", "Dots")):
-        shutil.copytree(source, tmp_path / "lora" / name, dirs_exist_ok=True)
-    for source in (tuned.run, pair):
-        shutil.copytree(source / "tiny_base", tmp_path / "tiny_base", dirs_exist_ok=True)
+def test_adapters_of_two_bases_do_not_mix(tuned, tmp_path, monkeypatch):
+    for name in ("Hatching", "Dots"):
+        shutil.copytree(tuned.run / "lora", tmp_path / "lora" / name)
+    for base in (BASE, "tiny_base/other"):
+        shutil.copytree(tuned.base, tmp_path / base)
+    note = tmp_path / "lora/Dots" / adapters.NOTE
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"styles": ["Dots"], "base": "tiny_base/other"}))
     monkeypatch.setattr(diffusion, "load", lambda *_: pytest.fail("loaded"))
-    message = (
-        "adapter of tiny_base/without-Hatching, and .* of tiny_base/without-Dots-Hatching: only adapters of one base"
-    )
+    message = f"adapter of {BASE}, and .* of tiny_base/other: only adapters of one base"
     with pytest.raises(UserError, match=message):
         lora.main(["paint", "a town", *SMALL, "--run", str(tmp_path), "--style", "Hatching", "Dots"])
 

@@ -298,7 +298,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     scripts, _ = make(project, *wanted)
     variants = 2 * ["train_style.py", "style_transfer.py"]
     rest = [*STAGES, BUILD, *4 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
-    demo = ["demo.py", *STAGES, BUILD, "train.py", "lora.py", "lora.py"]
+    demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], "lora.py", "lora.py"]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
