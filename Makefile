@@ -126,7 +126,7 @@ painter: $(RUN)/lora_grid.png
 $(RUN)/lora/trained: $(RUN)/stamps/lora $(RUN)/paintings.txt
 	$(call run,lora,train) $(or $(call restart,$(RUN)/lora*.partial.pt),--restart) && mkdir -p $(@D) && touch $@
 $(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(addprefix $(RUN)/judge_,style/classifier.pt genre/classifier.pt)
-	$(PY) lora.py grid --run $(RUN) $(addprefix -c ,$(filter %.json,$(LORA)))
+	$(PY) lora.py grid --run $(RUN) $(patsubst %.json,-c %.json,$(filter %.json,$(LORA)))
 
 benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
 	$(call with_settings,$(RUN)/benchmark.md)

@@ -62,9 +62,13 @@ $(RUN)/demo: FORCE
 	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline eight_styles
 
 .PHONY: eight_styles
-eight_styles: $(RUN)/judge_style/classifier.pt $(RUN)/judge_genre/classifier.pt $(if $(WIKIART),,data/demo/metadata.csv)
-	for style in $$(ls $(DATA)/train); do \
-	    $(PY) lora.py train $(FLAGS) -c settings/tiny.json --per-style --style $$style || exit; done
+eight_styles: $(RUN)/lora_compare.png
+each_style := lora.py -c settings/tiny.json --per-style
+$(RUN)/lora_compare.png: $(RUN)/stamps/each_style $(RUN)/paintings.txt common/figures.py $(RUN)/style.pt \
+    $(RUN)/judge_style/classifier.pt $(RUN)/judge_genre/classifier.pt
+	@for file in $(wordlist 1,2,$^); do find $(RUN) -name 'lora*.partial.pt' ! -newer $$file -delete \
+	    -o -path '$(RUN)/lora/*/lora.json' ! -newer $$file -delete; done
+	$(call run,each_style,train)
 	$(PY) lora.py grid --run $(RUN) -c settings/tiny.json
 	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 

@@ -29,7 +29,7 @@ case $script in
   embed.py) case $backbone$shrunk in tf_efficientnet_lite0) backbone=tf_efficientnet_lite2;; esac
     touch $run/embed_${{backbone:-convnext}}$shrunk.pt;;
   tune.py) touch $run/$name.md;;
-  lora.py) touch $run/lora_grid.png;;
+  lora.py) touch $run/lora_grid.png $run/lora_compare.png;;
   benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
   demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
@@ -298,7 +298,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     scripts, _ = make(project, *wanted)
     variants = 2 * ["train_style.py", "style_transfer.py"]
     rest = [*STAGES, BUILD, *4 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
-    demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], "lora.py", "lora.py"]
+    demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"]]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
