@@ -6,7 +6,7 @@
 #   make label FOLDER=my_folder       labels.csv and labels.png: the styles of the pictures below a folder (OUT=)
 #   make embed WIKIART=...            optional: classifiers on pre-trained backbones, whose weights come from the hub
 #   make serve WIKIART=...            the page that labels new paintings, at http://127.0.0.1:7860/ (HOST=, PORT=)
-#   make lora                         optional: LoRA on a small text-to-image model that is trained first (minutes)
+#   make lora                         optional: LoRA on a small text-to-image model, in minutes
 #   make lora WIKIART=... LORA='--style Ukiyo_e'     the same on Stable Diffusion from the hub (needs a GPU)
 #   make benchmark                    optional: CPU time and memory compared with common alternatives
 #   make test, make clean             run the tests; delete the demo's data and results

@@ -70,7 +70,7 @@ except ModuleNotFoundError as error:
 SETTINGS = {
     "base": Setting(str, None, "Hugging Face name or diffusers folder of SD 1.x, 2.x or SDXL; tiny: trained here"),
     "resolution": Setting(int, "[0, inf)", "side of the images, a multiple of 8 pixels; 0: what the base is made for"),
-    "style": Setting(list[str], None, "styles; paint mixes those with weights: Ukiyo_e=0.6 Cubism=0.4; none: all"),
+    "style": Setting(list[str], None, "styles; none: all (paint: the first); paint mixes, Ukiyo_e=0.6 Cubism=0.4"),
     "per_style": Setting(bool, None, "one adapter for each style instead of one for all"),
     "pictures": Setting(int, "[0, inf)", "training pictures of each style, at most; 0: all"),
     "rank": Setting(int, "[1, inf)", "rank of the LoRA matrices; alpha equals it"),
@@ -324,8 +324,6 @@ class Evaluation:
         self.captions = [diffusion.caption(*about) for about in zip(test.genres, artists, test.styles, strict=True)]
         self.losses = partial(diffusion.heldout_losses, pipe, latents, config=config)
         self.before = self.losses(self.captions)
-        genres = [diffusion.caption(genre, "", "") for genre in test.genres]
-        self.loss_without_style = self.losses(genres, chosen=self.learned).mean().item()
 
     def learned_loss(self) -> float:
         return self.losses(self.captions, chosen=self.learned).mean().item()
@@ -345,7 +343,7 @@ class Evaluation:
         row = "| {} | {images} | {before:.4f} | {after:.4f} | {change:+.4f} ({change_low:+.4f} to {change_high:+.4f}) |"
         header = "| style | test paintings | before | after | change, with its 95 % interval |\n|---|---|---|---|---|"
         table = "\n".join([header, *(row.format(name, **values) for name, values in rows.items())])
-        return facts | {"heldout_loss_known_words": self.loss_without_style, "by_style": by_style, "table": table}
+        return facts | {"by_style": by_style, "table": table}
 
 
 def paired_change(before, after, rows) -> dict:
@@ -373,7 +371,7 @@ def report(name: str, state: dict, facts: dict, config) -> None:
     finished = max(time.time(), newest + 1)  # later than all, although the clock may have been set back
     note = {key: facts[key] for key in ("base", "base_key", "resolution")} | {"styles": state["config"]["styles"]}
     note |= {"config": state["config"], "fingerprint": state["fingerprint"], "finished": finished}
-    adapters.write_card(run / "lora" / name, facts, note, config.prompts[0])
+    adapters.write_card(run / "lora" / name, run, facts, note, config.prompts[0])
     write_text(run / "lora" / name / adapters.NOTE, json.dumps(note, indent=2) + "\n")
     (run / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
 
@@ -422,17 +420,18 @@ def paint(config, *prompts: str) -> None:
     """
     if not prompts:
         raise UserError('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')
-    if config.image and not Path(config.image).exists():
+    if config.image and not Path(config.image).is_file():
         raise UserError(f"no file {config.image}")
     if config.image and config.steps * config.strength < 1:
         raise UserError("--steps times --strength is less than one step: raise one of them")
+    source = diffusion.open_image(config.image) if config.image else None
     chosen = adapters.choose(config.run, config.style)
     adapters.check_words([*prompts, config.negative], adapters.base_path(chosen.base, config.run), chosen.styles)
     pipe, side = load_adapters(chosen, config)
     options = {"height": side, "width": side}
     if config.image:
         pipe = diffusion.image_to_image(pipe)
-        options = {"image": [diffusion.open_image(config.image, side)], "strength": config.strength}
+        options = {"image": [diffusion.fit_image(source, side)], "strength": config.strength}
     names = [style if weight == 1 else f"{style}-{weight:g}" for style, weight in chosen.styles.items()]
     for prompt in prompts:
         words = [*re.findall(r"\w+", prompt)[:8], *map(file_part, names), "seed", str(config.seed)]
@@ -606,7 +605,7 @@ def repaint_pairs(style: str, pairs: list, test: WikiArt, chosen, transfer, conf
     files = [[test.root / test.paths[row] for row in rows] for rows in zip(*pairs, strict=True)]
     source, truth = (diffusion.read_images(paths, side, config.processes) for paths in files)
     results, seconds = {"source": source.numpy()}, {}
-    prompts = [diffusion.with_style(f"{diffusion.caption(test.genres[row], '', '')}", style) for row, _ in pairs]
+    prompts = [diffusion.with_style(diffusion.caption(test.genres[row], "", ""), style) for row, _ in pairs]
     for strength in STRENGTHS:
         timer, name = Timer(), f"LoRA, strength {strength:g}"
         images = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in source.numpy()]

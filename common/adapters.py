@@ -82,7 +82,7 @@ def choose(run, styles: list[str]) -> SimpleNamespace:
     for folder, note in others:
         if (note["base"], note["base_key"]) != (first[1]["base"], first[1]["base_key"]):
             bases = f"{first[0]} is an adapter of {first[1]['base']}, and {folder} of {note['base']}"
-            raise UserError(f"{bases}: only adapters of one base mix; train both at once, with --per-style")
+            raise UserError(f"{bases}: only adapters of one base mix; give both the same --base in training")
     return SimpleNamespace(styles=weights, folders=folders, base=first[1]["base"], resolution=first[1]["resolution"])
 
 
@@ -139,9 +139,9 @@ Low-rank matrices (rank {rank}, {weights:,} weights) for {base}, trained by `lor
 {training_images} pictures of {learned}, at {resolution} pixels. Ask for "{prompt} in the style of {first}".
 
 ```python
-from diffusers import DiffusionPipeline
+{imports}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{path}")
 pipe.load_lora_weights("{folder}")
 image = pipe("{prompt} in the style of {first}").images[0]
 ```
@@ -162,8 +162,10 @@ Styles of living artists, and pictures whose rights are not yours, are yours to 
 """
 
 
-def write_card(folder: Path, facts: dict, note: dict, prompt: str) -> None:
+def write_card(folder: Path, run: Path, facts: dict, note: dict, prompt: str) -> None:
     """The model card, README.md, as the hub shows it."""
-    settings = json.dumps(note["config"], indent=2)
-    first = display_name(note["styles"][0])
-    write_text(folder / "README.md", CARD.format(**facts, first=first, prompt=prompt, folder=folder, settings=settings))
+    about = {"settings": json.dumps(note["config"], indent=2), "first": display_name(note["styles"][0])}
+    about |= {"prompt": prompt, "folder": folder, "path": base_path(note["base"], run)}
+    small = note["base"].startswith(TINY)  # diffusers finds the class of its autoencoder once it is imported
+    about["imports"] = "import common.tiny_diffusion  # in the folder of lora.py\n" if small else ""
+    write_text(folder / "README.md", CARD.format(**facts, **about))

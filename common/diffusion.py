@@ -72,7 +72,7 @@ def loading_advice(base, error: Exception) -> str:
     if caused_by(MemoryError) or "t allocate memory" in str(error):  # PyTorch's is a RuntimeError
         return "too little memory: close other programs, or use a smaller base"
     if Path(base).is_dir():
-        return "it is no folder in diffusers' layout, with model_index.json, unet/, vae/, ..."
+        return "it is no folder in diffusers' layout, with model_index.json, ..., or a file there is damaged"
     if caused_by(hub.GatedRepoError):
         return "it is gated: accept its terms on its page on the hub, then `hf auth login`"
     if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError):
@@ -242,9 +242,16 @@ def image_to_image(pipe):
     return pipe
 
 
-def open_image(path, side: int) -> Image.Image:
-    """An image file in its own proportions, of about side x side pixels; width and height are multiples of 64."""
-    image = open_rgb(path, 2 * side)
+def open_image(path) -> Image.Image:
+    """An image file in RGB. Raises UserError where it cannot be read."""
+    try:
+        return open_rgb(path, 2048)
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise UserError(f"{path} cannot be read as an image ({type(error).__name__})") from None
+
+
+def fit_image(image: Image.Image, side: int) -> Image.Image:
+    """An image in its own proportions, of about side x side pixels; width and height are multiples of 64."""
     scale = side / (image.width * image.height) ** 0.5
     return image.resize([max(64, round(scale * length / 64) * 64) for length in image.size])
 

@@ -57,12 +57,13 @@ $(RUN)/style_grid_fewer.png: $(RUN)/style_grid.png
 backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_lite2_224.pt
 
 # In the demo the same scene exists in every style, so repaintings can be compared with the true picture. There LoRA
-# learns each style in turn, on a small base that has seen the others; finished adapters are kept.
+# learns each style in turn, on a small base that has seen four of the others; finished adapters are kept.
 $(RUN)/demo: FORCE
-	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline eight_styles
+	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline $(RUN)/demo/lora_compare.png
 
 .PHONY: eight_styles
-eight_styles: $(RUN)/lora_compare.png
+eight_styles: $(VENV)/ready-lora
+	$(call with_settings,$(RUN)/lora_compare.png)
 each_style := lora.py -c settings/tiny.json --per-style
 $(RUN)/lora_compare.png: $(RUN)/stamps/each_style $(RUN)/paintings.txt common/figures.py $(RUN)/style.pt \
     $(RUN)/judge_style/classifier.pt $(RUN)/judge_genre/classifier.pt

@@ -316,7 +316,7 @@ def test_peft_reads_the_adapter(tuned, base):
     assert not torch.allclose(before, tuned.prediction, atol=1e-3)
 
 
-def test_the_model_card_says_how_to_paint(tuned):
+def test_the_model_card_says_how_to_paint(tuned, tmp_path):
     card = (tuned.run / "lora/README.md").read_text()
     _, head, body = card.split("---\n", 2)
     assert f"base_model: {BASE}\nlibrary_name: diffusers" in head
@@ -325,6 +325,9 @@ def test_the_model_card_says_how_to_paint(tuned):
     assert f"on\n{tuned.facts['training_images']} pictures" in body
     assert tuned.facts["table"] in body
     assert json.loads(body.split("```json\n")[1].split("```")[0])["rank"] == 4
+    code = body.split("```python\n")[1].split("```")[0] + f"image.save({str(tmp_path / 'town.png')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert Image.open(tmp_path / "town.png").size == (64, 64)
 
 
 def test_no_more_pictures_are_learned_than_asked_for(tuned, demo, tmp_path):
@@ -593,7 +596,9 @@ def test_easy_steps_do_not_drown_the_others():
         (["train", "fast"], "was given 'fast'"),
         (["paint"], "say what to paint"),
         (["paint", "a town", "--image", "missing.png"], "no file missing.png"),
-        (["paint", "a town", "--image", "{empty}", "--strength", "0.1"], "less than one step"),
+        (["paint", "a town", "--image", "{empty}"], "no file .*"),
+        (["paint", "a town", "--image", "{text}", "--strength", "0.01"], "less than one step"),
+        (["paint", "a town", "--image", "{text}"], "{text} cannot be read as an image"),
         (["train", "--resolution", "36"], "multiple of 8"),
         (["paint", "a town", "--run", "{empty}"], "no adapter in .*lora: run lora.py train"),
         (["paint", "a town", "--style", "Cubism"], "no style Cubism: give one of Hatching"),
@@ -615,7 +620,7 @@ def test_easy_steps_do_not_drown_the_others():
 def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "nothing").mkdir()
-    places = {"{empty}": str(demo), "{nothing}": str(tmp_path / "nothing")}
+    places = {"{empty}": str(demo), "{nothing}": str(tmp_path / "nothing"), "{text}": str(demo / "metadata.csv")}
     words = [word for word in argv[:2] if not word.startswith("-")]
     (tmp_path / "tiny_base").symlink_to(tuned.run / "tiny_base")
     if "to_nothing" not in argv and "--base" not in argv:
@@ -623,7 +628,9 @@ def test_a_mistake_gets_one_clear_line(tuned, demo, tmp_path, monkeypatch, argv,
     action, run = (argv or [""])[0], tmp_path if argv[:1] == ["train"] else tuned.run
     flags = {"train": [*QUICK, "--data", str(demo)], "paint": SMALL, "grid": SMALL, "compare": SMALL}.get(action, [])
     given = [places.get(flag, flag) for flag in argv[len(words) :]]
-    with pytest.raises(UserError, match=message.format(**{"nothing": places["{nothing}"]})) as problem:
+    with pytest.raises(
+        UserError, match=message.format(**{name[1:-1]: place for name, place in places.items()})
+    ) as problem:
         lora.main([*words, *flags, *(["--run", str(run)] if flags else []), *given])
     assert "\n" not in str(problem.value)
 
@@ -783,7 +790,7 @@ class Attention(torch.autograd.Function):
         return out
 
 
-def activations(unet, side: int, checkpointing: bool) -> int:
+def activations(unet, side: int, checkpointing: bool, added=None) -> int:
     """Bytes that one training step keeps for the way back, counted on the meta device, where nothing is computed.
 
     With checkpointing: the inputs of all blocks, and what the largest block keeps while it is computed again.
@@ -810,9 +817,11 @@ def activations(unet, side: int, checkpointing: bool) -> int:
         unet.enable_gradient_checkpointing(block)
     unet.train()
     with torch.device("meta"):
-        latents, words = (torch.empty(1, *shape, dtype=unet.dtype) for shape in ((4, side, side), (77, 768)))
+        shapes = ((4, side, side), (77, unet.config.cross_attention_dim))
+        latents, words = (torch.empty(1, *shape, dtype=unet.dtype) for shape in shapes)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            unet(latents, torch.empty(1, dtype=torch.long), encoder_hidden_states=words)
+            step = torch.empty(1, dtype=torch.long)
+            unet(latents, step, encoder_hidden_states=words, added_cond_kwargs=added)
     return sum(size for size, _ in kept.values()) + max(blocks)
 
 
@@ -838,6 +847,19 @@ def autocast(monkeypatch):
     monkeypatch.setattr(layers, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
 
 
+def unet_of_sdxl():
+    """SDXL's UNet on the meta device, and what it takes beside words."""
+    blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]}
+    blocks |= {"up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
+    blocks |= {"block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10]}
+    sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+    sizes |= {"projection_class_embeddings_input_dim": 2816, "cross_attention_dim": 2048}
+    heads = {"attention_head_dim": [5, 10, 20], "use_linear_projection": True}
+    with torch.device("meta"):
+        added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        return diffusers.UNet2DConditionModel(**blocks, **sizes, **heads), added
+
+
 def test_the_readme_states_the_memory_that_stable_diffusion_takes(monkeypatch):
     autocast(monkeypatch)
     with torch.device("meta"):  # diffusers' defaults are the shapes of Stable Diffusion 1.5
@@ -860,6 +882,12 @@ def test_the_readme_states_the_memory_that_stable_diffusion_takes(monkeypatch):
         f"`--checkpointing` {thrifty:.1f} GB",
         f"`--resolution 256` {small:.1f} GB",
     ]
+    large, added = unet_of_sdxl()
+    large.to(torch.bfloat16).requires_grad_(False)
+    with torch.device("meta"):
+        large.add_adapter(peft.LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    plain, thrifty = (activations(large, 128, how, added) / 1e9 for how in (False, True))
+    wanted += [f"activations at 1024 px {plain:.1f} GB", f"with `--checkpointing` {thrifty:.1f} GB"]
     page = " ".join((ROOT / "docs/lora.md").read_text().split())
     assert not (missing := [text for text in wanted if text not in page]), "; ".join(missing)
 
@@ -876,14 +904,7 @@ def test_the_readme_states_the_hours_that_counted_operations_take():
     """On an A100 that reaches a third of its 312 TFLOP/s: 4,000 images of each of 27 styles, the defaults."""
     with torch.device("meta"):
         small = diffusers.UNet2DConditionModel(cross_attention_dim=768)
-        blocks = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]}
-        blocks |= {"up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
-        blocks |= {"block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10]}
-        sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-        sizes |= {"projection_class_embeddings_input_dim": 2816, "cross_attention_dim": 2048}
-        heads = {"attention_head_dim": [5, 10, 20], "use_linear_projection": True}
-        large = diffusers.UNet2DConditionModel(**blocks, **sizes, **heads)
-        added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+    large, added = unet_of_sdxl()
     wanted = [f"{sum(weight.numel() for weight in large.parameters()) / 1e6:,.0f} million"]
     for count in (flops(small, 64, 768), flops(large, 128, 2048, **added)):
         wanted += [f"{count / 1e12:.1f} TFLOP", f"{27 * 4000 * count / 104e12 / 3600:.1f} hours"]
