@@ -116,7 +116,7 @@ def main(argv=None):
     action = argv[0] if argv else ""
     if action in ("-h", "--help"):
         print(f"{__doc__}\nsubcommands: {', '.join(actions)}")
-        return
+        sys.exit(0)
     if action not in actions:
         raise UserError(f"say first what to do: {', '.join(actions)}")
     rest = argv[1:]

