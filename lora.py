@@ -494,19 +494,14 @@ def plot_grid(path: Path, images: dict, examples: dict, prompts: list[str]) -> N
     for style, pair in images.items():
         by_prompt = [pixels.reshape(len(prompts), IMAGES_PER_PROMPT, *pixels.shape[1:]) for pixels in pair]
         for number in range(1 if several else min(IMAGES_PER_PROMPT, 3)):
-            rows.append([pixels[:, number] for pixels in by_prompt])
+            rows.append((examples[style], np.stack([pixels[:, number] for pixels in by_prompt], 1)))
             names.append(display_name(style))
-            rows[-1] = examples[style], np.stack(rows[-1], 1)
     figures.pair_grid(path, rows, prompts, names)
 
 
 def hit_rates(images: dict, config) -> dict:
     """How often judges find the style and the genre that were asked for, by style; {} without a judge of the styles."""
-    judges = []
-    for name in JUDGES:
-        path = checkpoint_path(config.run, name)
-        judges.append(Classifier.load(path, config.device) if path.exists() else None)
-    style_judge, scene_judge = judges
+    style_judge, scene_judge = (load_judge(name, config) for name in JUDGES)
     if style_judge is None or not set(images) <= set(style_judge.classes):
         return {}
     genres = [genre_of(prompt, scene_judge) for prompt in config.prompts]
@@ -521,6 +516,12 @@ def hit_rates(images: dict, config) -> dict:
                 scenes = scene_judge.predict(pixels).argmax(1) == asked
                 rates[style]["scene_rate" + ending] = scenes.float().mean().item()
     return rates
+
+
+def load_judge(name: str, config) -> Classifier | None:
+    """The classifier in this folder of the run folder, if it is there."""
+    path = checkpoint_path(config.run, name)
+    return Classifier.load(path, config.device) if path.exists() else None
 
 
 def genre_of(prompt: str, judge) -> int | None:
@@ -556,9 +557,8 @@ def compare(config) -> None:
     Writes lora_compare.md and lora_compare.png: the source, repaintings, and the true picture.
     """
     if config.steps * min(STRENGTHS) < 1:
-        raise UserError(
-            f"--steps must be {1 / min(STRENGTHS):.0f} or more: the smallest strength is {min(STRENGTHS):g}"
-        )
+        fewest, smallest = 1 / min(STRENGTHS), min(STRENGTHS)
+        raise UserError(f"--steps must be {fewest:.0f} or more: the smallest strength is {smallest:g}")
     run, known = Path(config.run), adapters.find_adapters(config.run)
     styles = [find_style(style, list(known)) for style in config.style] or list(known)
     chosen = {style: adapters.choose(run, [style]) for style in styles}
@@ -568,7 +568,8 @@ def compare(config) -> None:
     missing = [style for style in styles if style not in test.classes]
     if not scenes or missing:
         raise UserError(f"{config.data} has no scenes in every style, {', '.join(missing) or 'as the demo has'}")
-    transfer, judge = load_repainter(config), load_judge(config, styles)
+    transfer, judge = load_repainter(config), load_judge(JUDGES[0], config)
+    judge = judge if judge and set(styles) <= set(judge.classes) else None
     results = {}
     for style in tqdm(styles, "styles", leave=False):
         target = test.classes.index(style)
@@ -590,12 +591,6 @@ def load_repainter(config) -> Repainter | None:
     checkpoint = load_checkpoint(path, "StyleAutoencoder")
     check_model(checkpoint, path)
     return Repainter(build_model(checkpoint, path), checkpoint["classes"], None, device)
-
-
-def load_judge(config, styles: list[str]) -> Classifier | None:
-    path = checkpoint_path(config.run, JUDGES[0])
-    judge = Classifier.load(path, config.device) if path.exists() else None
-    return judge if judge and set(styles) <= set(judge.classes) else None
 
 
 def repaint_pairs(style: str, pairs: list, test: WikiArt, chosen, transfer, config) -> dict:
@@ -634,21 +629,14 @@ def compare_rows(results: dict, judge) -> list[dict]:
             seconds.append(pictures["seconds"].get(method, 0.0))
             if judge:
                 hits.append(judge.predict(painted).argmax(1) == judge.classes.index(style))
-        row = {
-            "method": method,
-            "psnr": psnr(torch.cat(errors).mean().item()),
-            "ssim": torch.cat(likeness).mean().item(),
-        }
-        row |= {"seconds": float(np.mean(seconds)), "pictures": sum(map(len, errors))}
+        row = {"method": method, "seconds": float(np.mean(seconds)), "pictures": sum(map(len, errors))}
+        row |= {"psnr": psnr(torch.cat(errors).mean().item()), "ssim": torch.cat(likeness).mean().item()}
         rows.append(row | ({"hit_rate": torch.cat(hits).float().mean().item()} if judge else {}))
     return rows
 
 
 def compare_table(rows: list[dict]) -> str:
-    lines = [
-        "| pictures | PSNR to the truth | SSIM to the truth | style found | seconds each |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| pictures | PSNR to the truth | SSIM to the truth | style found | seconds each |", "|---" * 5 + "|"]
     for row in rows:
         near = ["", ""] if row["method"] == "truth" else [f"{row['psnr']:.1f} dB", f"{row['ssim']:.2f}"]
         found = f"{row['hit_rate']:.0%}" if "hit_rate" in row else ""

@@ -1,7 +1,7 @@
 """LoRA adapters in a run folder: which style is where, what is wrong with one, and the model card beside it.
 
-chosen = choose(run, ["Halftone=0.6", "Dots=0.4"])    # notes read, files checked; nothing heavy is loaded
-chosen.styles, chosen.folders, chosen.base            # {"Halftone": 0.6, "Dots": 0.4}, {folder: weight}, name
+chosen = choose(run, ["Halftone=0.6", "Hatching=0.4"])    # notes read, files checked; nothing heavy is loaded
+chosen.styles, chosen.folders, chosen.base            # {"Halftone": 0.6, "Hatching": 0.4}, {folder: weight}, name
 """
 
 import hashlib
