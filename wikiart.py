@@ -656,7 +656,7 @@ class Classifier:
         return torch.cat(batches)
 
     def predict_batch(self, images, calibrated: bool) -> torch.Tensor:
-        with autocast(self.device):
+        with autocast(self.device, cpu=True):
             images = self.prepare(images)
             probabilities = predict_probabilities(self.model, images, self.crop, self.tta_scales).float().cpu()
         return calibrate(probabilities, self.temperature) if calibrated else probabilities
