@@ -53,7 +53,7 @@ all: $(VENV)/ready
 classifier := train.py
 mlp := train.py -c settings/mlp.json --run $(RUN)/mlp
 judge := train.py -c settings/judge.json $(if $(WIKIART),,--epochs 10 --optimizer adamw) --run $(RUN)/judge
-judge_style = $(if $(WIKIART),$(judge),train.py --size 64 --crop 64 --seed 1 --no-refit --run $(RUN)/judge)_style
+judge_style = $(if $(WIKIART),$(judge),train.py --size 64 --crop 64 --seed 1 --run $(RUN)/judge)_style
 judge_genre = $(subst judge_style,judge_genre,$(judge_style)) --target genre
 autoencoder := train_autoencoder.py
 contrastive := train_autoencoder.py --run $(RUN)/contrastive --contrastive-weight 0.15

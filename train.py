@@ -7,11 +7,11 @@
     python train.py -c settings/mlp.json --run runs/demo/mlp    # the baseline that test.py compares with
     torchrun --nproc-per-node=2 -- train.py                     # several GPUs: the same result with CNN and MLP
 
-The network is trained twice: on part of the training paintings, which shows on the others, those of validation, how
-well it does and how far its probabilities can be trusted; then on all of them (--no-refit leaves that out). Test
-paintings are never used. A training that was interrupted resumes after its last finished epoch when the same command is
-run again; --restart starts anew. Writes into the run folder: classifier.pt (classifier.partial.pt until training has
-finished), classifier.jsonl with one line per epoch, curves.png (every few epochs), classes.png and facts.json.
+A tenth of the training paintings is held out for validation, with all paintings of their artists as far as possible:
+they show how well the network does, and how far its probabilities can be trusted. Test paintings are never used. A
+training that was interrupted resumes after its last finished epoch when the same command is run again; --restart starts
+anew. Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished), classifier.jsonl
+with one line per epoch, curves.png (every few epochs), classes.png and facts.json.
 """
 
 import copy
@@ -106,9 +106,6 @@ SETTINGS = {
         "test-time views that are averaged: 1 is the whole image, 0.7 four corner crops of 0.7 times its side, 1.5 the "
         "whole image enlarged",
     ),
-    "refit": Setting(
-        bool, None, "train anew on all training paintings, once the validation paintings have done their part"
-    ),
     "holdout": Setting(
         str,
         None,
@@ -132,32 +129,21 @@ def main(argv=None):
     data = WikiArt(config.data, "train", processes=config.processes, **settings)
     training, validation = data.split_off(config.validation, config.split_seed)
     check_settings(config, training, validation)
-    refit_partial = run / "classifier_refit.partial.pt"
     if rank() == 0:
         print_classes(training, new_sampler(training, config), validation)
-        if not (run / "classifier.partial.pt").exists():  # then the second training is not of this run
-            refit_partial.unlink(missing_ok=True)
-
-    # The first training shows how well the network does and what its probabilities are worth; the second is the same
-    # on all paintings. Those of validation are a tenth of the data, and of a rare style every painting counts.
-    fitted, state = training, fit(config, "classifier", training, validation, device)
-    if config.refit:
-        fitted, refit_state = data, fit(config, "classifier_refit", data, None, device)
+    state = fit(config, training, validation, device)
     if rank() == 0:
-        state |= calibration(Classifier(publishable(state), device), validation)
-        if config.refit:
-            kept = ("history", "temperature", "typical", "unsure_below")
-            state = refit_state | {"refit_history": refit_state["history"]} | {key: state[key] for key in kept}
         state = publishable(state)
-        report(run, state, fitted, validation, int(held_out(training, validation).sum()))
-        path = finish(run, "classifier", state, refit_partial)
+        state |= calibration(Classifier(state, device), validation)
+        report(run, state, training, validation)
+        path = finish(run, "classifier", state)
         lock.close()
-        print(f"{path}: trained on {count(len(fitted), 'painting')}")
+        print(f"{path}: trained on {count(len(training), 'painting')}")
     leave_processes()
 
 
-def fit(config, stem: str, training: WikiArt, validation: WikiArt | None, device) -> dict:
-    """Train a network, with its progress in <stem>.partial.pt; returns its checkpoint.
+def fit(config, training: WikiArt, validation: WikiArt, device) -> dict:
+    """Train a network, with its progress in classifier.partial.pt; returns its checkpoint.
 
     The weights are the averaged ones of the last epoch, where the learning rate has fallen to zero. The epoch that is
     best on validation paintings would be an early one by chance, where rare styles have few of them.
@@ -184,10 +170,9 @@ def fit(config, stem: str, training: WikiArt, validation: WikiArt | None, device
         "history": [],
     }
     parts = {"model": model, "averaged": ema, "optimizers": optimizers}
-    state = resume(config, stem, state, parts)
+    state = resume(config, "classifier", state, parts)
     if rank() == 0 and len(state["history"]) < config.epochs:
-        paintings = count(len(training), "painting") + ("" if validation else ", those of validation too")
-        print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}; {paintings}")
+        print(f"{config.model}: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
 
     parallel = data_parallel(model, config.compile)
     with interruptible(state):
@@ -195,9 +180,8 @@ def fit(config, stem: str, training: WikiArt, validation: WikiArt | None, device
             timer = Timer()
             record = train_epoch(parallel, ema, training, sampler, criterion, optimizers, epoch, config, device)
             if rank() == 0:
-                record |= (evaluate(ema.module, validation, config, device) if validation else {}) | timer.seconds()
-                save_and_show(config, stem, state, {"epoch": epoch} | record, parts)
-    training.on_device = None  # frees the memory for another training
+                record |= evaluate(ema.module, validation, config, device) | timer.seconds()
+                save_and_show(config, state, {"epoch": epoch} | record, parts)
     return state | {"weights": {name: value.cpu() for name, value in ema.module.state_dict().items()}}
 
 
@@ -367,13 +351,11 @@ def evaluate(model, data: WikiArt, config, device) -> dict:
     }
 
 
-def save_and_show(config, stem: str, state: dict, record: dict, parts: dict) -> None:
+def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
     """Save an epoch, print its line, and every few epochs draw the curves."""
-    scores = f"loss {record['loss']:.3f}"
-    if "val_balanced_accuracy" in record:
-        scores += f", validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
-    save_epoch(config, stem, state, record, parts, scores)
-    if "val_balanced_accuracy" in record and record["epoch"] % CURVE_EPOCHS == 0:
+    scores = f"loss {record['loss']:.3f}, validation balanced accuracy {record['val_balanced_accuracy']:.1%}"
+    save_epoch(config, "classifier", state, record, parts, scores)
+    if record["epoch"] % CURVE_EPOCHS == 0:
         plot_curves(config.run, state)
 
 
@@ -428,12 +410,12 @@ def plot_curves(run, state: dict) -> None:
     figures.curves(Path(run) / "curves.png", state["history"], panels)
 
 
-def report(run, state: dict, fitted: WikiArt, validation: WikiArt, validation_held_out: int) -> None:
-    """Write curves.png, classes.png and the facts of a finished training on the paintings `fitted`."""
+def report(run, state: dict, training: WikiArt, validation: WikiArt) -> None:
+    """Write curves.png, classes.png and the facts of a finished training."""
     plot_curves(run, state)
-    sampler = BalancedSampler(fitted.labels, *(state["config"][key] for key in ("balance", "per_class", "seed")))
-    plot_classes(run / "classes.png", state, fitted, draws_per_class(sampler))
-    facts = training_facts(state, fitted, validation) | {"validation_held_out": validation_held_out}
+    sampler = BalancedSampler(training.labels, *(state["config"][key] for key in ("balance", "per_class", "seed")))
+    plot_classes(run / "classes.png", state, training, draws_per_class(sampler))
+    facts = training_facts(state, training, validation)
     add_facts(run, "train", facts, outdated=("test", "test_train", "test_all", "cluster"))
 
 
@@ -452,27 +434,28 @@ def plot_classes(path, state: dict, training: WikiArt, drawn) -> None:
     figures.bars(path, bars, names, f"Training paintings per {config['target']}", "paintings", values=True)
 
 
-def training_facts(state: dict, fitted: WikiArt, validation: WikiArt) -> dict:
-    history, config, counts = state["history"], state["config"], fitted.counts()
-    all_epochs = history + state.get("refit_history", [])
+def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
+    history, config, counts = state["history"], state["config"], training.counts()
     return {
         "model": state["model"],
         "epochs": len(history),
         "parameters": parameter_count(make_model(state["model"], state["arguments"])),
-        "left_out": fitted.left_out,
-        "training_images": len(fitted),
+        "left_out": training.left_out,
+        "training_images": len(training),
         "validation_images": len(validation),
+        "validation_held_out": int(held_out(training, validation).sum()),
         "classes": len(state["classes"]),
         "largest_class": int(counts.max()),
         "smallest_class": int(counts.min()),
         "class_sizes": dict(zip(state["classes"], counts.tolist(), strict=True)),
+        "validation_sizes": dict(zip(state["classes"], validation.counts().tolist(), strict=True)),
         "val_accuracy": history[-1]["val_accuracy"],
         "val_balanced_accuracy": history[-1]["val_balanced_accuracy"],
         "temperature": state["temperature"],
         "unsure_below": state["unsure_below"],
-        "cpu_minutes": sum(record["cpu_seconds"] for record in all_epochs) / 60,
-        "minutes": sum(record["seconds"] for record in all_epochs) / 60,
-        **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "refit", "seed")},
+        "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
+        "minutes": sum(record["seconds"] for record in history) / 60,
+        **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
     }
 
 

@@ -458,13 +458,12 @@ def write_log(run, stem: str, history: list[dict]) -> None:
     write_text(Path(run) / f"{stem}.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
 
-def finish(run, stem: str, state: dict, *others: Path) -> Path:
-    """Write the finished <stem>.pt, its weights in half precision, in place of the partial checkpoint and of others."""
+def finish(run, stem: str, state: dict) -> Path:
+    """Write the finished <stem>.pt, its weights in half precision, in place of the partial checkpoint."""
     path = Path(run) / f"{stem}.pt"
     finished = {key: value for key, value in state.items() if key != "resume"}
     save_checkpoint(path, finished | {"weights": half_precision(finished["weights"])})
-    for partial in (*others, Path(run) / f"{stem}.partial.pt"):  # last, so that a full disk loses nothing
-        partial.unlink(missing_ok=True)
+    (Path(run) / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
     return path
 
 

@@ -17,10 +17,10 @@ lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 # Trainings of the classifier that are compared. A finished one is kept, unless something that it depends on is newer.
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
-balance_flags := --epochs 8 --per-class 0 --no-refit
+balance_flags := --epochs 8 --per-class 0
 styles := $(notdir $(or $(wildcard $(DATA)/train/*),$(wildcard $(DATA)/*)))
 unknown := {"holdout": [$(shell printf '"%s", ' $(styles) | sed 's/, $$//')]}
-unknown_flags := --epochs 12 --crop 96 --no-refit --tta-scales 2.0 1.5
+unknown_flags := --epochs 12 --crop 96 --tta-scales 2.0 1.5
 ablation := report/ablation.json
 ablation_flags := --epochs 8 --no-refit
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md unknown.md)

@@ -156,11 +156,8 @@ def trainings() -> list[dict]:
     plain, contrastive, style = settings("train_autoencoder"), settings("train_autoencoder"), settings("train_style")
     contrastive.contrastive_weight = 0.15
     return [
-        training(f"train.py {paths}", cnn, *classifier_step(cnn, cnn.model), inner + cnn.refit * TRAIN),
-        training(
-            f"train.py -c settings/mlp.json {paths}/mlp",
-            *(mlp, *classifier_step(mlp, mlp.model), inner + mlp.refit * TRAIN),
-        ),
+        training(f"train.py {paths}", cnn, *classifier_step(cnn, cnn.model), inner),
+        training(f"train.py -c settings/mlp.json {paths}/mlp", mlp, *classifier_step(mlp, mlp.model), inner),
         forward(f"test.py {paths}", cnn),
         training(f"train_autoencoder.py {paths}", plain, *autoencoder_step(plain), inner),
         training(

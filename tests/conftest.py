@@ -25,7 +25,7 @@ def flags(**settings) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
-TINY_TRAIN = [*TINY, "--no-refit", *flags(size=32, crop=32, width=8, epochs=2, batch_size=16, per_class=12)]
+TINY_TRAIN = [*TINY, *flags(size=32, crop=32, width=8, epochs=2, batch_size=16, per_class=12)]
 
 
 def script(name, *arguments, **options):

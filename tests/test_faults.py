@@ -339,7 +339,7 @@ def test_faults_while_pixels_are_cached(programs, few, tmp_path):
 
 def test_faults_while_checkpoints_are_saved(programs, few, tmp_path):
     """Before every change of a file: the last epoch's line in the log needs one kill at one moment to get lost."""
-    options = [*TINY, *TRAIN, "--refit"]
+    options = [*TINY, *TRAIN]
     case = Case(programs, tmp_path / "run", "train", *options, "--data", few, "--run", tmp_path / "run")
     case.try_faults()
 
@@ -362,7 +362,7 @@ def test_faults_while_a_folder_is_labelled(programs, few, trained, tmp_path):
 def test_faults_while_settings_are_tuned(programs, few, tmp_path):
     """Trainings and tests are in tune.py's own process, so that they are killed, too."""
     options = ["--device", "cpu", "--name", "seeds", "--data", few, "--run", tmp_path / "run"]
-    options += ["--", *TINY, *TRAIN, "--no-refit"]
+    options += ["--", *TINY, *TRAIN]
     case = Case(programs, tmp_path / "run", "tune", '{"seed": [0, 1]}', *options)
     case.try_faults(9)
 

@@ -346,37 +346,6 @@ def test_damaged_typical_answers_get_one_clear_line(trained, tmp_path, typical):
 # Several processes
 
 
-def test_the_second_training_is_on_all_paintings_and_resumes(demo, tmp_path, monkeypatch):
-    """The same wherever it was interrupted; its calibration is that of the first training."""
-    command = [*TINY_TRAIN, "--refit", "--data", str(demo)]
-    train.main([*command, "--run", str(tmp_path / "whole")])
-    fit, stops = train.train_epoch, [(False, 2), (True, 1), (True, 2)]  # (in the second training, epoch)
-
-    def stopped(*arguments):
-        data, epoch = arguments[2], arguments[6]
-        if (len(data) == whole["training_images"], epoch) in stops[:1]:
-            stops.pop(0)
-            raise KeyboardInterrupt
-        return fit(*arguments)
-
-    whole = json.loads((tmp_path / "whole/facts.json").read_text())["train"]
-    assert whole["training_images"] == len(wikiart.WikiArt(demo, "train", size=32, processes=1))
-    monkeypatch.setattr(train, "train_epoch", stopped)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            train.main([*command, "--run", str(tmp_path / "parts")])
-    train.main([*command, "--run", str(tmp_path / "parts")])
-    first, second = (load_checkpoint(tmp_path / name / "classifier.pt") for name in ("whole", "parts"))
-    for name, weight in first["weights"].items():
-        assert torch.equal(weight, second["weights"][name]), name
-    assert first["temperature"] == second["temperature"]
-    assert not list((tmp_path / "parts").glob("*partial*"))
-    train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path / "once")])
-    once = load_checkpoint(tmp_path / "once/classifier.pt")
-    assert once["temperature"] == first["temperature"]
-    assert not torch.equal(once["weights"]["out.weight"], first["weights"]["out.weight"])
-
-
 def test_batch_norm_of_several_processes_computes_in_float32(monkeypatch):
     images = (100 + torch.randn(64, 3, 4, 4)).bfloat16()
     expected = F.batch_norm(images.float(), None, None, training=True)
