@@ -9,10 +9,10 @@ colours, textures and words (see common/descriptors.py), and descriptors, which 
 that embed.py has run. Codes are computed once, and again when their checkpoint or the paintings have changed. They are
 reduced to whitened principal components, scaled to length 1, and clustered by k-means.
 
-Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; for each
-source map_<source>.png (paintings by likeness), tsne_<source>.png, clusters_<source>.png (clusters of each style),
-centroids_<source>.png (the paintings nearest to each centre) and centroids_<source>.txt, which names these. Of several
-sources at once, the figures of the codes that the report does not show are in more/.
+Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; of the
+autoencoder and the descriptors map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of the
+others, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest to each centre) and
+centroids_<source>.txt, which names these.
 """
 
 import re
@@ -67,7 +67,7 @@ DESCRIPTORS = ("colours", "textures", "words")
 COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
 COMPONENTS = 40  # principal components of each source, and of all together, at most
-SHOWN = ("autoencoder", "descriptors")  # figures at the top of the run folder, where there are others
+SHOWN = ("autoencoder", "descriptors")  # whose t-SNE and map are at the top of the run folder
 TSNE_IMAGES, MAP_IMAGES = 5000, 480  # paintings in a t-SNE figure and in a map, at most
 BATCH_SIZE = 256
 AGREEMENT = {
@@ -307,10 +307,8 @@ def probes(table: dict, reduce) -> dict[str, float]:
 
 def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt, config) -> None:
     """Write the figures of one source: its reduced codes (N, D), their labels and clusters."""
-    folder, counts = Path(config.run), contingency(labels, clusters, len(classes))
-    if len(config.codes) > 1 or config.codes == ["all"]:
-        folder = folder if source in SHOWN else folder / "more"
-    folder.mkdir(exist_ok=True)
+    counts, more = contingency(labels, clusters, len(classes)), Path(config.run) / "more"
+    top = Path(config.run) if source in SHOWN else more
     order = diagonal_order(counts)
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
     names = [f"cluster {number + 1}" for number in range(len(order))]
@@ -321,12 +319,12 @@ def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt
     points = TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=config.seed).fit_transform(codes[rows])
     panels = {"by style": (points, labels[rows], classes), "by KMeans": (points, clusters[rows], names)}
     title = f"t-SNE of {source} codes, {len(rows)} of {len(codes)} {config.split} paintings"
-    figures.scatter(folder / f"tsne_{source}.png", panels, title)
-    plot_map(folder / f"map_{source}.png", source, rows, points, data, config)
+    figures.scatter(top / f"tsne_{source}.png", panels, title)
+    plot_map(top / f"map_{source}.png", source, rows, points, data, config)
 
-    percent, path = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1), folder / f"clusters_{source}.png"
+    percent, path = 100 * counts[:, order] / counts.sum(1, keepdims=True).clip(1), more / f"clusters_{source}.png"
     figures.heat(path, percent, classes, names, f"KMeans on {source} codes: clusters of each style", "% of style")
-    plot_centroids(folder / f"centroids_{source}.png", source, codes, clusters, names, data, config)
+    plot_centroids(more / f"centroids_{source}.png", source, codes, clusters, names, data, config)
 
 
 def plot_map(path: Path, source: str, rows, points, data: WikiArt, config) -> None:

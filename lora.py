@@ -152,7 +152,7 @@ def train(config) -> None:
     torchrun --nproc-per-node=2 -- lora.py train ...    # several GPUs; `accelerate launch` works, too
 
     Writes into the run folder: lora/ (lora/<Style>/ with --per-style) with the adapter, which `load_lora_weights` of
-    diffusers reads, peft/ for peft, a model card and samples of each epoch; lora.jsonl, lora_curve.png, lora.md
+    diffusers reads, peft/ for peft, a model card and samples of each epoch; lora.jsonl, more/lora_curve.png, lora.md
     (losses on test paintings by style), facts.json, and tiny_base/ with --base tiny. An interrupted training resumes
     after its last finished epoch (lora.partial.pt) when the same command is run again; --restart starts anew.
     """
@@ -360,7 +360,7 @@ def report(name: str, state: dict, facts: dict, config) -> None:
     run, stem, history = Path(config.run), f"lora_{name}" if name else "lora", state["history"]
     panels = {"training loss": {"training": "loss"}, "loss on test paintings": {"with LoRA": "heldout_loss"}}
     levels = {"loss on test paintings": {"without": facts["heldout_loss_before"]}}
-    figures.curves(run / f"{stem}_curve.png", history, panels, levels=levels)
+    figures.curves(run / f"more/{stem}_curve.png", history, panels, levels=levels)
     write_text(run / f"{stem}.md", facts["table"] + "\n")
     facts["cpu_minutes"] = sum(record["cpu_seconds"] for record in history) / 60
     facts["minutes"] = sum(record["seconds"] for record in history) / 60

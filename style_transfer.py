@@ -10,9 +10,9 @@
 
 Needs style.pt of train_style.py and classifier.pt of train.py. With --image, <name>_<style>.png go to --out, at the
 picture's own size up to --longest pixels; styles with weights are mixed, others are painted one by one. Without, test
-paintings are repainted at the training size; scores go into facts.json, and style_grid.png, style_row.png,
-style_strength.png and style_triptych.png into the run folder (style_grid_adain.png, ... for another method); where the
-same scenes exist in every style, as in the demo, style_truth.png compares with them.
+paintings are repainted at the training size; scores go into facts.json, and style_grid.png into the run folder, with
+style_row.png, style_strength.png and style_triptych.png in more/ (for another method more/style_grid_adain.png, ...
+alone); where the same scenes exist in every style, as in the demo, style_truth.png compares with them.
 """
 
 import time
@@ -355,24 +355,24 @@ def rows_to_show(data: WikiArt, hide: list[str]) -> list[int]:
 
 
 def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pairs, repainter, config) -> None:
-    """Write style_grid.png and its row style_row.png; of the trained model the other figures, too."""
+    """Write style_grid.png, or more/style_grid_<name>.png; of the trained model the other figures, too."""
     names, labels = [display_name(name) for name in data.classes], data.labels[rows]
     columns = [data.classes.index(style) for style in config.style]
     cells = to_bytes(torch.stack([originals[rows], *(repainted[column][rows] for column in columns)], 1)).numpy()
     titles, row_titles = ["original", *(names[column] for column in columns)], [names[label] for label in labels]
     title = "Test paintings, repainted in each style"
-    figures.painting_grid(run / f"style_grid{suffix}.png", cells, titles, row_titles, title)
-    row = (len(rows) - 1) // 2
-    path, title = run / f"style_row{suffix}.png", f"One painting in the style of {len(columns)} movements"
-    figures.painting_grid(path, cells[row : row + 1], titles, row_titles[row : row + 1], title)
-    if config.method == "model":
-        plot_strengths(run / f"style_strength{suffix}.png", names, labels[:5], originals[rows[:5]], repainter)
+    more = run / "more"
+    figures.painting_grid((more if suffix else run) / f"style_grid{suffix}.png", cells, titles, row_titles, title)
+    if not suffix:
+        row, title = (len(rows) - 1) // 2, f"One painting in the style of {len(columns)} movements"
+        figures.painting_grid(more / "style_row.png", cells[row : row + 1], titles, row_titles[row : row + 1], title)
+        plot_strengths(more / "style_strength.png", names, labels[:5], originals[rows[:5]], repainter)
         with named_errors(data.root / data.paths[rows[row]]):
             image = open_picture(data.root / data.paths[rows[row]], TRIPTYCH_SIDE)
         image = ImageOps.contain(image, (TRIPTYCH_SIDE, TRIPTYCH_SIDE), Image.Resampling.LANCZOS)  # enlarges, too
-        plot_triptych(run / f"style_triptych{suffix}.png", image, labels[row].item(), repainter)
+        plot_triptych(more / "style_triptych.png", image, labels[row].item(), repainter)
         if pairs:
-            plot_truth(run / f"style_truth{suffix}.png", pairs, originals, repainted, names, data.labels)
+            plot_truth(run / "style_truth.png", pairs, originals, repainted, names, data.labels)
 
 
 def plot_truth(path, pairs, originals, repainted, names: list[str], labels) -> None:

@@ -8,8 +8,8 @@
     python test.py --run runs/wikiart --data /scratch/wikiart
 
 Writes into the run folder: report.txt and report.csv (scores of each class), samples.png (paintings of each class),
-regions.png (evidence for their class), confusion.png, roc.png, mistakes.png, predictions.csv and facts.json. With
---split train or all the names end in _train or _all.
+confusion.png, mistakes.png, more/regions.png (evidence for the class), more/roc.png, predictions.csv and facts.json.
+With --split train or all the names end in _train or _all.
 """
 
 import csv
@@ -209,7 +209,7 @@ def plot_scores(run, suffix: str, data: WikiArt, probabilities) -> float:
         if 0 < (truth == label).sum() < len(truth):  # a class without images has no curve
             false_positives, true_positives, _ = roc_curve(truth == label, probabilities[:, label])
             curves[name] = false_positives, true_positives, auc(false_positives, true_positives)
-    figures.roc(run / f"roc{suffix}.png", curves, f"One class against the others: {PAINTINGS[data.split]}s")
+    figures.roc(run / f"more/roc{suffix}.png", curves, f"One class against the others: {PAINTINGS[data.split]}s")
     return float(np.mean([area for *_, area in curves.values()])) if curves else 0.0
 
 
@@ -245,7 +245,7 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
         images += [pixels, np.asarray(highlighted).transpose(2, 0, 1)]
         captions += [artist_over_title(data, row), f"evidence: {classes[truth[row]]}\n{predicted(row)}"]
     title = "Orange: evidence for the painting's class"
-    figures.contact_sheet(run / f"regions{suffix}.png", images, captions, 4, title)
+    figures.contact_sheet(run / f"more/regions{suffix}.png", images, captions, 4, title)
 
 
 def artist_over_title(data: WikiArt, row: int) -> str:
@@ -275,7 +275,7 @@ def print_summary(facts: dict, run, suffix: str, split: str) -> None:
     print(f"(fitted on validation paintings) {facts['ece_after']:.3f}")
     print(f"unsure of {facts['unsure']:.0%} of the images; accuracy on the others {facts['sure_accuracy']:.1%}")
     print(f"\naccuracy {facts['accuracy']:.1%} on {PAINTINGS[split]}s; tables and figures are in {run}/ ", end="")
-    print(f"(confusion{suffix}.png, roc{suffix}.png, mistakes{suffix}.png, report{suffix}.txt)")
+    print(f"(confusion{suffix}.png, mistakes{suffix}.png, more/roc{suffix}.png, report{suffix}.txt)")
 
 
 if __name__ == "__main__":

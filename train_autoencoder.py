@@ -8,8 +8,8 @@
 The epoch with the lowest error on validation paintings is kept. Baselines are PCA with as many components as the code
 has numbers, each painting's mean colour, and the mean painting. A training that was interrupted resumes after its last
 finished epoch when the same command is run again; --restart starts anew. Writes into the run folder: autoencoder.pt
-(autoencoder.partial.pt until training has finished), autoencoder.jsonl with one line per epoch, autoencoder_curves.png,
-reconstructions.png (every few epochs) and facts.json.
+(autoencoder.partial.pt until training has finished), autoencoder.jsonl with one line per epoch, reconstructions.png and
+more/autoencoder_curves.png (every few epochs) and facts.json.
 """
 
 import copy
@@ -235,18 +235,18 @@ def remaining_epochs(history: list[dict], epochs: int):
 
 
 def plot(model, state: dict, data: WikiArt, baselines: dict, baseline_mse: dict, config, device, caption: str) -> None:
-    """Write autoencoder_curves.png, with the baselines' errors on validation paintings, and reconstructions.png."""
+    """Write more/autoencoder_curves.png, with the baselines' errors on validation paintings, and reconstructions.png."""
     pca = next(iter(baselines))
     panels = {
         "mean squared error": {"training crops": "mse", "validation": "val_mse"},
         "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
     }
     lines = {"mean squared error": baseline_mse, "PSNR, dB": {pca: psnr(baseline_mse[pca])}}  # others are far below
-    path = Path(config.run) / "autoencoder_curves.png"
+    path = Path(config.run) / "more" / "autoencoder_curves.png"
     figures.curves(path, state["history"], panels, state["epoch"], lines, logarithmic=("mean squared error",))
 
     rows = {f"from {config.code} numbers": reconstruction(model), "PCA, as many": baselines[pca]}
-    path = path.with_name("reconstructions.png")
+    path = Path(config.run) / "reconstructions.png"
     plot_reconstructions(path, rows, data, config.hide, config.crop, device, f"Reconstructions {caption}")
 
 

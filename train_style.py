@@ -9,8 +9,8 @@ In its own style a painting has to come back, in pixels and in the feature maps 
 maps have to look like those of real paintings of that style, to statistics and to a critic, while the composition
 stays. The moving average of the weights is kept. A training that was interrupted resumes after its last finished epoch
 when the same command is run again; --restart starts anew. Writes into the run folder: style.pt (style.partial.pt until
-training has finished), style.jsonl with one line per epoch, style_samples.png and
-style_curves.png, renewed every few epochs, and facts.json.
+training has finished), style.jsonl with one line per epoch, more/style_samples.png and more/style_curves.png, renewed
+every few epochs, and facts.json.
 """
 
 import copy
@@ -337,7 +337,7 @@ def evaluate(model, features, data: WikiArt, config, device) -> dict:
 
 @torch.no_grad()
 def plot_samples(model, data: WikiArt, config, device) -> None:
-    """style_samples.png: a validation painting of each of the first eight styles, in each of these."""
+    """more/style_samples.png: a validation painting of each of the first eight styles, in each of these."""
     model.eval()
     shown = torch.from_numpy(data.showable(config.hide)).nonzero().flatten()
     items = torch.stack([shown[data.labels[shown] == label][0] for label in data.labels[shown].unique()[:8]])
@@ -349,19 +349,19 @@ def plot_samples(model, data: WikiArt, config, device) -> None:
             columns.append(model(images, target.expand_as(eye[labels]), eye[labels]).clamp(0, 1))
     names = [display_name(name) for name in data.classes]
     cells = (255 * torch.stack(columns, 1)).round().byte().cpu().numpy()
-    path, title = Path(config.run) / "style_samples.png", "Validation paintings, repainted in each style"
+    path, title = Path(config.run) / "more/style_samples.png", "Validation paintings, repainted in each style"
     figures.painting_grid(path, cells, ["original", *names[:8]], [names[label] for label in labels.tolist()], title)
 
 
 def plot_curves(run, history: list[dict]) -> None:
-    """style_curves.png: the losses of the epochs so far."""
+    """more/style_curves.png: the losses of the epochs so far."""
     panels = {
         "PSNR in the own style, dB": {"validation": "val_psnr"},
         "losses in another style": {
             name.replace("_", " "): name for name in ("style_stat", "palette", "content", "layout")
         },
     }
-    figures.curves(Path(run) / "style_curves.png", history, panels)
+    figures.curves(Path(run) / "more/style_curves.png", history, panels)
 
 
 def report(run: Path, state: dict, steps: int, images: int, config) -> None:

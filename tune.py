@@ -7,7 +7,7 @@
 Settings are JSON, or a file of JSON: {key: [values]} for every combination, a list [{key: value, ...}, ...], or
 {name: {key: value, ...}, ...}. Each is trained in <run>/<name>/<setting>. Run again, the same command skips finished
 trainings and resumes interrupted ones. Writes <run>/<name>.md, sorted by balanced accuracy on validation paintings,
-which is what to choose by; <name>.png (recall of every class); and facts.json.
+which is what to choose by; more/<name>.png (recall of every class); and facts.json.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def main(argv=None):
             raise
     facts = {name: read_facts(folder / name) for name in settings}
     write_table(run / f"{config.name}.md", facts)
-    plot_recalls(run / f"{config.name}.png", facts, config.name)
+    plot_recalls(run / "more" / f"{config.name}.png", facts, config.name)
     add_facts(run, config.name, summary(facts))
     lock.close()
 

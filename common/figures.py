@@ -1,5 +1,7 @@
 """The plots that scripts share, and their matplotlib style and class colours."""
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")  # files only: GPU servers have no screen
@@ -45,13 +47,21 @@ def class_style(number: int) -> dict:
 
 
 def save(figure, path) -> None:
-    """Write a PNG, completely or not at all, and close the figure."""
+    """Write a PNG, completely or not at all, and close the figure; makes its folder."""
+    Path(path).parent.mkdir(exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
         plt.close(figure)
         with Image.open(temporary) as picture:
             picture = picture.convert("RGB")
         picture.save(temporary, format="png", optimize=True)  # packed better than by matplotlib
+
+
+def save_picture(picture: Image.Image, path) -> None:
+    """Write a PNG, completely or not at all; makes its folder."""
+    Path(path).parent.mkdir(exist_ok=True)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="png", optimize=True)
 
 
 def curves(path, history: list[dict], panels: dict, best=None, levels=None, logarithmic=()) -> None:
@@ -108,18 +118,20 @@ def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: st
 
 def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], title: str) -> None:
     """Points in the plane, in panels: {name: (places (N, 2), numbers (N,), names of the numbers)}."""
-    figure, axes = plt.subplots(len(panels), figsize=(8.2, 5.6 * len(panels)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 5.4), squeeze=False, layout="constrained")
     for axis, (name, (places, numbers, names)) in zip(axes.flat, panels.items(), strict=True):
         for number, label in enumerate(names):
             members = places[numbers == number]
             style = class_style(number)
-            size = max(4, min(22, 3e4 / len(places)))
+            size = max(3, min(14, 2e4 / len(places)))
             looks = {"color": style["color"], "marker": style["marker"], "linewidths": 0, "alpha": 0.75}
             axis.scatter(*members.T, s=size, label=display_name(label), **looks)
         axis.set(title=name, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.grid(False)
-        legend = axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, fontsize=9)
+        columns = 2 if len(names) < 12 else 3
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns, "columnspacing": 0.8}
+        legend = axis.legend(**place, markerscale=1.8, fontsize=9 if columns == 2 else 6.5, handletextpad=0.2)
         for handle in legend.legend_handles:
             handle.set_alpha(1)
     figure.suptitle(title)
@@ -154,10 +166,11 @@ def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values:
     if level is not None:
         axis.axhline(level, color="0.3", lw=1.2, ls="--")
     axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    axis.set(title=title, ylabel=ylabel)
+    axis.set(ylabel=ylabel)
+    axis.set_title(title, pad=34)
     axis.margins(x=0.01, y=0.18 if values else 0.05)
     axis.grid(False, axis="x")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9, columnspacing=1.2)
     save(figure, path)
 
 
@@ -216,8 +229,7 @@ def painting_grid(path, pictures: np.ndarray, columns: list[str], rows: list[str
         for column, picture in enumerate(pictures[row]):
             cell = Image.fromarray(picture.transpose(1, 2, 0)).resize((width, height), Image.Resampling.LANCZOS)
             canvas.paste(cell, (left + column * (width + gap), top + row * (height + gap)))
-    with atomic_write(path) as temporary:
-        canvas.save(temporary, format="png", optimize=True)
+    save_picture(canvas, path)
 
 
 def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], title: str, side: int = 48) -> None:
@@ -238,8 +250,7 @@ def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], 
         x, y = number * canvas.width // len(classes), canvas.height - 18
         draw.rectangle((x, y, x + 12, y + 12), class_style(number)["color"])
         draw.text((x + 17, y + 6), display_name(name), "black", font, anchor="lm")
-    with atomic_write(path) as temporary:
-        canvas.save(temporary, format="png", optimize=True)
+    save_picture(canvas, path)
 
 
 def pair_grid(path, rows: list, columns: list[str], names: list[str], side: int = 128) -> None:
@@ -266,5 +277,4 @@ def pair_grid(path, rows: list, columns: list[str], names: list[str], side: int 
         for x, picture in places:
             cell = Image.fromarray(picture.transpose(1, 2, 0)).resize((side, side), Image.Resampling.LANCZOS)
             canvas.paste(cell, (x, y))
-    with atomic_write(path) as temporary:
-        canvas.save(temporary, format="png", optimize=True)
+    save_picture(canvas, path)

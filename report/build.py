@@ -25,7 +25,7 @@ from common.files import atomic_write, write_text  # noqa: E402
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
-FIGURE = re.compile(r"\]\(([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
+FIGURE = re.compile(r"\]\((?:more/)?([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
 OF_README = ("style_row.png",)  # besides the report's figures
 OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe
@@ -87,10 +87,13 @@ def fill(template: Path, facts: dict) -> str:
 def find_figures(text: str, others: tuple, run: Path) -> dict[str, Path]:
     """The files of the run that a report shows, and `others`, by their names; exits if one is missing."""
     names = (*FIGURE.findall(text), *others)
-    figures = {name: run / ("demo" if name in OF_DEMO else "") / name for name in names}
-    for name, path in figures.items():
+    figures = {}
+    for name in names:
+        folder = run / ("demo" if name in OF_DEMO else "")
+        path = folder / name if (folder / name).exists() else folder / "more" / name
         if not path.exists():
             sys.exit(f"build.py: the report shows {name}, which {run} does not have")
+        figures[name] = path
     return figures
 
 

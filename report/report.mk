@@ -33,12 +33,12 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt repor
 variant = train_style.py --run $(RUN)/style_$(1)
 style_textbook := $(call variant,textbook) --condition style --style-weight 0 --epochs 20
 style_backbone := $(call variant,backbone) --epochs 24 --features $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES)))
-VARIANTS := $(RUN)/style_grid_textbook.png $(RUN)/style_grid_backbone.png
+VARIANTS := $(RUN)/more/style_grid_textbook.png $(RUN)/more/style_grid_backbone.png
 $(RUN)/style_textbook/style.pt $(RUN)/style_backbone/style.pt: $(RUN)/style_%/style.pt: $(RUN)/stamps/style_% \
     $(RUN)/classifier.pt
 	mkdir -p $(@D) && cp $(RUN)/classifier.pt $(@D)
 	$(call train,style_$*)
-$(VARIANTS): $(RUN)/style_grid_%.png: $(RUN)/style_%/style.pt $(RUN)/style_grid.png
+$(VARIANTS): $(RUN)/more/style_grid_%.png: $(RUN)/style_%/style.pt $(RUN)/style_grid.png
 	$(call run,repaint) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 100
 
 embed := embed.py --backbone $(lites) $(if $(LITES),--weights $(LITES))
@@ -48,9 +48,9 @@ $(RUN)/embed_tf_efficientnet_lite2.pt: $(RUN)/stamps/embed $(RUN)/paintings.txt
 	$(call run,embed)
 $(RUN)/embed_tf_efficientnet_lite2_224.pt: $(RUN)/stamps/embed_224 $(RUN)/embed_tf_efficientnet_lite2.pt
 	$(call run,embed_224)
-$(RUN)/style_grid_magenta.png: $(RUN)/style_grid.png
+$(RUN)/more/style_grid_magenta.png: $(RUN)/style_grid.png
 	$(call run,repaint) --method magenta --paintings 100
-$(RUN)/style_grid_fewer.png: $(RUN)/style_grid.png
+$(RUN)/more/style_grid_fewer.png: $(RUN)/style_grid.png
 	$(call run,repaint) --name fewer --paintings 100
 
 # The codes that clusters.md compares, and the second judge: made first, so that $(wildcard ...) finds them.
@@ -74,7 +74,7 @@ $(RUN)/lora_compare.png: $(RUN)/stamps/each_style $(RUN)/paintings.txt common/fi
 	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 
 # Speed is measured last, when nothing else of this runs.
-publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/style_grid_magenta.png $(RUN)/style_grid_fewer.png $(RUN)/demo
+publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/more/style_grid_magenta.png $(RUN)/more/style_grid_fewer.png $(RUN)/demo
 	@$(MAKE) --no-print-directory -j1 $(RUN)/label.txt $(RUN)/benchmark.md
 	$(PY) report/build.py --run $(RUN) --publish
 label := label.py

@@ -59,7 +59,7 @@ def test_it_learns_more_than_the_mean_colour_and_says_what_it_is_held_against(co
     assert facts["psnr"] > facts["mean_colour_psnr"] > facts["mean_image_psnr"]
     assert facts["pca_psnr"] > facts["mean_colour_psnr"]
     assert facts["psnr"] == pytest.approx(-10 * np.log10(facts["mse"]), abs=0.02)
-    for name in ("autoencoder_curves.png", "reconstructions.png"):
+    for name in ("more/autoencoder_curves.png", "reconstructions.png"):
         assert np.asarray(Image.open(coded / name).convert("L")).std() > 5
     assert not (coded / "autoencoder.partial.pt").exists()
 

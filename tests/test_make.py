@@ -25,7 +25,7 @@ case $script in
   test.py) touch $run/report.txt;;
   train_autoencoder.py) mkdir -p $run; touch $run/autoencoder.pt;;
   train_style.py) mkdir -p $run; touch $run/style.pt;;
-  style_transfer.py) touch $run/style_grid${{name:+_$name}}.png;;
+  style_transfer.py) mkdir -p $run/more; touch $run/${{name:+more/}}style_grid${{name:+_$name}}.png;;
   embed.py) case $backbone$shrunk in tf_efficientnet_lite0) backbone=tf_efficientnet_lite2;; esac
     touch $run/embed_${{backbone:-convnext}}$shrunk.pt;;
   tune.py) touch $run/$name.md;;

@@ -139,12 +139,13 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     facts["test"]["accuracy"] = 0.987654
     (run / "facts.json").write_text(json.dumps(facts))
     (run / "centroids_descriptors.txt").write_text("cluster 1: a painter: a title")
+    (run / "more").mkdir()
     (run / "roc.png").rename(run / "away.png")
     before = {path: path.read_bytes() for path in report.iterdir() if path.is_file()}
     publish = (tmp_path / "report/build.py", "--run", run, "--publish")
     assert "roc.png" in clear_line(script(*publish))
     assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
-    (run / "away.png").rename(run / "roc.png")
+    (run / "away.png").rename(run / "more/roc.png")
     assert script(*publish).returncode == 0
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()

@@ -188,7 +188,7 @@ def test_without_tensorboard_nothing_is_trained_before_the_clear_line(demo, tmp_
 
 def test_evaluation_writes_tables_and_figures(trained, demo):
     evaluation.main([*TINY, "--data", str(demo), "--run", str(trained)])
-    for name in ("confusion.png", "roc.png", "mistakes.png", "samples.png", "regions.png"):
+    for name in ("confusion.png", "more/roc.png", "mistakes.png", "samples.png", "more/regions.png"):
         assert np.asarray(Image.open(trained / name).convert("L")).std() > 5
     rows = list(csv.DictReader((trained / "predictions.csv").open()))
     facts = json.loads((trained / "facts.json").read_text())["test"]

@@ -429,11 +429,11 @@ def test_scores_and_figures(styled):
     ("name", "columns", "rows", "cell"),
     [
         ("style_grid", 9, 8, 160),
-        ("style_row", 9, 1, 160),
-        ("style_strength", 5, 5, 224),
-        ("style_triptych", 3, 1, 512),
+        ("more/style_row", 9, 1, 160),
+        ("more/style_strength", 5, 5, 224),
+        ("more/style_triptych", 3, 1, 512),
         ("style_truth", 8, 3, 160),
-        ("style_samples", 9, 8, 160),
+        ("more/style_samples", 9, 8, 160),
     ],
 )
 def test_pictures_have_true_colours_and_large_cells(styled, name, columns, rows, cell):
@@ -452,7 +452,7 @@ def test_methods_to_compare_with(styled, demo, method):
     facts = facts_of(styled, "style_transfer")
     assert 0 < facts[method]["ssim"] < 1
     assert facts["fid"] == before["fid"]  # the model's facts stay
-    assert (styled / f"style_grid_{method}.png").exists()
+    assert (styled / f"more/style_grid_{method}.png").exists()
 
 
 class Codes(torch.nn.Module):

@@ -46,7 +46,7 @@ def test_a_list_of_settings_is_trained_evaluated_and_tabled_once(demo, tmp_path,
     arguments = ['{"balance": ["none", "logit"]}', *flags, "--", *TINY_TRAIN]
     tune.main(arguments)
     assert "| logit |" in capsys.readouterr().out
-    assert (tmp_path / "balance.png").exists()
+    assert (tmp_path / "more/balance.png").exists()
     facts = json.loads((tmp_path / "facts.json").read_text())["balance"]
     assert facts["balanced_accuracy"] == [facts[name]["balanced_accuracy"] for name in ("none", "logit")]
     written = (tmp_path / "balance/none/classifier.pt").stat().st_mtime_ns
