@@ -128,7 +128,7 @@ def estimate(facts: dict) -> dict:
 
 def operations(settings, crop: int) -> float:
     """Floating-point operations per image in training, forward and backward, without the optimizer."""
-    shape = {key: getattr(settings, key) for key in ("width", "depth", "pooling", "dropout")}
+    shape = {key: getattr(settings, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
     with torch.device("meta"):  # shapes without values
         model, images = make_model("CNN", {"classes": 27, **shape}), torch.zeros(2, 3, crop, crop)
         with FlopCounterMode(display=False) as counter:

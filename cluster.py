@@ -10,9 +10,9 @@ that embed.py has run. Codes are computed once, and again when their checkpoint 
 reduced to whitened principal components, scaled to length 1, and clustered by k-means.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; of the
-autoencoder and the descriptors map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of the
-others, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest to each centre) and
-centroids_<source>.txt, which names these.
+autoencoder and the descriptors map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of
+the others, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest to each
+centre) and centroids_<source>.txt, which names these.
 """
 
 import re

@@ -235,7 +235,7 @@ def remaining_epochs(history: list[dict], epochs: int):
 
 
 def plot(model, state: dict, data: WikiArt, baselines: dict, baseline_mse: dict, config, device, caption: str) -> None:
-    """Write more/autoencoder_curves.png, with the baselines' errors on validation paintings, and reconstructions.png."""
+    """Write more/autoencoder_curves.png, with the baselines' validation errors, and reconstructions.png."""
     pca = next(iter(baselines))
     panels = {
         "mean squared error": {"training crops": "mse", "validation": "val_mse"},
