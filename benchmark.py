@@ -41,6 +41,7 @@ SETTINGS = {
     "turns": Setting(int, "[1, inf)", "times that everything is measured; the median counts"),
 }
 SIDE, BATCH_SIZE = 128, 32  # of the images in batches
+NETWORK, NETWORK_SIDE = "regnet_x_400mf", 224  # whose features are extracted, of images of this size
 IMAGES, WIDTH, HEIGHT = 300, 1095, 822  # JPEGs to measure on, about as large as WikiArt's
 MEMORY_IMAGES = 20_000  # kept as floats, 200 KB each
 FEW, MANY = 1000, 32_000  # images of the small and the large data set of `growth`
@@ -210,6 +211,25 @@ def open_and_batch(root: Path) -> None:
     cached_epoch(open_cached(root), common_crop, unmap=True)
 
 
+def extraction(bench: Bench) -> dict:
+    """Features of a frozen network, decoding included: ours from the cache and in batches, as in embed.py."""
+    root, cache = bench.large_images(), bench.scratch / "cache"
+    normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    model = make_model(NETWORK, {"classes": 27} | normalisation).eval().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def ours():
+        pixels = pixel_cache(root / "train", cache, NETWORK_SIDE, "squash", 1)[0]
+        for start in range(0, len(pixels), BATCH_SIZE):
+            batch = torch.from_numpy(pixels[start : start + BATCH_SIZE]).float() / 255
+            model(batch.contiguous(memory_format=torch.channels_last))
+        shutil.rmtree(cache)
+
+    theirs = partial(benchmarks.features_one_by_one, model, root, NETWORK_SIDE)
+    seconds = in_turns(bench.config.turns, {"ours": ours, "theirs": theirs})
+    return compare("extraction", *(1000 * seconds[side] / IMAGES for side in ("ours", "theirs")), speedup=True)
+
+
 def memory_of_epoch(bench: Bench, root: Path) -> float:
     few = bench.small_images(4)
     for folder in (few, root):
@@ -311,11 +331,12 @@ MEASURES = {
     "batches_jitter": Measure(batches_jitter, "batches: also jitter", "ImageFolder", ".1f", "CPU ms per image"),
     "memory": Measure(memory, "memory for batches", "list of float images", ".4f", "MB"),
     "cache": Measure(cache, "building the cache", "an epoch of ImageFolder", ".2f", "CPU ms per image"),
+    "extraction": Measure(extraction, "features in batches", "one picture at a time", ".2f", "CPU ms per image"),
     "growth": Measure(growth, "image of a large data set", "image of a small one", ".2f", "CPU ms per image"),
     "resnet18_time": Measure(resnet18_time, "CNN, until it is as good", "ResNet-18", ".2f", "CPU minutes"),
     "labelling": Measure(labelling, "labelling a folder", "the network alone", ".0%", "images per CPU second"),
 }
-PLOTTED = ("batches", "batches_jitter", "memory", "cache", "resnet18_time")  # those compared with other software
+PLOTTED = ("batches", "batches_jitter", "extraction", "memory", "cache", "resnet18_time")  # ours and other software's
 
 
 if __name__ == "__main__":

@@ -125,6 +125,14 @@ def image_folder_epoch(root: Path, side: int, batch_size: int) -> None:
         pass
 
 
+@torch.no_grad()
+def features_one_by_one(model, root: Path, side: int) -> None:
+    """The outputs of a frozen network for one picture after the other, as many scripts extract features."""
+    transform = Compose([Resize((side, side)), ToTensor()])
+    for picture, _ in ImageFolder(root / "train", transform):
+        model(picture[None])
+
+
 def load_as_floats(paths: list[str], side: int) -> None:
     """A list of all images as floats."""
     images = []

@@ -23,6 +23,7 @@ TINY = {
 TINY_CONSTANTS = {
     "IMAGES": 48,
     "SIDE": 32,
+    "NETWORK_SIDE": 64,
     "WIDTH": 180,
     "HEIGHT": 120,
     "BATCH_SIZE": 16,
@@ -31,7 +32,7 @@ TINY_CONSTANTS = {
     "MANY": 200,
     "EPOCHS": 1,
 }
-QUICK = ["batches", "batches_jitter", "memory", "cache", "growth"]
+QUICK = ["batches", "batches_jitter", "memory", "cache", "extraction", "growth"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +146,7 @@ def test_cpu_time_counts_children():
 def test_operations_grow_with_the_picture(bench):
     small, large = (benchmark.operations(bench.train, crop) for crop in (64, 128))
     assert large / small == pytest.approx(4, rel=0.02)  # but for covariances, whose number is the same
-    shape = {key: getattr(bench.train, key) for key in ("width", "depth", "pooling", "dropout")}
+    shape = {key: getattr(bench.train, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
     model = make_model("CNN", {"classes": 27, **shape})
     first = 2 * 16 * 16 * model.body[0].weight.numel()  # of the first layer: forward, and the weights' gradient
     assert small > 2 * first
