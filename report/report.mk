@@ -21,9 +21,11 @@ balance_flags := --epochs 8 --per-class 0
 styles := $(notdir $(or $(wildcard $(DATA)/train/*),$(wildcard $(DATA)/*)))
 unknown := {"holdout": [$(shell printf '"%s", ' $(styles) | sed 's/, $$//')]}
 unknown_flags := --epochs 12 --crop 96 --tta-scales 2.0 1.5
-ablation := report/ablation.json
-ablation_flags := --epochs 8 --no-refit
-COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md unknown.md)
+ablation_0 := report/ablation.json
+ablation_1 := $(ablation_0)
+ablation_0_flags := --seed 0
+ablation_1_flags := --seed 1
+COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.md unknown.md)
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt report/ablation.json | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $^; do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done

@@ -297,7 +297,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
     variants = 2 * ["train_style.py", "style_transfer.py"]
-    rest = [*STAGES, BUILD, *4 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
+    rest = [*STAGES, BUILD, *5 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"]]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
@@ -312,5 +312,5 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert make(project, *wanted)[0] == 3 * [BUILD]  # the run's, the demo's, and the published one
     assert old.exists()
     (project / "paintings/train/B").mkdir()  # other paintings: the comparisons' trainings are out of date too
-    assert make(project, *wanted)[0].count("tune.py") == 4
+    assert make(project, *wanted)[0].count("tune.py") == 5
     assert not old.exists()
