@@ -167,10 +167,11 @@ def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values:
         axis.axhline(level, color="0.3", lw=1.2, ls="--")
     axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axis.set(ylabel=ylabel)
-    axis.set_title(title, pad=34)
+    columns = min(5, len(groups))
+    axis.set_title(title, pad=16 + 18 * -(-len(groups) // columns))  # above the legend
     axis.margins(x=0.01, y=0.18 if values else 0.05)
     axis.grid(False, axis="x")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9, columnspacing=1.2)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=9, columnspacing=1.2)
     save(figure, path)
 
 
