@@ -330,6 +330,9 @@ def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt
 def plot_map(path: Path, source: str, rows, points, data: WikiArt, config) -> None:
     """A map of paintings: each in the free cell of a grid that is near its t-SNE point (N, 2); `rows` (N,) of data."""
     shown = np.flatnonzero(data.showable(config.hide)[rows])
+    if not len(shown):
+        print("no map: --hide leaves no painting to show")
+        return
     shown = shown[np.linspace(0, len(shown) - 1, min(MAP_IMAGES, len(shown))).astype(int)]
     columns = int(np.ceil((1.2 * len(shown)) ** 0.5))
     cells = np.arange(columns * -(-len(shown) // columns))

@@ -10,7 +10,7 @@ Needs timm: pip install -r requirements/embed.txt. Features are extracted once; 
 continues when the same command is run again. Validation paintings choose the weight decay of the linear classifier, the
 epoch of the MLP and the classifier that is kept; test paintings are never used for that. Writes into the run folder:
 codes/<backbone>.npz (and .float32, .json, see common/backbones.py), embed_<backbone>.pt (the style classifier, a
-checkpoint like classifier.pt), head_<backbone>.pt (the linear one without its backbone: some ten kilobytes), embed.md
+checkpoint like classifier.pt), head_<backbone>.pt (the linear one without its backbone: some sixty kilobytes), embed.md
 (the table), embed/ (scores of each classifier by class) and facts.json.
 """
 
@@ -345,7 +345,7 @@ def checkpoint(model: Pretrained, task: Task, scores: dict, arguments: dict, wei
         "backbone": arguments["backbone"],
         "backbone_weights": weights_id,
         "classes": data.classes,
-        "data": settings | {"size": config.shrink or config.size, "target": task.target, "holdout": "none"},
+        "data": settings | {"size": config.shrink or model.size, "target": task.target, "holdout": "none"},
         "crop": config.shrink or model.size,
         "tta_scales": [1.0],
         **{key: float(scores[key]) for key in SCORES if key in scores},

@@ -36,6 +36,7 @@ ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2
 TOLERANCE = 1e-4  # of a probability
 METADATA = "metadata.json"  # in a file of torch.export
 REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "typical", "unsure_below", "classes")
+REBUILD += ("backbone", "backbone_weights")
 
 
 def main(argv=None):
@@ -79,7 +80,7 @@ def metadata(classifier: Classifier) -> dict[str, str]:
         "target": classifier.target,
         "size": str(classifier.size),
         "resize": classifier.resize,
-        "typical": json.dumps(None if classifier.typical is None else classifier.typical.tolist()),
+        **({} if classifier.typical is None else {"typical": json.dumps(classifier.typical.tolist())}),
         "unsure_below": str(classifier.unsure_below),
         "input": "uint8 RGB images (N, 3, size, size)",
         "output": "calibrated probabilities of the classes, float32 (N, classes)",

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from common import figures
 from common.backbones import installed_weights
-from common.config import ROOT, Setting, configure
+from common.config import ROOT, Setting, configure, read_settings
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
 from common.names import cell_text, count, display_name, file_part, printable, safe_cell
@@ -107,12 +107,12 @@ def read_command(words: list[str]) -> tuple[str, Path | None]:
 def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     """The classifiers of --checkpoint and of --artist-checkpoint. Raises UserError where they do not fit together."""
     device, path = pick_device(config.device), checkpoint_path(config.run, config.checkpoint)
-    if config.checkpoint == COMMITTED.name and not path.exists():
+    if config.checkpoint == COMMITTED.name and (not path.exists() or knows_demo_only(path, config)):
+        if path.exists():
+            print(f"{path} knows the styles of the demo; to see these: --checkpoint {path}")
         path = HEAD if installed_weights(BACKBONE) else COMMITTED
     classifier = Classifier.load(path, device)
     print(describe(classifier, path), flush=True)
-    if set(classifier.classes) <= STYLES.keys() and config.checkpoint == COMMITTED.name:
-        print(f"these are the styles of the demo; for real paintings: --checkpoint {os.path.relpath(COMMITTED)}")
     if path == COMMITTED:
         accuracy = load_checkpoint(HEAD)["unseen_artists_accuracy"]
         better = f"a network on a pre-trained backbone is right for {accuracy:.0%} of them"
@@ -125,6 +125,11 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     if (artist_classifier.size, artist_classifier.resize) != (classifier.size, classifier.resize):
         raise UserError("--checkpoint and --artist-checkpoint differ in --size or --resize: train both with the same")
     return classifier, artist_classifier
+
+
+def knows_demo_only(path: Path, config) -> bool:
+    """Whether it is the demo's classifier, in a run folder that nobody asked for: paintings have other styles."""
+    return config.run == read_settings()["run"] and set(load_checkpoint(path).get("classes", ())) <= STYLES.keys()
 
 
 def describe(classifier: Classifier, path: Path) -> str:

@@ -118,7 +118,7 @@ def main(argv=None):
         print(f"{__doc__}\nsubcommands: {', '.join(actions)}")
         sys.exit(0)
     if action not in actions:
-        raise UserError(f"say first what to do: {', '.join(actions)}")
+        raise UserError(f"give an action first: {', '.join(actions)}")
     rest = argv[1:]
     flags = next((number for number, word in enumerate(rest) if word.startswith("-")), len(rest))
     own, shared = ACTIONS[action]

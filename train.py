@@ -41,6 +41,9 @@ from common.metrics import (
 from common.names import count, display_name
 from common.optim import MovingAverage, Optimizers
 from common.run import (
+    LARGEST_SCALE,
+    LARGEST_SIDE,
+    SMALLEST_SCALE,
     Steps,
     Timer,
     add_facts,
@@ -74,7 +77,7 @@ SETTINGS = {
     "epochs": Setting(int, "[1, inf)", "passes over the training set"),
     "batch_size": Setting(int, "[2, inf)", "images per step, over all processes"),
     "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW; Muon's is ten times as high"),
-    "crop": Setting(int, "[16, inf)", "side of the network's input, in pixels"),
+    "crop": Setting(int, f"[16, {LARGEST_SIDE}]", "side of the network's input, in pixels"),
     "width": Setting(int, "[1, inf)", "channels of the first layer (CNN), or hidden units (MLP)"),
     "depth": Setting(int, "[1, inf)", "residual blocks at each of the CNN's three scales"),
     "stem": Setting(
@@ -102,9 +105,9 @@ SETTINGS = {
     "per_class": Setting(int, "[0, inf)", "images of each class per epoch of resample; 0: the mean class size"),
     "tta_scales": Setting(
         list[float],
-        "(0, inf)",
-        "test-time views that are averaged: 1 is the whole image, 0.7 four corner crops of 0.7 times its side, 1.5 the "
-        "whole image enlarged",
+        f"[{SMALLEST_SCALE}, {LARGEST_SCALE}]",
+        "test-time views that are averaged: 1 is the whole image, 0.7 a grid of 3 x 3 crops of 0.7 times its side, 1.5 "
+        "the whole image enlarged",
     ),
     "holdout": Setting(
         str,

@@ -340,6 +340,8 @@ def plot_samples(model, data: WikiArt, config, device) -> None:
     """more/style_samples.png: a validation painting of each of the first eight styles, in each of these."""
     model.eval()
     shown = torch.from_numpy(data.showable(config.hide)).nonzero().flatten()
+    if not len(shown):
+        return
     items = torch.stack([shown[data.labels[shown] == label][0] for label in data.labels[shown].unique()[:8]])
     pixels, labels = data.batch(items, device)
     eye, images = torch.eye(model.styles, device=device), pixels.float() / 255

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from common.backbones import Pretrained, backbone_weights
-from common.crops import FEATURE_SCALES, mean_over_views, predict_probabilities, resize, views
+from common.crops import FEATURE_SCALES, center_crop, mean_over_views, predict_probabilities, resize, views
 from common.errors import DataError, UserError
 from common.images import cache_folder, pixel_cache, read_image
 from common.layers import (
@@ -105,6 +105,8 @@ class WikiArt(Dataset):
             if style not in self.styles:
                 raise DataError(f"{folder / style} holds no image: fill the folder or remove it")
         self.holdout = match_style(holdout, ["none", "artists", *styles])
+        if self.holdout is None and classes:
+            self.holdout = "none"  # a trained network meets paintings of other styles: there is nothing to leave out
         if self.holdout is None:
             raise UserError(f"--holdout {holdout}: give none, artists, or one of {', '.join(styles)}")
         self.labels = torch.tensor([styles.index(style) for style in self.styles])
@@ -185,7 +187,7 @@ class WikiArt(Dataset):
         Where artists are known, half of the validation paintings are by artists who are not in the training set:
         other paintings of an artist show less of how a network does on artists that it never saw.
         """
-        labels, by_artist = self.labels.numpy(), connected_groups([f"{group} " for group in self.groups], self.artists)
+        labels, by_artist = self.labels.numpy(), connected_groups(self.groups, self.artists)
         chosen = hold_out(labels, by_artist, fraction / 2, seed, at_least_one=False)
         rest = np.flatnonzero(~chosen)
         count = fraction / 2 / (1 - fraction / 2)  # of the rest, as much as was chosen of all
@@ -666,6 +668,8 @@ class Classifier:
         if not torch.is_tensor(images):
             images = torch.from_numpy(np.stack([read_image(path, self.size, self.resize) for path in images]))
         images = images.to(self.device, non_blocking=True)
+        if self.resize == "crop":
+            images = center_crop(images)
         if images.shape[-2:] != (self.size, self.size):
             images = resize(images.float(), self.size).clamp(0, 255).round().byte()
         return images

@@ -75,7 +75,8 @@ def choose(run, styles: list[str]) -> SimpleNamespace:
     weights = read_weights(styles, list(adapters))
     folders = {}
     for style, weight in weights.items():
-        folders[adapters[style]] = folders.get(adapters[style], 0) + weight
+        folder = adapters[style]  # of several styles, if they were trained together: then it counts once
+        folders[folder] = max(weight, min(1.0, folders.get(folder, 0.0) + weight))
     folders = folders or {next(iter(adapters.values())): 1.0}
     notes = {folder: check_adapter(folder, run) for folder in folders}
     first, *others = notes.items()

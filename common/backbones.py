@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -285,7 +285,7 @@ class Paintings(Dataset):
 
     def __init__(self, files: list[Path], model: Pretrained, config):
         timm = import_timm()
-        self.files, self.size, self.shrink = files, model.size, config.shrink
+        self.files, self.size, self.shrink, self.resize = files, model.size, config.shrink, config.resize
         settings = timm.data.resolve_model_data_config(model.backbone)
         settings |= {"crop_pct": 1.0, "crop_mode": "squash" if config.resize == "squash" else "center"}
         self.transform = timm.data.create_transform(**settings, use_prefetcher=True)  # to bytes, not normalised
@@ -297,5 +297,6 @@ class Paintings(Dataset):
         with named_errors(self.files[item]):
             image = open_rgb(self.files[item], 2 * self.size)
         if self.shrink:
-            image = image.resize((self.shrink, self.shrink), Image.Resampling.BICUBIC)
+            fit = ImageOps.fit if self.resize == "crop" else Image.Image.resize
+            image = fit(image, (self.shrink, self.shrink), Image.Resampling.BICUBIC)
         return self.transform(image).numpy()

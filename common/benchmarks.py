@@ -23,7 +23,7 @@ from torchvision.transforms.functional import resize
 from common.crops import predict_probabilities, random_crops
 from common.errors import UserError
 from common.metrics import balanced_accuracy
-from common.run import reuse_freed_memory
+from common.run import autocast, reuse_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -157,7 +157,9 @@ def train_reference(model, training, validation, crop: int, batch_size: int, epo
             random = torch.rand(7, len(items))
             random[5:] = 0.5  # no jitter of exposure and contrast
             images = random_crops(pixels, crop, random, 0.08)
-            loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+            with autocast(CPU, cpu=True):  # as train.py
+                logits = model(images.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -110,6 +110,14 @@ def windows(images, crop: int, scale, places: torch.Tensor, zoom: float = 1.6) -
     return boxes.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
+def center_crop(images) -> torch.Tensor:
+    """The largest square in the middle of images (B, 3, H, W)."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[:, :, top : top + side, left : left + side]
+
+
 def resize(images, side: int) -> torch.Tensor:
     """Images (B, 3, H, W) at another size, (B, 3, side, side)."""
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -184,8 +184,9 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
     try:
         with lock_caches(caches):
             if not (cache / "index.json").exists() or readable_again(folder, cache, size, resize):
-                for stale in caches.glob(f"*{glob.escape(prefix)}*"):
-                    remove(stale)
+                for start in (prefix, f"building-{prefix}"):
+                    for stale in caches.glob(f"{glob.escape(start)}*"):
+                        remove(stale)
                 needed = len(files) * 3 * size * size
                 decoding = f"decoding {count(len(files), 'file')} of {folder} once"
                 print(f"{decoding}, into {caches}: {file_size(needed)} (make clean-cache removes it)", flush=True)

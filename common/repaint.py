@@ -11,7 +11,7 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.errors import UserError
 from common.images import FORMATS, open_file, open_rgb
@@ -106,8 +106,6 @@ class Repainter:
 
     def source(self, image: Image.Image) -> torch.Tensor:
         """The classifier's calibrated probabilities of a picture's own style, (styles,)."""
-        if self.classifier.resize == "crop":
-            image = ImageOps.fit(image, (min(image.size),) * 2)
         return self.classifier.predict(to_tensor(image))[0]
 
     def repaint(self, image, target: dict, source: dict | None = None, strength: float = 1.0) -> Image.Image:

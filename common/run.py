@@ -41,6 +41,7 @@ ENTRIES |= {"largest_class": int, "fingerprint": str}
 ENTRIES |= {"config": dict, "history": list, "resume": dict}
 SAFE_GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
 LARGEST_SIDE = 4096  # pixels of a network's input
+SMALLEST_SCALE, LARGEST_SCALE = 0.25, 8  # of test-time views
 MIN_STEPS = 4  # of an epoch
 LOG_STEPS = 20  # between two looks at the losses, for which the host has to wait for the device
 
@@ -315,8 +316,10 @@ def check_entries(checkpoint: dict, path, required: tuple[str, ...] = ()) -> Non
     if checkpoint.get("data", {}).get("resize", "squash") not in ("squash", "crop"):
         raise UserError(f"{path} is damaged: its resize must be squash or crop: train again")
     scales = checkpoint.get("tta_scales", [1.0])
-    if not scales or not all(isinstance(scale, float | int) and 0 < scale <= 8 for scale in scales):
-        raise UserError(f"{path} is damaged: its tta_scales must be numbers up to 8: train again")
+    sane = [isinstance(scale, float | int) and SMALLEST_SCALE <= scale <= LARGEST_SCALE for scale in scales]
+    if not sane or not all(sane):
+        message = f"its tta_scales must be numbers from {SMALLEST_SCALE} to {LARGEST_SCALE}"
+        raise UserError(f"{path} is damaged: {message}: train again")
 
 
 def check_weights(weights, path) -> None:
@@ -522,9 +525,9 @@ def read_facts(run) -> dict:
     try:
         facts = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: mend or remove it ({error})") from None
+        raise UserError(f"{path} is not valid JSON: repair or remove it ({error})") from None
     if not (isinstance(facts, dict) and all(isinstance(entry, dict) for entry in facts.values())):
-        raise UserError(f"{path} must hold an object of objects: mend or remove it")
+        raise UserError(f"{path} must hold an object of objects: repair or remove it")
     return facts
 
 

@@ -18,7 +18,7 @@ def connected_groups(*keys) -> np.ndarray:
     for key in keys:
         first_with = {}
         for item, value in enumerate(key):
-            if value:
+            if value != "":
                 a, b = root(item), root(first_with.setdefault(value, item))
                 parent[max(a, b)] = min(a, b)
     return np.array([root(item) for item in range(len(parent))])

@@ -90,7 +90,8 @@ def find_figures(text: str, others: tuple, run: Path) -> dict[str, Path]:
     figures = {}
     for name in names:
         folder = run / ("demo" if name in OF_DEMO else "")
-        path = folder / name if (folder / name).exists() else folder / "more" / name
+        path = folder / "more" / name  # first, for it may also lie at the top of a run folder that is older
+        path = path if path.exists() else folder / name
         if not path.exists():
             sys.exit(f"build.py: the report shows {name}, which {run} does not have")
         figures[name] = path
@@ -100,6 +101,7 @@ def find_figures(text: str, others: tuple, run: Path) -> dict[str, Path]:
 def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
     """The committed documents as the committed templates, these facts and the weights in a folder make them."""
     sizes = {Path(name).stem: (weights / name).stat().st_size / 1e6 for name in WEIGHTS}
+    sizes["tiny_base"] = sum(path.stat().st_size for path in (REPORT / "tiny_base").rglob("*") if path.is_file()) / 1e6
     facts = facts | {"megabytes": sizes}
     results = fill(REPORT / "results.md", facts)
     readme = RESULTS.sub(lambda marks: marks[1] + results + marks[2], README.read_text())

@@ -26,7 +26,8 @@ ablation_1 := $(ablation_0)
 ablation_0_flags := --seed 0
 ablation_1_flags := --seed 1
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.md unknown.md)
-$(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt report/ablation.json | $(RUN)/report.txt
+$(RUN)/ablation_0.md $(RUN)/ablation_1.md: report/ablation.json
+$(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $^; do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)

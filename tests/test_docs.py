@@ -51,7 +51,7 @@ def test_an_old_checkpoint_leaves_the_ninth_out_and_says_so(demo, trained, tmp_p
 
 
 def test_what_a_gpu_server_needs_is_counted_from_the_code():
-    assert script("report/server.py", "--check").returncode == 0
+    assert script("report/count_gpu.py", "--check").returncode == 0
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert "counted, not measured" in page
     commands = re.findall(r"^\| `python (?:report/)?(\w+\.py)", page, re.M)

@@ -1,7 +1,7 @@
 """Count what the full WikiArt needs on one GPU, for docs/gpu.md: memory, disk and hours of each command.
 
-    python report/server.py            # writes the table into docs/gpu.md
-    python report/server.py --check    # exits with 1 if that table is out of date
+    python report/count_gpu.py            # writes the table into docs/gpu.md
+    python report/count_gpu.py --check    # exits with 1 if that table is out of date
 
 Nothing is measured on a GPU. Operations are those of one training step with the settings of config.json, counted by
 torch on its meta device, which has shapes but no numbers; so are the bytes that a step keeps for its backward pass.
@@ -210,7 +210,7 @@ def main() -> None:
     page = PAGE.read_text()
     text = COUNTED.sub(lambda marks: marks[1] + counted() + marks[2], page)
     if "--check" in sys.argv[1:]:
-        sys.exit("server.py: docs/gpu.md is out of date: run python report/server.py" if text != page else 0)
+        sys.exit("count_gpu.py: docs/gpu.md is out of date: run python report/count_gpu.py" if text != page else 0)
     write_text(PAGE, text)
     print(f"renewed: {PAGE}")
 
