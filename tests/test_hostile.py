@@ -178,7 +178,7 @@ def test_an_unfinished_training_that_does_not_fit_names_restart(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"test": 1}', "\0"])
 def test_damaged_facts_are_named_and_kept(tmp_path, text):
     (tmp_path / "facts.json").write_text(text)
-    with pytest.raises(UserError, match="facts.json .*mend or remove it"):
+    with pytest.raises(UserError, match="facts.json .*repair or remove it"):
         run.add_facts(tmp_path, "train", {"a": 1})
     assert (tmp_path / "facts.json").read_text() == text
 

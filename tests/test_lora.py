@@ -591,8 +591,8 @@ def test_easy_steps_do_not_drown_the_others():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "say first what to do: train, paint, grid"),
-        (["draw"], "say first what to do"),
+        ([], "give an action first: train, paint, grid"),
+        (["draw"], "give an action first"),
         (["train", "fast"], "was given 'fast'"),
         (["paint"], "say what to paint"),
         (["paint", "a town", "--image", "missing.png"], "no file missing.png"),
