@@ -562,6 +562,7 @@ def test_a_style_can_be_left_out(tmp_path, pooled):
     assert part.paths.tolist() == whole.paths[whole.styles != "S1"].tolist()
     with pytest.raises(UserError, match="give none, artists, or one of S0, S1, S2"):
         load(tmp_path, holdout="S3")
+    assert load(tmp_path, "test", holdout="S3", classes=["S0", "S1", "S2"]).holdout == "none"  # another root lacks it
 
 
 def test_holding_out_artists_ignores_folders_beside_train_and_test(tmp_path):

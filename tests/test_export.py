@@ -37,6 +37,18 @@ def test_a_file_predicts_what_the_classifier_does_and_describes_itself(trained, 
     assert json.loads(described["typical"]) == classifier.typical.tolist()
 
 
+def test_a_head_is_exported_with_what_rebuilds_it(trained, tmp_path):
+    """The committed one, which has no typical answers; with another network in place of its backbone's weights."""
+    pytest.importorskip("safetensors")
+    checkpoint = load_checkpoint(trained / "classifier.pt") | {"backbone": "a", "backbone_weights": "b 1"}
+    del checkpoint["typical"]
+    save_checkpoint(tmp_path / "head.pt", checkpoint)
+    export.main([str(tmp_path / "head.pt"), str(tmp_path / "head.safetensors"), "--to", "safetensors"])
+    _, described = export.from_safetensors(tmp_path / "head.safetensors")
+    assert "typical" not in described
+    assert (described["backbone"], described["backbone_weights"]) == ('"a"', '"b 1"')
+
+
 def test_a_file_that_predicts_something_else_is_not_kept(trained, tmp_path, monkeypatch):
     def wrong(path):
         return lambda images: torch.zeros(3, 8), {}

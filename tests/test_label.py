@@ -317,6 +317,27 @@ def test_it_works_right_after_set_up_and_says_what_it_knows(folder, tmp_path, ca
     )
 
 
+def test_the_classifier_of_the_demo_labels_paintings_only_when_it_is_named(folder, run, tmp_path, capsys, monkeypatch):
+    """After `make`, in the default run folder."""
+    monkeypatch.setattr(label, "read_settings", lambda: {"run": str(run)})
+    monkeypatch.setattr(label, "installed_weights", lambda _: None)
+    run_label(folder, run, tmp_path / "a.csv")
+    printed = capsys.readouterr().out
+    assert f"{run}/classifier.pt knows the styles of the demo" in printed
+    assert "report/classifier.pt: 8 styles (Baroque" in printed
+    run_label(folder, run, tmp_path / "b.csv", "--checkpoint", str(run / "classifier.pt"))
+    assert "8 styles (Bands" in capsys.readouterr().out
+
+
+def test_tensors_are_cropped_as_files_are(trained, tmp_path):
+    checkpoint = load_checkpoint(trained / "classifier.pt")
+    checkpoint["data"] |= {"resize": "crop"}
+    classifier = wikiart.Classifier(checkpoint, torch.device("cpu"))
+    path = picture(tmp_path / "wide.png", size=(120, 40))
+    pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).copy())[None]
+    assert (classifier.prepare([path]).float() - classifier.prepare(pixels).float()).abs().mean() < 10
+
+
 def test_the_committed_head_is_small_and_has_the_styles_of_the_committed_network():
     head = load_checkpoint(label.HEAD, "Pretrained")
     assert label.HEAD.stat().st_size < 100_000

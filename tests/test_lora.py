@@ -496,6 +496,7 @@ def test_one_adapter_for_each_style(pair, demo, tmp_path, capsys):
     both = tmp_path / "lora"
     assert (both / "Strokes" / adapters.NOTE).exists()  # --restart discards nothing else
     assert adapters.find_adapters(tmp_path) == {"Halftone": both, "Hatching": both / "Hatching", "Strokes": both}
+    assert adapters.choose(tmp_path, ["Strokes", "Halftone"]).folders == {both: 1.0}  # not twice
     assert "is finished" not in capsys.readouterr().out
     train(demo, tmp_path, *flags, "--rank", "2", "--restart")
     assert "is finished" not in capsys.readouterr().out
