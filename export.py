@@ -9,7 +9,7 @@ ONNX and torch.export files hold the whole prediction as a graph: uint8 RGB imag
 probabilities (N, classes), for any N; crops, normalisation, the average over views and the temperature are inside. All
 files have metadata: the classes, how an image becomes a square of `size` pixels (`resize`: squash, or crop its centre),
 and what tells whether the network is unsure: where `familiarity` in common/metrics.py, of the probabilities and the
-`typical` ones, is less than `unsure_below`. The new file is checked against Classifier.predict before it is kept. Needs
+`typical` ones, is less than `unsure_below`. The new file is checked against the network before it is kept. Needs
 requirements/export.txt.
 """
 
@@ -59,7 +59,7 @@ def main(argv=None):
             difference = (predict(images) - Graph(classifier).eval()(images)).abs().max().item()
         if not difference < TOLERANCE:
             raise UserError(f"{target} is not written: its probabilities differ by {difference:.2g} from ours")
-    print(f"{target}: {len(classifier.classes)} classes, probabilities within {difference:.0e} of Classifier.predict")
+    print(f"{target}: {len(classifier.classes)} classes, probabilities within {difference:.0e} of the network's")
 
 
 class Graph(nn.Module):
@@ -141,7 +141,8 @@ def from_safetensors(path: Path):
     with safe_open(path, "pt") as file:
         described, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     checkpoint = {key: json.loads(described[key]) for key in REBUILD if key in described}
-    return Classifier(checkpoint | {"weights": weights}, torch.device("cpu")).predict, described
+    graph = Graph(Classifier(checkpoint | {"weights": weights}, torch.device("cpu"))).eval()
+    return torch.no_grad()(graph), described
 
 
 FORMATS = {  # functions that write a file, and that read one and return (predict, metadata)

@@ -159,7 +159,7 @@ def class_scores(truth, predictions, classes: list[str]) -> list[tuple]:
 
 
 def recall_facts(scores: list[tuple]) -> dict:
-    """Recalls and sizes of the classes, and which classes are recognised best and worst."""
+    """Recalls, precisions and sizes of the classes, and which classes are recognised best and worst."""
     recalls = {name: float(recall) for name, _, recall, _, images in scores if images}
     best, worst = max(recalls, key=recalls.get), min(recalls, key=recalls.get)
     return {
@@ -168,6 +168,7 @@ def recall_facts(scores: list[tuple]) -> dict:
         "worst_class": display_name(worst),
         "worst_recall": recalls[worst],
         "recalls": recalls,
+        "precisions": {name: float(precision) for name, precision, *_, images in scores if images},
         "class_sizes": {name: int(images) for name, *_, images in scores},
     }
 
