@@ -297,9 +297,9 @@ def test_the_report_is_only_published_from_real_paintings(project):
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
     variants = 2 * ["train_style.py", "style_transfer.py"]
-    rest = [*STAGES, BUILD, *5 * ["tune.py"], *variants, *2 * ["style_transfer.py"]]
+    rest = [*STAGES, BUILD, *5 * ["tune.py"], *variants, "test.py", *2 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"]]
-    assert scripts == ["embed.py", "embed.py", *rest, *demo, "label.py", "benchmark.py", BUILD]
+    assert scripts == ["embed.py", "embed.py", *rest, *demo, "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
     assert all("-c report/settings.json" in call for call in of_paintings)  # what no figure of the report shows
