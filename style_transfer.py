@@ -41,7 +41,7 @@ from common.metrics import (
     psnr,
     ssim,
 )
-from common.names import count, display_name, file_part, find_style, fit_name
+from common.names import count, display_name, file_part, find_style, fit_name, printable
 from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, true_pairs
 from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
@@ -109,10 +109,15 @@ def repaint_files(repainter: Repainter, config) -> None:
             continue
         # In a folder, a.jpg and a.png may lie side by side.
         below, stem = (path.relative_to(source).parent, path.name) if source.is_dir() else ("", path.stem)
+        styles = own or dict(zip(classes, repainter.source(image).tolist(), strict=True))
+        if not own:
+            likeliest = max(styles, key=styles.get)
+            taken = f"its own style is taken for {likeliest} ({styles[likeliest]:.0%})"
+            tqdm.write(f"{printable(path.name)}: {taken}; if that is wrong, give --from-style")
         for name, target in targets.items():
             file = fit_name(f"{stem}_{file_part(name)}{ending}", ".png")
             with atomic_write(out / below / file) as temporary:
-                repainter.repaint(image, target, own, config.strength).save(temporary)
+                repainter.repaint(image, target, styles, config.strength).save(temporary)
     done = len(files) - len(broken)
     if broken:
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
