@@ -5,12 +5,13 @@
     python cluster.py --codes all                      # every source that the run folder has, in one table
 
 Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images),
-colours, textures and words (see common/descriptors.py), and descriptors, which are these three together; each backbone
-that embed.py has run. Codes are computed once, and again when their checkpoint or the paintings have changed. They are
-reduced to whitened principal components, scaled to length 1, and clustered by k-means.
+colours, textures and words (see common/descriptors.py); descriptors, which are these three together, and combined,
+which are contrastive, textures and words; each backbone that embed.py has run. Codes are computed once, and again when
+their checkpoint or the paintings have changed. They are reduced to whitened principal components, scaled to length 1,
+and clustered by k-means.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; of the
-autoencoder and the descriptors map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of
+autoencoder and the combined codes map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of
 the others, clusters_<source>.png (clusters of each style), centroids_<source>.png (the paintings nearest to each
 centre) and centroids_<source>.txt, which names these.
 """
@@ -67,7 +68,8 @@ DESCRIPTORS = ("colours", "textures", "words")
 COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
 COMPONENTS = 40  # principal components of each source, and of all together, at most
-SHOWN = ("autoencoder", "descriptors")  # whose t-SNE and map are at the top of the run folder
+JOINED = {"descriptors": DESCRIPTORS, "combined": ("contrastive", "textures", "words")}  # sources of several parts
+SHOWN = ("autoencoder", "combined")  # whose t-SNE and map are at the top of the run folder
 TSNE_IMAGES, MAP_IMAGES = 5000, 480  # paintings in a t-SNE figure and in a map, at most
 BATCH_SIZE = 256
 AGREEMENT = {
@@ -85,7 +87,7 @@ def main(argv=None):
         try:
             table, data = codes_of(source, config, device)
         except UserError as error:
-            if source in (*COMPUTED, "descriptors") or config.codes != ["all"]:
+            if source in (*COMPUTED, *JOINED) or config.codes != ["all"]:
                 raise
             print(f"left out: {error}")
             continue
@@ -110,7 +112,8 @@ def find_sources(run: Path) -> list[str]:
     existing = [source for source, path in weights.items() if path.exists()]
     trained = [source for source in existing if load_checkpoint(weights[source])["model"] == CHECKPOINTS[source][0]]
     embedded = [path.stem for path in code_files(run) if path.stem not in COMPUTED]
-    return [*trained, "pixels", *DESCRIPTORS, "descriptors", *embedded]
+    joined = [source for source, parts in JOINED.items() if set(parts) <= {*trained, *DESCRIPTORS}]
+    return [*trained, "pixels", *DESCRIPTORS, *joined, *embedded]
 
 
 def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
@@ -118,8 +121,10 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
 
     The table has one more entry, `parts`: how many numbers each part of the source has.
     """
-    names = DESCRIPTORS if source == "descriptors" else (source,)
+    names = JOINED.get(source, (source,))
     tables, data = zip(*(codes_of_part(name, config, device) for name in names), strict=True)
+    if any(list(part.paths) != list(data[0].paths) for part in data):
+        raise UserError(f"the codes of {', '.join(names)} are of other paintings: train with the same settings")
     joined = {split: np.concatenate([table[split] for table in tables], 1) for split in SPLITS}
     return tables[0] | joined | {"parts": [table["train"].shape[1] for table in tables]}, data[0]
 

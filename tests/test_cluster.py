@@ -123,6 +123,7 @@ def clustered(demo, trained, tmp_path_factory):
 def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered):
     facts = json.loads((clustered / "facts.json").read_text())
     sources = {"autoencoder", "contrastive", "classifier", "pixels", "colours", "textures", "words", "descriptors"}
+    sources |= {"combined"}
     assert sources == set(facts["cluster"])
     for source, scores in facts["cluster"].items():
         assert scores["nmi_low"] < scores["nmi"] < scores["nmi_high"]
@@ -130,10 +131,10 @@ def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered)
         assert -1 <= scores["ari"] <= 1
         assert 0 <= scores["probe"] <= 1
         for kind in ("map", "tsne", "clusters", "centroids"):
-            top = source in ("autoencoder", "descriptors") and kind in ("map", "tsne")
+            top = source in ("autoencoder", "combined") and kind in ("map", "tsne")
             folder = clustered if top else clustered / "more"
             assert np.asarray(Image.open(folder / f"{kind}_{source}.png").convert("L")).std() > 5, (kind, source)
-    for source in sources - {"descriptors"}:
+    for source in sources - {"descriptors", "combined"}:
         with np.load(clustered / "codes" / f"{source}.npz") as table:
             assert len(table["test"]) == len(table["test_labels"]) == len(table["test_paths"]) == 32
             assert len(table["train"]) == len(table["train_artists"])

@@ -139,7 +139,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     facts = json.loads((run / "facts.json").read_text())
     facts["test"]["accuracy"] = 0.987654
     (run / "facts.json").write_text(json.dumps(facts))
-    (run / "centroids_descriptors.txt").write_text("cluster 1: a painter: a title")
+    (run / "centroids_combined.txt").write_text("cluster 1: a painter: a title")
     (run / "more").mkdir()
     (run / "roc.png").rename(run / "away.png")
     before = {path: path.read_bytes() for path in report.iterdir() if path.is_file()}
@@ -150,6 +150,6 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     assert script(*publish).returncode == 0
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
-    assert (report / "centroids_descriptors.txt").read_text().startswith("cluster 1")
+    assert (report / "centroids_combined.txt").read_text().startswith("cluster 1")
     assert (report / "tiny_base/knows-all/unet/config.json").read_text() == "of this run"
     assert script(tmp_path / "report/build.py", "--check").returncode == 0
