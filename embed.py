@@ -72,7 +72,7 @@ SETTINGS = {
 }
 DATA_SETTINGS = ("size", "resize", "split_seed")  # of WikiArt
 TARGETS = ("style", "genre", "artist")
-SCORES = ("temperature", "typical", "unsure_below", "unseen_artists_accuracy")  # that a checkpoint holds
+SCORES = ("temperature", "unsure_below", "unseen_artists_accuracy")  # that a checkpoint holds
 WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the linear classifier
 HIDDEN, MLP_LR = 512, 1e-3
 DROPOUT = 0.5  # of features too: without, the MLP was behind the linear classifier in cross-validation
@@ -351,7 +351,8 @@ def checkpoint(model: Pretrained, task: Task, scores: dict, arguments: dict, wei
         "data": settings | {"size": config.shrink or model.size, "target": task.target, "holdout": "none"},
         "crop": config.shrink or model.size,
         "tta_scales": [1.0],
-        **{key: scores[key] for key in SCORES if key in scores},
+        "typical": scores["typical"],
+        **{key: float(scores[key]) for key in SCORES if key in scores},
         "config": fixed_settings(config) | {"weights": [Path(path).name for path in config.weights]},
         "fingerprint": data.fingerprint,
         "largest_class": int(data.counts().argmax()),
