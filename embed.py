@@ -36,10 +36,10 @@ from common.metrics import (
     balanced_accuracy,
     bootstrap_scores,
     calibrate,
-    familiarity_threshold,
+    familiarity,
     fit_temperature,
+    passing_threshold,
     seen_unseen_accuracy,
-    typical_answers,
 )
 from common.optim import Optimizers
 from common.run import (
@@ -101,7 +101,7 @@ def main(argv=None):
         for target, (train, test) in targets.items():
             task = Task(target, train, test, model, features, rows, config, device)
             models, scores = fit_classifiers(task, run / "embed" / stem, config)
-            facts[target] = without_typical(scores) | speed
+            facts[target] = scores | speed
             if target == "style":
                 described = arguments, weights_id, config
                 save_checkpoint(run / f"embed_{stem}.pt", checkpoint(models[scores["kept"]], task, scores, *described))
@@ -188,13 +188,10 @@ class Task:
         return balanced_accuracy(self.splits["validation"].labels, probabilities.argmax(1))
 
     def calibration(self, probabilities) -> dict:
-        """The temperature of probabilities of the validation paintings, the typical ones, and when one is unsure."""
-        labels = self.splits["validation"].labels
-        temperature = fit_temperature(probabilities, labels)
-        probabilities = calibrate(probabilities, temperature)
-        typical = typical_answers(probabilities, labels).tolist()
-        unsure_below = familiarity_threshold(probabilities, labels)
-        return {"temperature": temperature, "typical": typical, "unsure_below": unsure_below}
+        """The temperature of probabilities of the validation paintings, and the confidence that 95 % of them reach."""
+        temperature = fit_temperature(probabilities, self.splits["validation"].labels)
+        unsure_below = passing_threshold(familiarity(calibrate(probabilities, temperature)))
+        return {"temperature": temperature, "unsure_below": unsure_below}
 
 
 def fit_classifiers(task: Task, path: Path, config) -> tuple[dict, dict]:
@@ -351,19 +348,12 @@ def checkpoint(model: Pretrained, task: Task, scores: dict, arguments: dict, wei
         "data": settings | {"size": config.shrink or model.size, "target": task.target, "holdout": "none"},
         "crop": config.shrink or model.size,
         "tta_scales": [1.0],
-        "typical": scores["typical"],
         **{key: float(scores[key]) for key in SCORES if key in scores},
         "config": fixed_settings(config) | {"weights": [Path(path).name for path in config.weights]},
         "fingerprint": data.fingerprint,
         "largest_class": int(data.counts().argmax()),
         "artists": sorted({str(artist) for artist in data.artists} - {""}),
     }
-
-
-def without_typical(scores: dict) -> dict:
-    """Scores, and those of each classifier in them, without the typical answers: these are no results."""
-    kept = {key: value for key, value in scores.items() if key != "typical"}
-    return {key: without_typical(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def without_backbone(state: dict) -> dict:
