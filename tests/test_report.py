@@ -114,6 +114,8 @@ def test_a_report_of_ones_own_run_and_a_missing_fact(tmp_path):
     facts["test"]["accuracy"] = 0.123456
     for figure in (ROOT / "report").glob("*.png"):
         shutil.copy(figure, tmp_path)
+    for name in ("classes.png", "roc.png"):  # which the committed report does not show
+        shutil.copy(ROOT / "report/confusion.png", tmp_path / name)
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     assert script("report/build.py", "--run", tmp_path).returncode == 0
     assert "12.3%" in (tmp_path / "report.md").read_text()
@@ -141,12 +143,12 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     (run / "facts.json").write_text(json.dumps(facts))
     (run / "centroids_combined.txt").write_text("cluster 1: a painter: a title")
     (run / "more").mkdir()
-    (run / "roc.png").rename(run / "away.png")
+    (run / "regions.png").rename(run / "away.png")
     before = {path: path.read_bytes() for path in report.iterdir() if path.is_file()}
     publish = (tmp_path / "report/build.py", "--run", run, "--publish")
-    assert "roc.png" in clear_line(script(*publish))
+    assert "regions.png" in clear_line(script(*publish))
     assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
-    (run / "away.png").rename(run / "more/roc.png")
+    (run / "away.png").rename(run / "more/regions.png")
     assert script(*publish).returncode == 0
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
