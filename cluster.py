@@ -55,7 +55,7 @@ from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 SETTINGS = {
-    "codes": Setting(list[str], None, "sources of codes, or all"),
+    "codes": Setting(list[str], None, "sources of codes (autoencoder, combined, ...; see above), or all"),
     "split": Setting(str, ("test", "train"), "paintings to cluster"),
     "clusters": Setting(int, "[0, inf)", "number of clusters; 0: the number of styles"),
 }
@@ -87,7 +87,7 @@ def main(argv=None):
         try:
             table, data = codes_of(source, config, device)
         except UserError as error:
-            if source in (*COMPUTED, *JOINED) or config.codes != ["all"]:
+            if source in (*COMPUTED, "descriptors") or config.codes != ["all"]:
                 raise
             print(f"left out: {error}")
             continue
@@ -145,7 +145,7 @@ def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
         if checkpoint["data"].get("holdout", "none") != "none":
             raise UserError(f"{weights} was trained with --holdout, on some test paintings: train it without")
     elif source not in COMPUTED and not path.exists():
-        raise UserError(f"no codes {path}: give {', '.join(COMPUTED)}, or run embed.py first")
+        raise UserError(f"no codes {path}: give {', '.join((*COMPUTED, *JOINED))}, or run embed.py first")
 
     sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in SPLITS}
     made_from = " ".join([identity, *(data.fingerprint for data in sets.values())])

@@ -6,10 +6,11 @@
     python label.py export /scratch/wikiart/train       # labels confirmed on the page, as <Style>/<name>, to train with
     python label.py measure paintings/                  # throughput, compared with the network alone; into facts.json
 
-Uses classifier.pt of the run folder; where there is none, a network that comes with the project: on EfficientNet-Lite0
-where requirements/embed.txt is installed, otherwise report/classifier.pt. The table has a row for each file; `unsure`
-marks paintings that may be of none of the styles, and `problem` says why a file could not be read. labels.png beside it
-is a contact sheet. An interrupted run continues when the same command is run again.
+Uses classifier.pt of the run folder; where there is none, or in the default run folder the demo's, a network that comes
+with the project: on EfficientNet-Lite0 where requirements/embed.txt is installed, otherwise report/classifier.pt. The
+table has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file
+could not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run
+again.
 `serve` needs Gradio: pip install -r requirements/label.txt. Labels confirmed on the page are kept, with their images,
 in corrections.sqlite in the run folder.
 """
@@ -80,7 +81,7 @@ def main(argv=None):
     corrections = Corrections(Path(config.run) / "corrections.sqlite")
     if command == "export":
         return export(corrections, folder)
-    classifier, artist_classifier = load_classifiers(config)
+    classifier, artist_classifier = load_classifiers(config, to_label=not command)
     if command == "serve":
         import_page().serve(classifier, artist_classifier, corrections, config)
     elif command == "measure":
@@ -104,10 +105,10 @@ def read_command(words: list[str]) -> tuple[str, Path | None]:
     return command, Path(folders[0])
 
 
-def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
+def load_classifiers(config, to_label: bool) -> tuple[Classifier, Classifier | None]:
     """The classifiers of --checkpoint and of --artist-checkpoint. Raises UserError where they do not fit together."""
     device, path = pick_device(config.device), checkpoint_path(config.run, config.checkpoint)
-    if config.checkpoint == COMMITTED.name and (not path.exists() or knows_demo_only(path, config)):
+    if config.checkpoint == COMMITTED.name and (not path.exists() or (to_label and knows_demo_only(path, config))):
         if path.exists():
             print(f"{path} knows the styles of the demo; to see these: --checkpoint {path}")
         path = HEAD if installed_weights(BACKBONE) else COMMITTED
@@ -122,14 +123,15 @@ def load_classifiers(config) -> tuple[Classifier, Classifier | None]:
     artist_classifier = Classifier.load(checkpoint_path(config.run, config.artist_checkpoint), device)
     if artist_classifier.target != "artist":
         raise UserError(f"{config.artist_checkpoint} is of {artist_classifier.target}: train one with --target artist")
-    if (artist_classifier.size, artist_classifier.resize) != (classifier.size, classifier.resize):
-        raise UserError("--checkpoint and --artist-checkpoint differ in --size or --resize: train both with the same")
+    if artist_classifier.resize != classifier.resize:
+        raise UserError("--checkpoint and --artist-checkpoint differ in --resize: train both with the same")
     return classifier, artist_classifier
 
 
 def knows_demo_only(path: Path, config) -> bool:
     """Whether it is the demo's classifier, in a run folder that nobody asked for: paintings have other styles."""
-    return config.run == read_settings()["run"] and set(load_checkpoint(path).get("classes", ())) <= STYLES.keys()
+    default = Path(config.run) == Path(read_settings()["run"])
+    return default and set(load_checkpoint(path).get("classes", ())) <= STYLES.keys()
 
 
 def describe(classifier: Classifier, path: Path) -> str:

@@ -7,11 +7,11 @@
     python train.py -c settings/mlp.json --run runs/demo/mlp    # the baseline that test.py compares with
     torchrun --nproc-per-node=2 -- train.py                     # several GPUs: the same result with CNN and MLP
 
-A tenth of the training paintings is held out for validation, with all paintings of their artists as far as possible:
-they show how well the network does, and how far its probabilities can be trusted. Test paintings are never used. A
-training that was interrupted resumes after its last finished epoch when the same command is run again; --restart starts
-anew. Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished), classifier.jsonl
-with one line per epoch, curves.png (every few epochs), classes.png and facts.json.
+A tenth of the training paintings is held out for validation, half of them with all paintings of their artists, where
+these are known. They show how well the network does, and how far its probabilities can be trusted. Test paintings are
+never used. A training that was interrupted resumes after its last finished epoch when the same command is run again;
+--restart starts anew. Writes into the run folder: classifier.pt (classifier.partial.pt until training has finished),
+classifier.jsonl with one line per epoch, curves.png (every few epochs), classes.png and facts.json.
 """
 
 import copy

@@ -76,7 +76,8 @@ def choose(run, styles: list[str]) -> SimpleNamespace:
     folders = {}
     for style, weight in weights.items():
         folder = adapters[style]  # of several styles, if they were trained together: then it counts once
-        folders[folder] = max(weight, min(1.0, folders.get(folder, 0.0) + weight))
+        before = folders.get(folder, 0.0)
+        folders[folder] = max(before, weight, min(1.0, before + weight))
     folders = folders or {next(iter(adapters.values())): 1.0}
     notes = {folder: check_adapter(folder, run) for folder in folders}
     first, *others = notes.items()

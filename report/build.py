@@ -27,7 +27,7 @@ RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", r
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"\]\((?:more/)?([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
 OF_README = ("style_row.png",)  # besides the report's figures
-OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
+OF_DEMO = ("style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe
 
 

@@ -335,7 +335,10 @@ def test_tensors_are_cropped_as_files_are(trained, tmp_path):
     classifier = wikiart.Classifier(checkpoint, torch.device("cpu"))
     path = picture(tmp_path / "wide.png", size=(120, 40))
     pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).copy())[None]
-    assert (classifier.prepare([path]).float() - classifier.prepare(pixels).float()).abs().mean() < 10
+    cropped = classifier.prepare([path]).float()
+    assert (cropped - classifier.prepare(pixels).float()).abs().mean() < 10
+    classifier.resize = "squash"
+    assert (cropped - classifier.prepare(pixels).float()).abs().mean() > 10
 
 
 def test_the_committed_head_is_small_and_has_the_styles_of_the_committed_network():

@@ -134,7 +134,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     run, report = tmp_path / "run", tmp_path / "report"
     shutil.copytree(report, run)
     (run / "demo").mkdir()
-    for name in ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png"):
+    for name in ("style_truth.png", "lora_grid.png", "lora_compare.png"):
         (run / name).rename(run / "demo" / name)
     (run / "demo/tiny_base/knows-all/unet").mkdir(parents=True)
     (run / "demo/tiny_base/knows-all/unet/config.json").write_text("of this run")
