@@ -23,7 +23,6 @@ import common.packages  # noqa: F401
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import benchmarks, figures
 from common.benchmarks import CPU, compare, in_turns, peak_memory
@@ -47,9 +46,6 @@ MEMORY_IMAGES = 20_000  # kept as floats, 200 KB each
 FEW, MANY = 1000, 32_000  # images of the small and the large data set of `growth`
 EPOCHS = 12  # of ResNet-18 and of our network; the reference recipe has 90
 CLASSIFIER = ROOT / "report" / "classifier.pt"  # labels the JPEGs
-WIKIART = 81_444  # paintings
-GPU_TFLOPS, GPU_SHARE = 312.0, 0.15  # assumed: bf16 peak of an A100, and the share of it that training reaches
-GPUS, GPUS_SHARE = 8, 0.9  # assumed: share of eight GPUs' joint rate that remains when they exchange gradients
 
 
 def main(argv=None):
@@ -69,7 +65,6 @@ def main(argv=None):
             print(f"measuring {name}", flush=True)
             facts = merge_facts(run, MEASURES[name].function(bench), config.turns)
             print(table_line(name, facts) if facts[name] is not None else f"{name}: not reached", flush=True)
-    facts = merge_facts(run, {"paper": estimate(facts)}, config.turns)
     header = ["| measure | compared with | ratio | range over turns | ours | theirs | in |", "|---" * 7 + "|"]
     table = "\n".join([*header, *(table_line(name, facts) for name in MEASURES if facts.get(name) is not None)])
     write_text(run / "benchmark.md", table + "\n")
@@ -109,32 +104,6 @@ def plot(path: Path, facts: dict) -> None:
     if measured:
         title = "CPU time and memory, in % of other software's (dashed line)"
         figures.bars(path, {"this project": heights}, labels, title, "% of the other's", level=100)
-
-
-def estimate(facts: dict) -> dict:
-    """What WikiArt at SIDE pixels would cost with the network of config.json, by counting operations."""
-    settings = SimpleNamespace(**read_settings()["train"])
-    per_image = operations(settings, SIDE)
-    total = per_image * WIKIART * settings.epochs
-    minutes = total / (GPU_TFLOPS * 1e12 * GPU_SHARE) / 60
-    paper = {"images": WIKIART, "pixels_gb": WIKIART * 3 * SIDE**2 / 1e9, "epochs": settings.epochs}
-    paper |= {"operations_per_image": per_image, "operations": total, "crop": settings.crop}
-    paper |= {"crop_operations": operations(settings, settings.crop) / per_image}
-    paper |= {"gpu_tflops": GPU_TFLOPS, "gpu_share": GPU_SHARE, "gpus_share": GPUS_SHARE}
-    paper |= {"one_gpu_minutes": minutes, "eight_gpus_minutes": minutes / GPUS / GPUS_SHARE}
-    if "cache_ours" in facts:
-        paper["decoding_cpu_minutes"] = facts["cache_ours"] / 1000 * WIKIART / 60
-    return paper
-
-
-def operations(settings, crop: int) -> float:
-    """Floating-point operations per image in training, forward and backward, without the optimizer."""
-    shape = {key: getattr(settings, key) for key in ("width", "depth", "stem", "pooling", "dropout")}
-    with torch.device("meta"):  # shapes without values
-        model, images = make_model("CNN", {"classes": 27, **shape}), torch.zeros(2, 3, crop, crop)
-        with FlopCounterMode(display=False) as counter:
-            model(images).sum().backward()
-    return counter.get_total_flops() / 2
 
 
 # Measures: each takes a Bench and returns its facts, see benchmarks.compare -------------------------------------------
