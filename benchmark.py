@@ -1,4 +1,4 @@
-"""Measure CPU time and memory: against torchvision's ImageFolder, float images, one at a time, and ResNet-18.
+"""Measure CPU time and memory, compared with ImageFolder, float images, features one by one, and ResNet-18.
 
     python benchmark.py -c settings/cpu.json                             # everything; an hour with real paintings
     python benchmark.py -c settings/cpu.json --measures batches cache    # only these; the other results are kept

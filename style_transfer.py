@@ -204,7 +204,7 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     if config.method == "model":
         facts |= source_facts(repainter.classifier, repaint, predict, originals, labels, eye)
     rows = rows_to_show(data, config.hide)
-    facts |= {"shown": data.captions(rows), "strength_shown": data.captions(rows[:5])}
+    facts["shown"] = data.captions(rows)
     name = config.name or ("" if config.method == "model" else config.method)
     add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
     plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)

@@ -30,7 +30,7 @@ from common.losses import ReconstructionLoss
 from common.metrics import psnr
 from common.names import count
 from common.optim import Optimizers
-from common.reconstruction import items_to_show, mean_squared_error, plot_reconstructions
+from common.reconstruction import mean_squared_error, plot_reconstructions
 from common.run import (
     Steps,
     Timer,
@@ -269,7 +269,6 @@ def report(model, state: dict, training, validation, test, baselines: dict, conf
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: getattr(config, key) for key in ("crop", "batch_size", "seed", "code", "contrastive_weight")},
-        "shown": test.captions(items_to_show(test, config.hide)),
         **{f"{name}_psnr": score for name, score in zip(BASELINES, scores.values(), strict=True)},
     }
     facts["gain_over_pca"] = facts["psnr"] - facts["pca_psnr"]
