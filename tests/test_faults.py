@@ -379,6 +379,8 @@ def project(tmp_path_factory):
     shutil.copy(ROOT / "README.md", root)
     for name in ("report", "run"):
         shutil.copytree(ROOT / "report", root / name)
+    for name in ("classes.png", "roc.png"):  # which the committed report does not show
+        shutil.copy(ROOT / "report/confusion.png", root / "run" / name)
     (root / "run/demo").mkdir()
     for name in ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png"):
         (root / "run" / name).rename(root / "run/demo" / name)
