@@ -15,6 +15,7 @@ classifier.jsonl with one line per epoch, curves.png (every few epochs), classes
 """
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import common.packages  # noqa: F401
@@ -38,7 +39,7 @@ from common.metrics import (
     negative_log_likelihood,
     typical_answers,
 )
-from common.names import count, display_name
+from common.names import artist_and_title, count, display_name
 from common.optim import MovingAverage, Optimizers
 from common.run import (
     LARGEST_SCALE,
@@ -452,6 +453,7 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "smallest_class": int(counts.min()),
         "class_sizes": dict(zip(state["classes"], counts.tolist(), strict=True)),
         "validation_sizes": dict(zip(state["classes"], validation.counts().tolist(), strict=True)),
+        "frequent_artists": {name: frequent_artists(training, label) for label, name in enumerate(state["classes"])},
         "val_accuracy": history[-1]["val_accuracy"],
         "val_balanced_accuracy": history[-1]["val_balanced_accuracy"],
         "temperature": state["temperature"],
@@ -460,6 +462,12 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
     }
+
+
+def frequent_artists(training: WikiArt, label: int, most: int = 3) -> str:
+    """Those with the most training paintings of a class: "Claude Monet 12, Alfred Sisley 9"."""
+    artists = Counter(str(artist) for artist in training.artists[training.labels == label] if artist)
+    return ", ".join(f"{artist_and_title(artist, '')[0]} {number}" for artist, number in artists.most_common(most))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -72,8 +72,17 @@ def named_errors(path):
     try:
         yield
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise DataError(f"{path} could be read before, and now cannot: run the command again ({reason})") from None
+        message = f"{path} could be read before, and now cannot: run the command again ({reason_of(error)})"
+        raise DataError(message) from None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read as an image, on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of an unknown format"
+    if "truncated" in str(error).lower():
+        return "incomplete: the file ends too early"
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
 def read_image(source, size: int, resize: str = "squash", formats=None) -> np.ndarray:
@@ -346,4 +355,4 @@ class Decoder(Dataset):
         try:
             return np.ascontiguousarray(read_image(self.folder / self.files[row], self.size, self.resize)), None
         except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-            return None, f"{type(error).__name__}: {error}".replace("\n", " ")
+            return None, reason_of(error)

@@ -32,6 +32,19 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(R
 	@for file in $^; do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
+# Combined codes of two more seeds.
+seeded = $(subst /contrastive,/clusters_$(1)/contrastive,$(contrastive)) --seed $(1)
+contrastive_1 := $(call seeded,1)
+contrastive_2 := $(call seeded,2)
+clusters_1 := cluster.py --codes combined --run $(RUN)/clusters_1 --seed 1
+clusters_2 := cluster.py --codes combined --run $(RUN)/clusters_2 --seed 2
+SEEDED := $(RUN)/clusters_1/clusters.md $(RUN)/clusters_2/clusters.md
+$(RUN)/clusters_1/contrastive/autoencoder.pt $(RUN)/clusters_2/contrastive/autoencoder.pt: \
+    $(RUN)/clusters_%/contrastive/autoencoder.pt: $(RUN)/stamps/contrastive_% $(RUN)/paintings.txt
+	$(call train,contrastive_$*)
+$(SEEDED): $(RUN)/clusters_%/clusters.md: $(RUN)/stamps/clusters_% $(RUN)/clusters_%/contrastive/autoencoder.pt
+	$(call run,clusters_$*)
+
 # The assignment's textbook recipe, and the style model with a pre-trained feature network, to compare with.
 variant = train_style.py --run $(RUN)/style_$(1)
 style_textbook := $(call variant,textbook) --condition style --style-weight 0 --epochs 20
@@ -81,6 +94,6 @@ $(RUN)/lora_compare.png: $(RUN)/stamps/each_style $(RUN)/paintings.txt common/fi
 	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 
 # Speed is measured last, when nothing else of this runs.
-publish: pipeline $(COMPARISONS) $(VARIANTS) $(RUN)/head/report.txt $(RUN)/more/style_grid_magenta.png $(RUN)/more/style_grid_fewer.png $(RUN)/demo
+publish: pipeline $(COMPARISONS) $(SEEDED) $(VARIANTS) $(RUN)/head/report.txt $(RUN)/more/style_grid_magenta.png $(RUN)/more/style_grid_fewer.png $(RUN)/demo
 	@$(MAKE) --no-print-directory -j1 $(RUN)/benchmark.md
 	$(PY) report/build.py --run $(RUN) --publish

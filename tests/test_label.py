@@ -118,6 +118,8 @@ def test_the_table_says_what_the_network_says(folder, run, classifier, tmp_path)
         assert three[0][0] in classifier.classes
         assert bool(row["unsure"]) == classifier.unsure(torch.from_numpy(truth)[None]).item()
     assert sum(bool(row["problem"]) for row in rows.values()) == 3
+    assert rows["text.png"]["problem"] == rows["empty.jpg"]["problem"] == "not an image, or of an unknown format"
+    assert rows["half.jpg"]["problem"] == "incomplete: the file ends too early"
 
 
 def test_it_goes_on_where_it_was_killed(folder, run, tmp_path, monkeypatch, capsys):
