@@ -38,7 +38,7 @@ from common.backbones import installed_weights
 from common.config import ROOT, Setting, configure, read_settings
 from common.errors import UserError
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
-from common.names import cell_text, count, display_name, file_part, printable, safe_cell
+from common.names import cell_text, count, display_name, file_part, listed, printable, safe_cell
 from common.painter import STYLES
 from common.run import (
     add_facts,
@@ -139,8 +139,7 @@ def describe(classifier: Classifier, path: Path) -> str:
 
     It was measured by embed.py, which keeps it in the checkpoint, or by test.py, which adds it to facts.json.
     """
-    names, more = ", ".join(map(display_name, classifier.classes[:40])), len(classifier.classes) - 40
-    names += f" and {more} more" if more > 0 else ""
+    names = listed(list(map(display_name, classifier.classes)), 40)
     accuracy, facts = classifier.checkpoint.get("unseen_artists_accuracy"), read_facts(path.parent).get("test", {})
     if path.name == "classifier.pt" and facts.get("checkpoint", classifier.hash[:12]) == classifier.hash[:12]:
         accuracy = facts.get("unseen_artists_accuracy")
@@ -192,9 +191,8 @@ def label_folder(classifier, artist_classifier, folder: Path, out: Path, config)
     seconds, labelled = time.perf_counter() - start, len(remaining) - len(broken)
     print(f"{count(labelled, 'image')} in {seconds:.1f} s, {labelled / seconds:.1f} per second: {out}")
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        names = printable("; ".join(broken[:3]))
-        print(f"{len(broken)} could not be read (column problem): {names}{more}", file=sys.stderr)
+        names = printable(listed(broken, 3, "; "))
+        print(f"{len(broken)} could not be read (column problem): {names}", file=sys.stderr)
     return labelled / seconds
 
 

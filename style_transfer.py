@@ -41,7 +41,7 @@ from common.metrics import (
     psnr,
     ssim,
 )
-from common.names import count, display_name, file_part, find_style, fit_name, printable
+from common.names import count, display_name, file_part, find_style, fit_name, listed, printable
 from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, true_pairs
 from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
@@ -120,9 +120,8 @@ def repaint_files(repainter: Repainter, config) -> None:
                 repainter.repaint(image, target, styles, config.strength).save(temporary)
     done = len(files) - len(broken)
     if broken:
-        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
         counts = f"{done} of {count(len(files), 'file')} repainted; not " if len(files) > 1 else ""
-        raise UserError(f"{counts}{'; '.join(broken[:3])}{more}")
+        raise UserError(f"{counts}{listed(broken, 3, '; ')}")
     print(f"{count(done * len(targets), 'picture')} in {config.out}")
 
 

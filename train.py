@@ -37,9 +37,10 @@ from common.metrics import (
     familiarity_threshold,
     fit_temperature,
     negative_log_likelihood,
+    seen_unseen_accuracy,
     typical_answers,
 )
-from common.names import artist_and_title, count, display_name
+from common.names import artist_and_title, count, display_name, listed
 from common.optim import MovingAverage, Optimizers
 from common.run import (
     LARGEST_SCALE,
@@ -138,8 +139,9 @@ def main(argv=None):
     state = fit(config, training, validation, device)
     if rank() == 0:
         state = publishable(state)
-        state |= calibration(Classifier(state, device), validation)
-        report(run, state, training, validation)
+        probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
+        state |= calibration(probabilities, validation.labels)
+        report(run, state, training, validation, probabilities)
         path = finish(run, "classifier", state)
         lock.close()
         print(f"{path}: trained on {count(len(training), 'painting')}")
@@ -363,13 +365,13 @@ def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
         plot_curves(config.run, state)
 
 
-def calibration(classifier: Classifier, validation: WikiArt) -> dict:
-    """The temperature of a trained network's probabilities, its typical answers, and when it is unsure."""
-    probabilities = classifier.predict_dataset(validation, calibrated=False)
-    temperature = fit_temperature(probabilities, validation.labels)
+def calibration(probabilities, labels) -> dict:
+    """The temperature of a network's probabilities (N, classes) of validation paintings, its typical answers, and when
+    it is unsure."""
+    temperature = fit_temperature(probabilities, labels)
     probabilities = calibrate(probabilities, temperature)
-    typical = typical_answers(probabilities, validation.labels).tolist()
-    unsure_below = familiarity_threshold(probabilities, validation.labels)
+    typical = typical_answers(probabilities, labels).tolist()
+    unsure_below = familiarity_threshold(probabilities, labels)
     return {"temperature": temperature, "typical": typical, "unsure_below": unsure_below}
 
 
@@ -382,18 +384,26 @@ def draws_per_class(sampler: BalancedSampler) -> np.ndarray:
 
 
 def print_classes(training: WikiArt, sampler: BalancedSampler, validation: WikiArt) -> None:
-    """The paintings of each class, and of which classes no artist could be held out for validation."""
+    """The paintings of each class, and what could not be held out for validation."""
     classes, counts, held, drawn = training.classes, training.counts(), validation.counts(), draws_per_class(sampler)
     print(f"\n{'class':30} {'paintings':>9} {'per epoch':>9} {'validation':>10}")
     for label in np.argsort(-counts, kind="stable"):
         print(f"{classes[label]:30} {counts[label]:9} {drawn[label]:9} {held[label]:10}")
     print(f"{'total':30} {counts.sum():9} {drawn.sum():9} {held.sum():10}\n")
-    missing = np.setdiff1d(np.arange(len(classes)), validation.labels[held_out(training, validation)])
+    print(not_held_out(training, validation), end="")
+
+
+def not_held_out(training: WikiArt, validation: WikiArt) -> str:
+    """One line for each kind of class of which validation has no painting by an artist who is not in training."""
     if not any(training.artists):
-        print("no artists are known: validation paintings may be by artists of training\n")
-    elif len(missing):
-        names = ", ".join(classes[label] for label in missing)
-        print(f"no artist could be held out of {names}: validation paintings there are by artists of training\n")
+        return "no artists are known: validation paintings may be by artists of training\n\n"
+    absent = validation.counts() == 0
+    by_others = np.isin(np.arange(len(training.classes)), validation.labels[held_out(training, validation)])
+    kinds = {"no painting could be held out of {}": absent}
+    by_artists = "no artist could be held out of {}: validation paintings there are by artists of training, or unknown"
+    kinds[by_artists] = ~absent & ~by_others
+    lines = [text.format(listed(np.array(training.classes)[mask], 10)) for text, mask in kinds.items() if mask.any()]
+    return "".join(f"{line}\n\n" for line in lines)
 
 
 def held_out(training: WikiArt, validation: WikiArt) -> np.ndarray:
@@ -414,12 +424,12 @@ def plot_curves(run, state: dict) -> None:
     figures.curves(Path(run) / "curves.png", state["history"], panels)
 
 
-def report(run, state: dict, training: WikiArt, validation: WikiArt) -> None:
-    """Write curves.png, classes.png and the facts of a finished training."""
+def report(run, state: dict, training: WikiArt, validation: WikiArt, probabilities) -> None:
+    """Write curves.png, classes.png and the facts of a finished training; `probabilities` of validation paintings."""
     plot_curves(run, state)
     sampler = BalancedSampler(training.labels, *(state["config"][key] for key in ("balance", "per_class", "seed")))
     plot_classes(run / "classes.png", state, training, draws_per_class(sampler))
-    facts = training_facts(state, training, validation)
+    facts = training_facts(state, training, validation) | validation_facts(training, validation, probabilities)
     add_facts(run, "train", facts, outdated=("test", "test_train", "test_all", "cluster"))
 
 
@@ -447,7 +457,6 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "left_out": training.left_out,
         "training_images": len(training),
         "validation_images": len(validation),
-        "validation_held_out": int(held_out(training, validation).sum()),
         "classes": len(state["classes"]),
         "largest_class": int(counts.max()),
         "smallest_class": int(counts.min()),
@@ -462,6 +471,14 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},
     }
+
+
+def validation_facts(training: WikiArt, validation: WikiArt, probabilities) -> dict:
+    """Scores of validation paintings, with test-time augmentation, by artists who are in training and who are not."""
+    scores = seen_unseen_accuracy(training.artists, validation, probabilities.argmax(1).numpy())
+    held = held_out(training, validation)
+    facts = {"held_out_paintings": int(held.sum()), "held_out_classes": len(validation.labels[held].unique())}
+    return facts | {f"val_{name}": score for name, score in scores.items()}
 
 
 def frequent_artists(training: WikiArt, label: int, most: int = 3) -> str:

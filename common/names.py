@@ -86,6 +86,12 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def listed(names, most: int, separator: str = ", ") -> str:
+    """ "a, b, c and 4 more", with at most `most` of the names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
 def display_name(name: str) -> str:
     """A class's folder name as captions write it."""
     return name.replace("Ukiyo_e", "Ukiyo-e").replace("_", " ")

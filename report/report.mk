@@ -18,9 +18,9 @@ lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
 balance_flags := --epochs 8 --per-class 0 --tta-scales 1.0
-styles := $(notdir $(or $(wildcard $(DATA)/train/*),$(wildcard $(DATA)/*)))
+styles := $(notdir $(patsubst %/.,%,$(or $(wildcard $(DATA)/train/*/.),$(wildcard $(DATA)/*/.))))
 unknown := {"holdout": [$(shell printf '"%s", ' $(styles) | sed 's/, $$//')]}
-unknown_flags := --epochs 8 --crop 96 --tta-scales 2.0 1.5
+unknown_flags := $(if $(WIKIART),--epochs 8 --crop 96 --tta-scales 2.0 1.5)
 ablation_0 := report/ablation.json
 ablation_1 := $(ablation_0)
 ablation_0_flags := --seed 0
@@ -29,7 +29,7 @@ COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.
 $(RUN)/ablation_0.md $(RUN)/ablation_1.md: report/ablation.json
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
-	@for file in $^; do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
+	@for file in $(filter-out %.json,$^); do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
 # Combined codes of two more seeds.
@@ -79,7 +79,7 @@ backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_li
 # In the demo the same scene exists in every style, so repaintings can be compared with the true picture. There LoRA
 # learns each style in turn, on a small base that has seen four of the others; finished adapters are kept.
 $(RUN)/demo: FORCE
-	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline $(RUN)/demo/lora_compare.png
+	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline $(addprefix $(RUN)/demo/,lora_compare.png unknown.md)
 
 .PHONY: eight_styles
 eight_styles: $(VENV)/ready-lora

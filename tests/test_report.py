@@ -100,6 +100,8 @@ def test_the_committed_facts_have_every_row_of_the_ablation():
     facts = json.loads((ROOT / "report/facts.json").read_text())
     rows = set(json.loads((ROOT / "report/ablation.json").read_text()))
     assert set(facts["ablation_0"]) >= rows
+    assert set(facts["ablation_1"]) >= rows
+    assert set(facts["seeds"]) >= {"0", "1", "2"}
 
 
 def test_the_report_hides_more_than_the_default(monkeypatch):

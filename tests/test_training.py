@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY_TRAIN
+from conftest import ROOT, TINY_TRAIN, picture
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import train
@@ -294,6 +294,33 @@ def test_95_per_cent_of_the_validation_paintings_pass_as_known(trained, demo):
     validation = data.split_off(0.1, 0)[1]
     unsure = classifier.unsure(classifier.predict_dataset(validation))
     assert unsure.sum() <= 0.05 * len(validation) + 1
+    no_answer = torch.tensor(classifier.checkpoint["typical"]).mean(0).softmax(0)
+    assert classifier.unsure(no_answer[None]).item()
+
+
+@pytest.mark.parametrize(
+    ("artists", "said"),
+    [
+        (lambda style, number: f"of-{style}", "no artist could be held out of S0, S1, S2: validation"),  # one a style
+        (lambda style, number: "", "no artists are known: validation paintings may be by artists of training"),
+        (lambda style, number: f"{number % 9}" if style else "", "no artist could be held out of S0: validation"),
+    ],
+)
+def test_a_training_says_what_it_could_not_hold_out(tmp_path, capsys, artists, said):
+    """With a class of ten paintings."""
+    for style, paintings in enumerate((40, 40, 10)):
+        for number in range(paintings):
+            name = "_".join(filter(None, (artists(style, number), f"{style}-{number}.png")))
+            picture(tmp_path / "train" / f"S{style}" / name, 100 * style + number)
+        picture(tmp_path / "test" / f"S{style}" / "x_test.png", 1000 + style)
+    flags = ["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--validation", "0.2", "--epochs", "1"]
+    train.main([*TINY_TRAIN, *flags])
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert printed.count("held out") + printed.count("are known") == 1
+    facts = json.loads((tmp_path / "run/facts.json").read_text())["train"]
+    assert facts["validation_sizes"]["S2"] >= 1 and facts["class_sizes"]["S2"] >= 5
+    assert ("val_unseen_artists_accuracy" in facts) == (facts["held_out_paintings"] > 0) == ("of S0:" in said)
 
 
 def test_the_threshold_is_reached_by_95_per_cent_of_paintings_that_it_was_not_made_from():
