@@ -44,6 +44,21 @@ def test_scores_of_random_clusters_are_near_zero():
     assert abs(facts["ami"]) < 0.05
 
 
+def test_the_interval_covers_the_nmi_of_other_samples():
+    """Of clusters of which a fifth are others than the labels."""
+    random, codes = np.random.default_rng(0), planted(3, 80)[0]
+
+    def draw(paintings):
+        labels = np.repeat(np.arange(3), paintings // 3)
+        return labels, np.where(random.random(paintings) < 0.2, random.integers(0, 3, paintings), labels)
+
+    few, many = (cluster.uncertainty(*draw(paintings), codes[:paintings], seed=0) for paintings in (60, 240))
+    found = [cluster.AGREEMENT["nmi"](*draw(240)) for _ in range(20)]
+    assert np.mean([many["nmi_low"] <= nmi <= many["nmi_high"] for nmi in found]) >= 0.6  # 95 % of intervals of its own
+    widths = [facts["nmi_high"] - facts["nmi_low"] for facts in (few, many)]
+    assert 1.4 < widths[0] / widths[1] < 2.8  # about the root of the ratio of the numbers
+
+
 def test_the_table_counts_paintings_of_each_style_in_each_cluster():
     table = cluster.contingency(np.array([0, 0, 1, 1, 2]), np.array([-1, -1, 3, -1, 3]), classes=3)
     assert table.tolist() == [[2, 0], [1, 1], [0, 1]]
