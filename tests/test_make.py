@@ -264,7 +264,7 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
     assert scripts[:2] == ["embed.py", "embed.py"]
     of_paintings = [call for call in calls(project) if "/demo" not in call and "data/demo" not in call]
     scripts = [call.split()[0] for call in of_paintings]
-    assert scripts.count("cluster.py") == 1
+    assert scripts.count("cluster.py") == 3  # two of them with other seeds
     assert scripts.count("style_transfer.py") == 3 + 2 + 2
     scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
     assert all("embed_tf_efficientnet_lite2_224.pt" in call for call in scored)
@@ -296,9 +296,9 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
-    variants = 2 * ["train_style.py", "style_transfer.py"]
-    rest = [*STAGES, BUILD, *5 * ["tune.py"], *variants, "test.py", *2 * ["style_transfer.py"]]
-    demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"]]
+    seeded, variants = 2 * ["train_autoencoder.py", "cluster.py"], 2 * ["train_style.py", "style_transfer.py"]
+    rest = [*STAGES, BUILD, *5 * ["tune.py"], *seeded, *variants, "test.py", *2 * ["style_transfer.py"]]
+    demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"], "tune.py"]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "benchmark.py", BUILD]
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
