@@ -400,8 +400,8 @@ def not_held_out(training: WikiArt, validation: WikiArt) -> str:
     absent = validation.counts() == 0
     by_others = np.isin(np.arange(len(training.classes)), validation.labels[held_out(training, validation)])
     kinds = {"no painting could be held out of {}": absent}
-    by_artists = "no artist could be held out of {}: validation paintings there are by artists of training, or unknown"
-    kinds[by_artists] = ~absent & ~by_others
+    reason = "validation paintings there are by artists of training, or by unknown ones"
+    kinds[f"no artist could be held out of {{}}: {reason}"] = ~absent & ~by_others
     lines = [text.format(listed(np.array(training.classes)[mask], 10)) for text, mask in kinds.items() if mask.any()]
     return "".join(f"{line}\n\n" for line in lines)
 

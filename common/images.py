@@ -80,7 +80,7 @@ def reason_of(error: Exception) -> str:
     """Why a file could not be read as an image, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of an unknown format"
-    if "truncated" in str(error).lower():
+    if getattr(error, "errno", None) is None and "truncated" in str(error).lower():
         return "incomplete: the file ends too early"
     return f"{type(error).__name__}: {error}".replace("\n", " ")
 

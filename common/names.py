@@ -87,8 +87,8 @@ def count(number: int, noun: str) -> str:
 
 
 def listed(names, most: int, separator: str = ", ") -> str:
-    """ "a, b, c and 4 more", with at most `most` of the names."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    """ "a, b, c and 4 more", or "a; b; c; and 4 more", with at most `most` of the names."""
+    more = f"{separator.strip(', ')} and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
 
 

@@ -14,12 +14,13 @@ endif
 # Pre-trained networks; LITES="0.pth 1.pth 2.pth" are files of their weights, otherwise the hub has them.
 lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 
-# Trainings of the classifier that are compared. A finished one is kept, unless something that it depends on is newer.
+# Trainings of the classifier that are compared. A finished one is kept, unless its code, settings or paintings are newer.
+# After changing a row of ablation.json, remove that row's folders: tune.py says which.
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
 balance_flags := --epochs 8 --per-class 0 --tta-scales 1.0
-styles := $(notdir $(patsubst %/.,%,$(or $(wildcard $(DATA)/train/*/.),$(wildcard $(DATA)/*/.))))
-unknown := {"holdout": [$(shell printf '"%s", ' $(styles) | sed 's/, $$//')]}
+# Expanded in the recipe, by a shell, because the demo is drawn after make has read this.
+unknown = {"holdout": [$(shell cd $(DATA)/train 2>/dev/null || cd $(DATA); printf '"%s", ' */ | sed 's,/",",g; s/, $$//')]}
 unknown_flags := $(if $(WIKIART),--epochs 8 --crop 96 --tta-scales 2.0 1.5)
 ablation_0 := report/ablation.json
 ablation_1 := $(ablation_0)
@@ -33,7 +34,7 @@ $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(R
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
 # Combined codes of two more seeds.
-seeded = $(subst /contrastive,/clusters_$(1)/contrastive,$(contrastive)) --seed $(1)
+seeded = $(firstword $(contrastive)) --run $(RUN)/clusters_$(1)/contrastive $(wordlist 4,99,$(contrastive)) --seed $(1)
 contrastive_1 := $(call seeded,1)
 contrastive_2 := $(call seeded,2)
 clusters_1 := cluster.py --codes combined --run $(RUN)/clusters_1 --seed 1

@@ -32,7 +32,7 @@ case $script in
   lora.py) touch $run/lora_grid.png $run/lora_compare.png;;
   benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
-  demo.py) mkdir -p data/demo; touch data/demo/metadata.csv;;
+  demo.py) mkdir -p data/demo/train/Dots data/demo/train/Facets; touch data/demo/metadata.csv;;
 esac
 """
 REPAINT = 3 * ["style_transfer.py"]
@@ -264,7 +264,12 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
     assert scripts[:2] == ["embed.py", "embed.py"]
     of_paintings = [call for call in calls(project) if "/demo" not in call and "data/demo" not in call]
     scripts = [call.split()[0] for call in of_paintings]
-    assert scripts.count("cluster.py") == 3  # two of them with other seeds
+    for seed in (1, 2):
+        ours = [call for call in of_paintings if f"/clusters_{seed}" in call]
+        assert [call.split()[0] for call in ours] == ["train_autoencoder.py", "cluster.py"]
+        assert all(call.endswith(f"--seed {seed}") for call in ours)
+        assert f"/clusters_{seed}/contrastive --contrastive-weight 0.15" in ours[0]
+    assert scripts.count("cluster.py") == 3
     assert scripts.count("style_transfer.py") == 3 + 2 + 2
     scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
     assert all("embed_tf_efficientnet_lite2_224.pt" in call for call in scored)
@@ -300,6 +305,8 @@ def test_the_report_is_only_published_from_real_paintings(project):
     rest = [*STAGES, BUILD, *5 * ["tune.py"], *seeded, *variants, "test.py", *2 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"], "tune.py"]
     assert scripts == ["embed.py", "embed.py", *rest, *demo, "benchmark.py", BUILD]
+    (unknown,) = [call for call in calls(project, "tune.py") if "/demo " in f"{call} " and "--name unknown" in call]
+    assert unknown.startswith('tune.py {"holdout": ["Dots", "Facets"]}') and "--epochs" not in unknown
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
     assert all("-c report/settings.json" in call for call in of_paintings)  # what no figure of the report shows
