@@ -397,13 +397,14 @@ def not_held_out(training: WikiArt, validation: WikiArt) -> str:
     """One line for each kind of class of which validation has no painting by an artist who is not in training."""
     if not any(training.artists):
         return "no artists are known: validation paintings may be by artists of training\n\n"
-    absent = validation.counts() == 0
-    by_others = np.isin(np.arange(len(training.classes)), validation.labels[held_out(training, validation)])
-    kinds = {"no painting could be held out of {}": absent}
-    reason = "validation paintings there are by artists of training, or by unknown ones"
-    kinds[f"no artist could be held out of {{}}: {reason}"] = ~absent & ~by_others
-    lines = [text.format(listed(np.array(training.classes)[mask], 10)) for text, mask in kinds.items() if mask.any()]
-    return "".join(f"{line}\n\n" for line in lines)
+    classes, absent, lines = np.array(training.classes), validation.counts() == 0, ""
+    by_others = np.isin(np.arange(len(classes)), validation.labels[held_out(training, validation)])
+    if absent.any():
+        lines += f"no painting could be held out of {listed(classes[absent], 10)}\n\n"
+    if not (absent | by_others).all():
+        lines += f"no artist could be held out of {listed(classes[~absent & ~by_others], 10)}: "
+        lines += "validation paintings there are by artists of training, or by unknown ones\n\n"
+    return lines
 
 
 def held_out(training: WikiArt, validation: WikiArt) -> np.ndarray:

@@ -54,9 +54,8 @@ def test_the_interval_covers_the_nmi_of_other_samples():
 
     few, many = (cluster.uncertainty(*draw(paintings), codes[:paintings], seed=0) for paintings in (60, 240))
     found = [cluster.AGREEMENT["nmi"](*draw(240)) for _ in range(20)]
-    assert (
-        np.mean([many["nmi_low"] <= nmi <= many["nmi_high"] for nmi in found]) >= 0.6
-    )  # 95 % of repetitions are within their own
+    inside = [many["nmi_low"] <= nmi <= many["nmi_high"] for nmi in found]
+    assert np.mean(inside) >= 0.6  # the interval's centre varies, too
     widths = [facts["nmi_high"] - facts["nmi_low"] for facts in (few, many)]
     assert 1.4 < widths[0] / widths[1] < 2.8  # about the root of the ratio of the numbers
 
