@@ -11,8 +11,9 @@
 Needs style.pt of train_style.py and classifier.pt of train.py. With --image, <name>_<style>.png go to --out, at the
 picture's own size up to --longest pixels; styles with weights are mixed, others are painted one by one. Without, test
 paintings are repainted at the training size; scores go into facts.json, and style_grid.png into the run folder, with
-style_row.png, style_strength.png and style_triptych.png in more/ (for another method more/style_grid_adain.png, ...
-alone); where the same scenes exist in every style, as in the demo, style_truth.png compares with them.
+style_row.png, style_strength.png and style_triptych.png in more/ (for another method style_grid_adain.png and
+style_row_adain.png alone, in more/); where the same scenes exist in every style, as in the demo, style_truth.png
+compares with them.
 """
 
 import time
@@ -34,6 +35,7 @@ from common.errors import UserError
 from common.images import files_below, named_errors
 from common.metrics import (
     balanced_accuracy,
+    bootstrap_interval,
     frechet_distance,
     layout,
     position_deviation,
@@ -192,13 +194,13 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     def predict(images):
         return judges[0].predict(to_bytes(images), calibrated=False).argmax(1)
 
-    facts |= judge_facts(predict, "", labels, originals, reconstructed, repainted)
+    facts |= judge_facts(predict, "", labels, originals, reconstructed, repainted, classes)
     facts |= picture_facts(test, data, originals, reconstructed, repainted)
     pairs = true_pairs(data)
     facts |= true_image_facts(pairs, originals, repainted)
     if len(judges) > 1:
         before, own, *after = (features_of(judges[1], images) for images in (originals, reconstructed, *repainted))
-        facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after)
+        facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after, classes)
         facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels, classes)
     if config.method == "model":
         facts |= source_facts(repainter.classifier, repaint, predict, originals, labels, eye)
@@ -225,6 +227,7 @@ def source_facts(classifier: Classifier, repaint, predict, originals, labels, ey
     unknown = [repaint(row.expand_as(guessed)[few], guessed[few], originals[few]) for row in eye]
     hits = [predict(images) == style for style, images in enumerate(unknown)]
     return {
+        "classifier": classifier.hash[:12],
         "source_balanced_accuracy": balanced_accuracy(labels, guessed.argmax(1)),
         "source_majority": 1 / len(eye),
         "unknown_source_hit_rate": mean_over_pairs(hits, labels[few]),
@@ -266,15 +269,20 @@ def mean_over_pairs(values, labels) -> float:
     return float(torch.cat([row[labels != style] for style, row in enumerate(values)]).float().mean())
 
 
-def judge_facts(predict, prefix: str, labels, originals, reconstructed, repainted) -> dict:
+def judge_facts(predict, prefix: str, labels, originals, reconstructed, repainted, classes: list[str]) -> dict:
     """How often a judge predicts the target style for repainted images, and the own style for the others.
 
     predict: images, or features of them, to styles (N,).
     """
     before = predict(originals)
     hits = [predict(images) == style for style, images in enumerate(repainted)]
+    other = F.one_hot(labels, len(hits)).T == 0
+    low, high = bootstrap_interval((torch.stack(hits) & other).sum(0) / other.sum(0))
     return {
         f"{prefix}hit_rate": mean_over_pairs(hits, labels),
+        f"{prefix}hit_rate_low": low,
+        f"{prefix}hit_rate_high": high,
+        f"{prefix}target_rates": {name: hits[k][labels != k].float().mean() for k, name in enumerate(classes)},
         f"{prefix}judge_accuracy": (before == labels).float().mean(),
         f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
         f"{prefix}own_kept": (predict(reconstructed) == labels).float().mean(),
@@ -299,19 +307,22 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
     The Fréchet distance is the mean over styles with two real paintings or more.
     """
     mean, directions = principal_directions(real, DIRECTIONS)
-    distances = {}
+    distances, halves = {}, []
     for style, features in enumerate(after):
         if min((real_labels == style).sum(), (labels != style).sum()) < 2:
             continue
         target = (real[real_labels == style] - mean) @ directions
         pair = (x[labels != style] for x in (features, before))
         distances[style] = [frechet_distance((x - mean) @ directions, target) for x in pair]
+        if len(target) >= 4:
+            halves.append(frechet_distance(target[::2], target[1::2]))
     fid, fid_originals = np.mean(list(distances.values()), 0)
     return {
         "directions": DIRECTIONS,
         "fid": fid,
         "fid_originals": fid_originals,
         "fid_ratio": fid / fid_originals,
+        "fid_halves_ratio": np.mean(halves) / fid_originals if halves else None,  # of real paintings of the style
         "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
         "perceptual": mean_over_pairs([1 - F.cosine_similarity(before, features) for features in after], labels),
     }
@@ -367,9 +378,10 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
     title = "Test paintings, repainted in each style"
     more = run / "more"
     figures.painting_grid((more if suffix else run) / f"style_grid{suffix}.png", cells, titles, row_titles, title)
+    row, title = (len(rows) - 1) // 2, f"One painting in {len(columns)} styles"
+    path = more / f"style_row{suffix}.png"
+    figures.painting_grid(path, cells[row : row + 1], titles, row_titles[row : row + 1], title)
     if not suffix:
-        row, title = (len(rows) - 1) // 2, f"One painting in the style of {len(columns)} movements"
-        figures.painting_grid(more / "style_row.png", cells[row : row + 1], titles, row_titles[row : row + 1], title)
         plot_strengths(more / "style_strength.png", names, labels[:5], originals[rows[:5]], repainter)
         with named_errors(data.root / data.paths[rows[row]]):
             image = open_picture(data.root / data.paths[rows[row]], TRIPTYCH_SIDE)

@@ -48,6 +48,13 @@ def bootstrap_scores(truth, predictions, classes: int, seed: int) -> dict:
     return facts
 
 
+def bootstrap_interval(values, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval (percentiles) of the mean of `values` (N,)."""
+    values = np.asarray(values)
+    resamples = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP, len(values)))
+    return tuple(np.percentile(values[resamples].mean(1), (2.5, 97.5)))
+
+
 def seen_unseen_accuracy(known_artists, data, predictions) -> dict:
     """Accuracy on paintings by artists who are in the training set (`known_artists`), and by artists who are not.
 
