@@ -44,6 +44,7 @@ SETTINGS = {
     "checkpoint": Setting(str, None, "classifier: a file of the run folder, or a path such as report/classifier.pt"),
 }
 BASELINE = "mlp"  # folder in the run folder whose classifier is the baseline
+CONFIDENCE_BANDS = ((90, 101), (75, 90), (60, 75), (0, 60))  # per cent
 MISTAKES = 12  # on the contact sheet
 PAINTINGS = {"test": "test painting", "train": "training painting", "all": "training and test painting"}
 
@@ -71,8 +72,7 @@ def main(argv=None):
     facts["ece_after"] = calibration_error(truth, probabilities)
     facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
     unsure = classifier.unsure(torch.from_numpy(probabilities)).numpy()
-    facts["unsure"] = unsure.mean()
-    facts["sure_accuracy"] = (predictions == truth)[~unsure].mean() if not unsure.all() else 0.0
+    facts |= confidence_facts(predictions == truth, probabilities.max(1), unsure)
     facts |= unknown_style(classifier, probabilities, config)
 
     facts["roc_auc"] = plot_scores(run, suffix, data, probabilities)
@@ -150,6 +150,16 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
     share = classifier.unsure(unknown).float().mean().item()
     print(f"{style}, which it never saw: {share:.0%} unsure; AUROC {auroc:.2f}, median confidence {median:.0%}")
     return {"unknown_auroc": auroc, "unknown_unsure": share, "unknown_confidence": median}
+
+
+def confidence_facts(right, confidence, unsure) -> dict:
+    """Shares of right predictions (`right`, bool (N,)): of those that are unsure or not, and by confidence (N,)."""
+    facts = {"unsure": unsure.mean()}
+    for name, group in (("unsure", unsure), ("sure", ~unsure)):
+        facts[f"{name}_accuracy"] = right[group].mean() if group.any() else 0.0
+    bands = {f"from_{low}": (confidence >= low / 100) & (confidence < high / 100) for low, high in CONFIDENCE_BANDS}
+    bands = {name: right[band] for name, band in bands.items() if band.any()}
+    return facts | {"by_confidence": {name: {"images": len(r), "accuracy": r.mean()} for name, r in bands.items()}}
 
 
 def class_scores(truth, predictions, classes: list[str]) -> list[tuple]:

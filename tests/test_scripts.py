@@ -206,6 +206,11 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     sure = [hit for hit, row in zip(hits, rows, strict=True) if not row["unsure"]]
     assert facts["unsure"] == pytest.approx(1 - len(sure) / 32)
     assert facts["sure_accuracy"] == pytest.approx(np.mean(sure), abs=1e-4)
+    right = facts["unsure_accuracy"] * (32 - len(sure)) + facts["sure_accuracy"] * len(sure)
+    assert right == pytest.approx(sum(hits), abs=0.01)
+    bands = facts["by_confidence"].values()
+    assert sum(band["images"] for band in bands) == 32
+    assert sum(band["images"] * band["accuracy"] for band in bands) == pytest.approx(sum(hits), abs=0.01)
     assert len((trained / "report.csv").read_text().splitlines()) == 9
 
 
