@@ -2,6 +2,7 @@
 
     python label.py paintings/                          # labels.csv: the three likeliest styles of every image
     python label.py paintings/ --sort sorted            # and a copy of each in a folder named after its style
+    python label.py my.jpg                              # one picture, whose row is printed, too
     python label.py serve                               # a page and an HTTP API, at http://127.0.0.1:7860
     python label.py export /scratch/wikiart/train       # labels confirmed on the page, as <Style>/<name>, to train with
     python label.py measure paintings/                  # throughput, compared with the network alone; into facts.json
@@ -10,7 +11,7 @@ Uses classifier.pt of the run folder; where there is none, or in the default run
 with the project: on EfficientNet-Lite0 where requirements/embed.txt is installed, otherwise report/classifier.pt. The
 table has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file
 could not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run
-again.
+again; a file that has changed since the table was written is then labelled again. Rows of files that are gone stay.
 `serve` needs Gradio: pip install -r requirements/label.txt. Labels confirmed on the page are kept, with their images,
 in corrections.sqlite in the run folder.
 """
@@ -37,6 +38,7 @@ from common import figures
 from common.backbones import installed_weights
 from common.config import ROOT, Setting, configure, read_settings
 from common.errors import UserError
+from common.files import atomic_write, is_at
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
 from common.names import cell_text, count, display_name, file_part, listed, printable, safe_cell
 from common.painter import STYLES
@@ -87,15 +89,19 @@ def main(argv=None):
     elif command == "measure":
         add_facts(config.run, "label", measure(classifier, folder, config))
     else:
-        label_folder(classifier, artist_classifier, folder, Path(config.out), config)
+        out, name = Path(config.out), folder.name if folder.is_file() else ""
+        folder = folder.parent if name else folder
+        label_folder(classifier, artist_classifier, folder, [name] if name else list_files(folder, out), out, config)
+        if name:
+            print_row(out, name)
         if config.sheet:
-            plot_sheet(folder, Path(config.out))
+            plot_sheet(folder, out)
         if config.sort:
-            copy_by_class(folder, Path(config.out), Path(config.sort))
+            copy_by_class(folder, out, Path(config.sort))
 
 
 def read_command(words: list[str]) -> tuple[str, Path | None]:
-    """The command, "" to label a folder, and the folder, None for serve. Raises UserError."""
+    """The command, "" to label a folder or one file, and this folder or file, None for serve. Raises UserError."""
     command, folders = (words[0], words[1:]) if words and words[0] in COMMANDS else ("", words)
     if command == "serve" and not folders:
         return command, None
@@ -161,18 +167,22 @@ def import_page():
 # A folder -------------------------------------------------------------------------------------------------------------
 
 
-def label_folder(classifier, artist_classifier, folder: Path, out: Path, config) -> float:
-    """Append a row to the table for each file below the folder that it lacks; returns labelled images per second."""
+def label_folder(classifier, artist_classifier, folder: Path, files: list[str], out: Path, config) -> float:
+    """Append a row to the table for each of the files that it lacks; returns labelled images per second.
+
+    files: paths in the folder. Others whose rows are outdated are labelled again, too.
+    """
     reuse_freed_memory()
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--sort {config.sort} is inside {folder}: the next run would label the copies as well")
-    files = list_files(folder, out)
     model = "+".join(used.hash[:12] for used in (classifier, artist_classifier) if used)
     model += f" on {os.path.relpath(folder.resolve(), out.resolve().parent)}"  # as it is seen from the table
     columns = [f"{classifier.target}_{place + 1}" for place in range(min(TOP, len(classifier.classes)))]
     columns += ["artist"] if artist_classifier else []
     cells = [cell for column in columns for cell in (column, f"{column}_probability")] + ["unsure"]
-    with open_table(out, ["path", *cells, "problem", "model"], model) as (file, labelled_paths):
+    header = ["path", *cells, "problem", "model"]
+    files = sorted({*files, *remove_outdated(folder, out, header, model, config)})
+    with open_table(out, header, model) as (file, labelled_paths):
         remaining, broken, start = [path for path in files if path not in labelled_paths], [], time.perf_counter()
         if labelled_paths:
             print(f"in {out} already: {len(files) - len(remaining)} of {count(len(files), 'file')}")
@@ -223,32 +233,94 @@ def predict_cells(classifier, artist_classifier, batch: list[tuple]) -> list[lis
     return [[*row, doubt] for row, doubt in zip(cells, unsure, strict=True)]
 
 
+def remove_outdated(folder: Path, out: Path, header: list[str], model: str, config) -> set[str]:
+    """Remove the rows of files that have changed since the table was written; returns the paths of these files.
+
+    Their copies and the contact sheet go first: after a kill in between, the next run finds the rows again.
+    """
+    if not out.exists():
+        return set()
+    with lock_table(out) as file:
+        written, (_, rows) = os.fstat(file.fileno()).st_mtime_ns, read_table(file, header, model)
+        kept, outdated = rows[:1], []
+        for row in rows[1:]:
+            changed = not leads_out(row[0]) and change_time(folder / row[0]) > written
+            (outdated if changed else kept).append(row)
+        if not outdated:
+            return set()
+        for path, name, *_ in outdated:
+            if name and config.sort:
+                (Path(config.sort) / file_part(name) / path).unlink(missing_ok=True)
+        if config.sheet:
+            out.with_suffix(".png").unlink(missing_ok=True)
+        with (
+            atomic_write(out.resolve()) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as new,
+        ):
+            csv.writer(new).writerows(map(safe_cell, row) for row in kept)
+    print(f"changed since {out} was written, and labelled again: {count(len(outdated), 'file')}")
+    return {row[0] for row in outdated}
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path of the table, which others may have written, is outside the folder."""
+    return ".." in Path(path).parts or Path(path).is_absolute()
+
+
+def change_time(path: Path) -> int:
+    """Nanoseconds of a file's last change, 0 where it is gone.
+
+    Not the time of modification, which a copy takes from its original, and which a camera's clock may put ahead.
+    """
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def lock_table(out: Path):
+    """The table, opened for reading and appending, in this block ours alone. Raises UserError where it is not."""
+    with open(out, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names need not be UTF-8
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = is_at(out, file)  # another program may have replaced it since it was opened
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise UserError(f"another program is writing {out}: wait for it, or give another --out")
+        yield file
+
+
+def read_table(file, header: list[str], model: str) -> tuple[int, list[list[str]]]:
+    """The bytes that complete rows take, and these rows, the header first. Raises UserError for another table."""
+    file.seek(0)
+    text = file.read()
+    complete = text[: text.rfind("\r\n") + 2] if "\r\n" in text else ""
+    try:
+        rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
+    except csv.Error:
+        rows = []
+    start = io.StringIO(newline="")
+    csv.writer(start).writerow(header)
+    if start.getvalue().startswith(text):  # nothing, or as much of the header as a full disk took
+        return 0, []
+    if not rows or rows[0] != header or any(len(row) != len(header) for row in rows):
+        raise UserError(f"{file.name} is not a table of these columns: give another --out")
+    if any(row[-1] != model for row in rows[1:]):
+        advice = "give another --out, or delete it"
+        raise UserError(f"{file.name} was made with another checkpoint or from another folder: {advice}")
+    return len(complete.encode("utf-8", "surrogateescape")), rows
+
+
 @contextlib.contextmanager
 def open_table(out: Path, header: list[str], model: str):
     """The table, opened for appending, and the paths that it has; a row that a kill left incomplete is removed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names need not be UTF-8
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another program is writing {out}: wait for it, or give another --out") from None
-        file.seek(0)
-        text = file.read()
-        complete = text[: text.rfind("\r\n") + 2] if "\r\n" in text else ""
-        try:
-            rows = [list(map(cell_text, row)) for row in csv.reader(io.StringIO(complete, newline=""))]
-        except csv.Error:
-            rows = []
-        start = io.StringIO(newline="")
-        csv.writer(start).writerow(header)
-        if start.getvalue().startswith(text):  # nothing, or as much of the header as a full disk took
-            complete, rows = "", []
-        elif not rows or rows[0] != header or any(len(row) != len(header) for row in rows):
-            raise UserError(f"{out} is not a table of these columns: give another --out")
-        if any(row[-1] != model for row in rows[1:]):
-            advice = "give another --out, or delete it"
-            raise UserError(f"{out} was made with another checkpoint or from another folder: {advice}")
-        file.truncate(len(complete.encode("utf-8", "surrogateescape")))
+    with lock_table(out) as file:
+        complete, rows = read_table(file, header, model)
+        if complete < os.fstat(file.fileno()).st_size:  # else its time of change would move for nothing
+            file.truncate(complete)
         if not rows:
             csv.writer(file).writerow(header)
         yield file, {row[0] for row in rows[1:]}
@@ -257,6 +329,15 @@ def open_table(out: Path, header: list[str], model: str):
 def read_rows(out: Path) -> list[list[str]]:
     with open(out, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return [list(map(cell_text, row)) for row in csv.reader(file)][1:]
+
+
+def print_row(out: Path, path: str) -> None:
+    """Print what the table has for a file; one that could not be read was named before."""
+    row = next(row for row in read_rows(out) if row[0] == path)
+    pairs = zip(row[1:-3:2], row[2:-3:2], strict=True)  # unsure, problem and model follow
+    words = [f"{display_name(name)} {float(probability):.0%}" for name, probability in pairs if name]
+    if words:
+        print(f"{printable(path)}: {', '.join(words + ['unsure'] * bool(row[-3]))}")
 
 
 def plot_sheet(folder: Path, out: Path) -> None:
@@ -271,9 +352,8 @@ def plot_sheet(folder: Path, out: Path) -> None:
             continue
         image.thumbnail((SIDE, SIDE))
         images.append(np.asarray(image).transpose(2, 0, 1))
-        file = printable(Path(path).name)
-        file = file if len(file) < 26 else f"{file[:12]}…{file[-12:]}"
-        captions.append(f"{file}\n{display_name(name)} {float(probability):.0%}" + "\nunsure" * ("unsure" in rest))
+        caption = f"{sheet_name(path)}\n{display_name(name)} {float(probability):.0%}"
+        captions.append(caption + "\nunsure" * ("unsure" in rest))
     if images:
         sheet, pictures = out.with_suffix(".png"), count(len(rows), "picture")
         title = pictures if len(images) == len(rows) else f"{len(images)} of {pictures}"
@@ -281,12 +361,20 @@ def plot_sheet(folder: Path, out: Path) -> None:
         print(f"contact sheet: {sheet}")
 
 
+def sheet_name(path: str) -> str:
+    """A file's path for the contact sheet, its folder on a line of its own; what is too long is shortened."""
+    folder, file = map(printable, os.path.split(path))
+    file = file if len(file) < 26 else f"{file[:12]}…{file[-12:]}"
+    folder = folder if len(folder) < 25 else f"…{folder[-23:]}"
+    return f"{folder}/\n{file}" if folder else file
+
+
 def copy_by_class(folder: Path, out: Path, target: Path) -> None:
     """Copy the labelled images to <target>/<class>/<path>, except for those that are there already."""
     copied = 0
     for path, name, *_ in tqdm(read_rows(out), "copying", unit="image"):
         source, copy = folder / path, target / file_part(name) / path
-        if ".." in Path(path).parts or Path(path).is_absolute():
+        if leads_out(path):
             raise UserError(f"{out} has the path {path}, which is not below {folder}: give another --out")
         if name and source.exists() and not (copy.exists() and copy.stat().st_size == source.stat().st_size):
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +393,7 @@ def measure(classifier, folder: Path, config) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(3):  # alternating, so that other programs on the machine slow both
             out = Path(scratch, f"{turn}.csv")
-            folder_rates.append(label_folder(classifier, None, folder, out, config))
+            folder_rates.append(label_folder(classifier, None, folder, list_files(folder, out), out, config))
             labelled = [folder / path for path, *_, problem, _ in read_rows(out) if not problem]
             files = [path for path in labelled if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
             if len(files) < 2 * BATCH_SIZE:

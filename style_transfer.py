@@ -16,6 +16,7 @@ style_row_adain.png alone, in more/); where the same scenes exist in every style
 compares with them.
 """
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,9 @@ from tqdm import tqdm
 
 from common import figures
 from common.baselines import Magenta, Transplant
-from common.config import Setting, configure
+from common.config import ROOT, Setting, configure
 from common.errors import UserError
-from common.images import files_below, named_errors
+from common.images import files_below, named_errors, reason_of
 from common.metrics import (
     balanced_accuracy,
     bootstrap_interval,
@@ -44,7 +45,7 @@ from common.metrics import (
     ssim,
 )
 from common.names import count, display_name, file_part, find_style, fit_name, listed, printable
-from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, true_pairs
+from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, size_of, true_pairs
 from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
@@ -69,6 +70,7 @@ BATCH_SIZE = 16
 GALLERY = 500  # test paintings among which `source_found` looks for the source
 PRINTED = ("hit_rate", "second_hit_rate", "originals_rate", "fid_ratio", "ssim", "source_found", "position", "own_psnr")
 TRIPTYCH_SIDE = 576  # pixels of the longer side
+COMMITTED = ROOT / "report" / "style.pt"  # with its classifier beside it
 DIRECTIONS = 64  # of the second judge's features for the Fréchet distance: a style has only 100 to 200 test paintings
 
 
@@ -80,13 +82,17 @@ def main(argv=None):
         raise UserError(f"--method {config.method} is for the scores of test paintings: it takes no --image")
     device = pick_device(config.device)
     path = checkpoint_path(config.run, config.checkpoint)
+    if config.image and config.checkpoint == COMMITTED.name and not path.exists():
+        advice = f"train one with train_style.py, or take the project's own: --checkpoint {os.path.relpath(COMMITTED)}"
+        raise UserError(f"no checkpoint {path}: {advice}")
     checkpoint = load_checkpoint(path, "StyleAutoencoder")
     check_model(checkpoint, path)
     known = config.image and config.from_style
-    classifier = None if known else Classifier.load(path.parent / "classifier.pt", device)
+    classifier_path = path.parent / "classifier.pt"
+    classifier = None if known else Classifier.load(classifier_path, device)
     repainter = Repainter(build_model(checkpoint, path), checkpoint["classes"], classifier, device)
     if config.image:
-        repaint_files(repainter, config)
+        repaint_files(repainter, classifier_path, config)
     else:
         lock = claim(config.run, f"style_transfer_{config.name or config.method}")
         evaluate(repainter, checkpoint["data"], config)
@@ -96,35 +102,48 @@ def main(argv=None):
 # Image files ----------------------------------------------------------------------------------------------------------
 
 
-def repaint_files(repainter: Repainter, config) -> None:
-    """Write each picture of --image in each target."""
-    source, broken, classes = Path(config.image), [], repainter.classes
+def repaint_files(repainter: Repainter, classifier_path: Path, config) -> None:
+    """Write each picture of --image in each target; the classifier says which style it is in, without --from-style."""
+    source, classes = Path(config.image), repainter.classes
     files, targets = list_images(source), target_styles(config, classes)
     own = {find_style(config.from_style, classes): 1.0} if config.from_style else None
     out, ending = Path(config.out), "" if config.strength == 1 else f"_strength-{config.strength:g}"
+    made, reduced, broken = [], [], []
     make_folder(out, source)
     for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
         try:
-            image = open_picture(path, config.longest)
+            image, full = open_picture(path, config.longest), size_of(path)
         except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-            broken.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
+            broken.append(str(error) if isinstance(error, UserError) else f"{path}: {reason_of(error)}")
             continue
+        if max(full) > max(image.size):
+            reduced.append(sorted(full, reverse=image.width > image.height))  # upright, as the result is
         # In a folder, a.jpg and a.png may lie side by side.
         below, stem = (path.relative_to(source).parent, path.name) if source.is_dir() else ("", path.stem)
         styles = own or dict(zip(classes, repainter.source(image).tolist(), strict=True))
         if not own:
             likeliest = max(styles, key=styles.get)
-            taken = f"its own style is taken for {likeliest} ({styles[likeliest]:.0%})"
+            taken = f"{classifier_path} says that its own style is {likeliest} ({styles[likeliest]:.0%})"
             tqdm.write(f"{printable(path.name)}: {taken}; if that is wrong, give --from-style")
         for name, target in targets.items():
-            file = fit_name(f"{stem}_{file_part(name)}{ending}", ".png")
-            with atomic_write(out / below / file) as temporary:
+            made.append(out / below / fit_name(f"{stem}_{file_part(name)}{ending}", ".png"))
+            with atomic_write(made[-1]) as temporary:
                 repainter.repaint(image, target, styles, config.strength).save(temporary)
-    done = len(files) - len(broken)
     if broken:
+        done = len(files) - len(broken)
         counts = f"{done} of {count(len(files), 'file')} repainted; not " if len(files) > 1 else ""
         raise UserError(f"{counts}{listed(broken, 3, '; ')}")
-    print(f"{count(done * len(targets), 'picture')} in {config.out}")
+    print(describe(made, image.size, reduced, len(files), out))
+
+
+def describe(made: list[Path], size: tuple[int, int], reduced: list[list[int]], files: int, out: Path) -> str:
+    """What was made of so many files; reduced: the width and height before of those that --longest made smaller."""
+    words = f"{len(made)} pictures in {out}"
+    if len(made) == 1:
+        words = f"{printable(str(made[0]))}: {size[0]} x {size[1]} pixels"
+    if reduced and files == 1:
+        return f"{words}, reduced from {reduced[0][0]} x {reduced[0][1]} by --longest"
+    return f"{words}; {len(reduced)} of {files} files reduced by --longest" if reduced else words
 
 
 def make_folder(out: Path, source: Path) -> None:
@@ -304,7 +323,7 @@ def features_of(judge: Classifier, images):
 def distance_facts(real, real_labels, before, after, labels, classes: list[str]) -> dict:
     """Distances in a judge's features: real paintings (M, D), originals (N, D), repainted images [(N, D), ...].
 
-    The Fréchet distance is the mean over styles with two real paintings or more.
+    The Fréchet distance is the mean over styles with two real paintings or more; where there is none, it is no fact.
     """
     mean, directions = principal_directions(real, DIRECTIONS)
     distances, halves = {}, []
@@ -316,15 +335,17 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
         distances[style] = [frechet_distance((x - mean) @ directions, target) for x in pair]
         if len(target) >= 4:
             halves.append(frechet_distance(target[::2], target[1::2]))
+    facts = {"perceptual": mean_over_pairs([1 - F.cosine_similarity(before, features) for features in after], labels)}
+    if not distances:
+        return facts
     fid, fid_originals = np.mean(list(distances.values()), 0)
-    return {
+    return facts | {
         "directions": DIRECTIONS,
         "fid": fid,
         "fid_originals": fid_originals,
         "fid_ratio": fid / fid_originals,
         "fid_halves_ratio": np.mean(halves) / fid_originals if halves else None,  # of real paintings of the style
         "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
-        "perceptual": mean_over_pairs([1 - F.cosine_similarity(before, features) for features in after], labels),
     }
 
 

@@ -30,6 +30,20 @@ def open_picture(source, longest: int) -> Image.Image:
     """
     upload = isinstance(source, bytes)
     name, formats = ("the picture", FORMATS) if upload else (source, None)
+    width, height = size_of(source)
+    if min(width, height) < SMALLEST:
+        raise UserError(f"{name} is too small: {width} x {height} pixels, {SMALLEST} a side are needed")
+    image = open_rgb(io.BytesIO(source) if upload else source, longest, formats)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    if min(image.size) < SMALLEST:
+        raise UserError(f"{name} is too narrow: reduced to {image.width} x {image.height} pixels; raise --longest")
+    return image
+
+
+def size_of(source) -> tuple[int, int]:
+    """Width and height of a picture, before it is turned upright. Raises UserError where it has too many pixels."""
+    upload = isinstance(source, bytes)
+    name, formats = ("the picture", FORMATS) if upload else (source, None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from 89 megapixels on
@@ -43,13 +57,7 @@ def open_picture(source, longest: int) -> Image.Image:
         pixels = LARGEST + 1
     if pixels > LARGEST:
         raise UserError(f"{name} has more than {LARGEST / 1e6:.0f} megapixels")
-    if min(width, height) < SMALLEST:
-        raise UserError(f"{name} is too small: {width} x {height} pixels, {SMALLEST} a side are needed")
-    image = open_rgb(io.BytesIO(source) if upload else source, longest, formats)
-    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    if min(image.size) < SMALLEST:
-        raise UserError(f"{name} is too narrow: reduced to {image.width} x {image.height} pixels; raise --longest")
-    return image
+    return width, height
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

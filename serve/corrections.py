@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.images import FORMATS
-from common.names import count, stem_of
+from common.names import count, file_part, stem_of
 from common.run import atomic_write
 from serve.log import one_line
 
@@ -93,7 +93,7 @@ def export(corrections: Corrections, target: Path) -> None:
             ending = ".jpg" if image.format in ("JPEG", "MPO") else f".{image.format.lower()}"  # MPO: of some phones
         # The artist, before the first "_", stays readable for artist_of().
         stem = re.sub(r"[^\w-]+", "-", stem_of(name)).strip("-")[:80] or "picture"
-        path = target / choice / f"{stem}-{key[:12]}{ending}"
+        path = target / file_part(choice) / f"{stem}-{key[:12]}{ending}"
         for outdated in target.glob(f"*/*-{key[:12]}{ending}"):
             if outdated != path:
                 outdated.unlink()

@@ -206,7 +206,7 @@ class Page:
             button.click(self.label, file, answer, api_name="label", preprocess=False, queue=False)
             button.click(self.label_batch, files, answer, api_name="label_batch", preprocess=False, queue=False)
         # Gradio would fetch a URL, or copy the file, before our code sees it, in whatever input a request names one.
-        gr.blocks.Block.async_move_resource_to_block_cache = same_resource
+        uploads.replace(gr.blocks.Block, "async_move_resource_to_block_cache", same_resource)
         blocks.process_api = with_short_errors(blocks.process_api)
         return blocks.queue(default_concurrency_limit=None)  # `slots` is the limit
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import ipaddress
 import re
 import secrets
+import socket
 import threading
 import time
 import warnings
@@ -30,7 +32,6 @@ RECEIVE_TIMEOUT = 30  # seconds to wait for more of a request, or for the end of
 REQUEST_TIMEOUT = 600  # seconds for a whole request
 FAILED = "this request cannot be answered: it is not as the page or docs/labelling.md sends it, or the server failed"
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
-MultiPartParser.spool_max_size = 0  # no limit: larger files would be written to the disk
 # The Gradio endpoints that the page and the API need. The others read files, or fetch from other machines.
 ENDPOINTS = {"api", "app_id", "call", "cancel", "heartbeat", "info", "login_check", "queue", "reset", "run"}
 ENDPOINTS |= {"startup-events", "theme.css", "upload", "upload_progress"}
@@ -73,6 +74,7 @@ class Uploads:
 
 def upload_routes(uploads: Uploads, folder: str) -> list[Route]:
     """Routes that replace Gradio's upload, which would write to `folder`; answers name tokens as if they lay there."""
+    replace(MultiPartParser, "spool_max_size", 0)  # no limit: larger files would be written to the disk
 
     async def upload(request):
         try:
@@ -89,6 +91,16 @@ def upload_routes(uploads: Uploads, folder: str) -> list[Route]:
     return [Route("/gradio_api/upload", upload, methods=["POST"]), Route("/gradio_api/upload_progress", progress)]
 
 
+def replace(owner: type, name: str, value) -> None:
+    """Set a class's attribute, which others use. Raises UserError where there is none: it would change nothing then."""
+    if not hasattr(owner, name):
+        package, missing = owner.__module__.partition(".")[0], f"{owner.__name__}.{name}"
+        raise UserError(
+            f"uploads are not safe with this version of {package}, without {missing}: install an earlier one"
+        )
+    setattr(owner, name, value)
+
+
 class Guard:
     """ASGI middleware that refuses large and foreign requests before they are read, and endpoints that are not needed.
 
@@ -101,7 +113,8 @@ class Guard:
 
     def __init__(self, app, host: str = "0.0.0.0"):
         self.app, self.arriving = app, 0  # bytes of the requests under way
-        self.names = LOCAL_NAMES if host.strip("[]") in LOCAL_NAMES else None
+        host = host.strip("[]").lower()
+        self.names = LOCAL_NAMES | {host} if is_local(host) else None
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http" and (refusal := self.refuse(scope)):
@@ -149,7 +162,7 @@ class Guard:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"")
         if self.names and host and host_name(host) not in self.names:
-            return 421, "not a name of this server, which is for this machine only: open http://127.0.0.1:<port>/"
+            return 421, "not a name of this server, which is for this machine only: open the address that it prints"
         if is_foreign(scope["method"], headers):
             return 403, "a page of another site asked for this: open the server's own page"
         length = headers.get(b"content-length", b"0")
@@ -159,6 +172,15 @@ class Guard:
         if not length.isdigit() or int(length) > limit:
             return 413, f"a request may have at most {limit / 1e6:g} MB here"
         return None
+
+
+def is_local(host: str) -> bool:
+    """Whether a server that listens at this address or name is for this machine only; all of 127.0.0.0/8 is."""
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):  # nor can a server listen there
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def host_name(host: bytes) -> str:

@@ -26,6 +26,7 @@ import wikiart
 from common import images, names, run
 from common.errors import DataError, UserError
 from common.images import read_image
+from serve.corrections import Corrections, export
 
 STYLES = ["Baroque", "Cubism", "Fauvism"]
 SHAPE = {"classes": 3, "width": 8, "depth": 1, "pooling": "mean", "dropout": 0.0, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -284,6 +285,14 @@ def test_no_name_of_a_class_leads_out_of_a_folder(tmp_path):
     label.main([str(tmp_path / "in"), "--out", out, *flags])
     assert [path.name for path in target.rglob("*.png")] == ["a.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "classifier.pt", "in", "labels.csv"]
+    store, exported = Corrections(tmp_path / "corrections.sqlite"), tmp_path / "below" / "a" / "exported"
+    for number, choice in enumerate(["../../../owned", f"{tmp_path}/owned", ".."]):
+        data = picture(tmp_path / "in" / "a.png", number).read_bytes()
+        store.add("b.png", data, "m", choice, 0.5, choice)
+    export(store, exported)
+    folders = ["_", "__.._.._owned", f"{tmp_path}/owned".replace("/", "_")]
+    assert sorted(path.name for path in exported.iterdir()) == sorted(folders)
+    assert not (tmp_path / "owned").exists() and len(list(tmp_path.rglob("b-*.png"))) == 3
     assert [names.file_part(name) for name in (*classes, "", "Cubism")] == ["__.._owned", "_etc", "_", "_", "Cubism"]
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,73 @@ def test_it_goes_on_where_it_was_killed(folder, run, tmp_path, monkeypatch, caps
     before = out.read_bytes()
     run_label(folder, run, out)
     assert out.read_bytes() == before
+
+
+def turn_over(path):
+    """Give a file other content, after the clock tick of the file system in which something was written last."""
+    time.sleep(0.05)
+    times = path.stat()
+    Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_180).point(lambda x: 255 - x).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a file manager does that copies
+
+
+def test_a_file_that_has_changed_is_labelled_again(folder, run, tmp_path, monkeypatch, capsys):
+    """Its row and its copy are replaced; after a kill in between, too."""
+    out, sorted_by_style, flags = tmp_path / "labels.csv", tmp_path / "sorted", ("--sort", str(tmp_path / "sorted"))
+    before = run_label(folder, run, out, *flags)
+    sheet = (tmp_path / "labels.png").read_bytes()
+    changed = [path for path, row in before.items() if not row["problem"]][:2]
+    for path in changed:
+        turn_over(folder / path)
+    (folder / "text.png").write_bytes((folder / changed[0]).read_bytes())  # repaired
+    moved = next((sorted_by_style / before[changed[0]]["style_1"]).rglob(Path(changed[0]).name))
+    monkeypatch.setattr(wikiart.Classifier, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_label(folder, run, out, *flags)
+    assert set(before) - set(table(out)) == {*changed, "text.png"}
+    assert not moved.exists() and not (tmp_path / "labels.png").exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    after = run_label(folder, run, out, *flags)
+    assert "already: 12 of 15 files" in capsys.readouterr().out
+    assert after == run_label(folder, run, tmp_path / "new.csv")
+    assert [path for path in after if after[path] != before[path]] and not after["text.png"]["problem"]
+    assert len(out.read_bytes().splitlines()) == len(after) + 1  # no row twice
+    copies = {path.relative_to(sorted_by_style).as_posix() for path in sorted_by_style.rglob("*.*")}
+    assert copies == {f"{row['style_1']}/{path}" for path, row in after.items() if not row["problem"]}
+    for path in changed:
+        assert (sorted_by_style / after[path]["style_1"] / path).read_bytes() == (folder / path).read_bytes()
+    assert (tmp_path / "labels.png").read_bytes() != sheet
+    last = out.read_bytes()
+    run_label(folder, run, out, *flags)
+    assert out.read_bytes() == last
+    (folder / changed[0]).unlink()
+    assert run_label(folder, run, out, *flags) == after  # rows of files that are gone stay
+
+
+def test_one_file_is_labelled_and_its_row_printed(folder, run, tmp_path, capsys):
+    out = tmp_path / "labels.csv"
+    first, second = sorted(path.name for path in folder.glob("*.jpg") if path.stat().st_size > 200)[:2]
+    rows = run_label(folder / first, run, out)
+    assert list(rows) == [first]
+    assert f"{first}: {rows[first]['style_1'].replace('_', ' ')} " in capsys.readouterr().out
+    turn_over(folder / first)
+    assert sorted(run_label(folder / second, run, out)) == [first, second]  # the first one again, which has changed
+    printed = capsys.readouterr().out
+    assert "labelled again: 1 file" in printed and f"\n{second}: " in printed and f"\n{first}: " not in printed
+    assert run_label(folder, run, out) == run_label(folder, run, tmp_path / "new.csv")
+    run_label(folder / "text.png", run, tmp_path / "text.csv")
+    assert "text.png (not an image" in capsys.readouterr().err
+
+
+def test_the_contact_sheet_says_in_which_folder_a_file_is(run, tmp_path, monkeypatch):
+    captions, long = [], "d" * 20 + "/" + "e" * 20
+    for number, path in enumerate(("a.png", "below/a.png", f"{long}/{'f' * 30}-1.png")):
+        picture(tmp_path / "in" / path, number)
+    monkeypatch.setattr(label.figures, "contact_sheet", lambda *arguments: captions.extend(arguments[2]))
+    run_label(tmp_path / "in", run, tmp_path / "labels.csv")
+    names = [caption.rpartition("%")[0].rsplit("\n", 1)[0] for caption in captions]
+    assert names == ["a.png", "below/\na.png", f"…dd/{'e' * 20}/\n{'f' * 12}…{'f' * 6}-1.png"]
 
 
 def test_a_killed_decoder_loses_nothing(folder, run, tmp_path, monkeypatch):

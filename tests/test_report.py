@@ -68,14 +68,15 @@ def check_flags(name, arguments, command):
         assert flag != "-c" or (ROOT / value).exists(), command
 
 
-def test_the_three_lines_of_the_readme_use_the_committed_classifier(tmp_path):
+def test_the_four_lines_of_the_readme_use_the_committed_classifier(tmp_path):
     (code,) = re.findall(r"```python\n(from wikiart import Classifier\n.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len([line for line in code.splitlines() if line.strip()]) == 3
+    assert len([line for line in code.splitlines() if line.strip()]) == 4
     for name in ("a.jpg", "b.jpg"):
         code = code.replace(name, str(picture(tmp_path / name, size=(300, 200))))
     code = code.replace("report/", f"{ROOT}/report/")
-    names = {}
+    code, names = code.replace("classifier.top", "likeliest = classifier.top"), {}
     exec(code, names)
+    assert names["likeliest"][0][1] == names["probabilities"][0].max()
     assert names["probabilities"].shape == (2, 8)
     assert torch.allclose(names["probabilities"].sum(1), torch.ones(2))
 

@@ -366,6 +366,17 @@ def test_a_server_for_other_machines_has_any_name():
     assert uploads.Guard(None, "127.0.0.1").refuse(scope)[0] == 421
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.0.1.1", "Localhost", "LOCALHOST", "::1", "[::1]", "127.1"])
+def test_every_address_of_this_machine_is_guarded(host):
+    def refusal(name):
+        return guard.refuse({"type": "http", "method": "GET", "path": "/", "headers": [(b"host", name.encode())]})
+
+    guard = uploads.Guard(None, host)
+    assert refusal("evil.example:7860")[0] == 421
+    own = f"[{host}]" if ":" in host and "[" not in host else host
+    assert refusal(f"{own}:7860") is refusal("localhost:7860") is refusal("127.0.0.1") is None
+
+
 # Slow clients
 
 

@@ -234,11 +234,36 @@ def test_a_folder_with_broken_files(styled, tmp_path):
     (tmp_path / "in/half.jpg").write_bytes(half[:400])
     out, source = tmp_path / "out", str(tmp_path / "in")
     arguments = [*TINY, "--run", str(styled), "--out", str(out), "--image", source, "--style", "Dots"]
-    with pytest.raises(UserError, match=r"2 of 5 files repainted; not .*half.jpg.*small.png.*text.jpg") as error:
+    reasons = (
+        "half.jpg: incomplete: the file ends too early; .*small.png.*text.jpg: not an image, or of an unknown format"
+    )
+    with pytest.raises(UserError, match=f"2 of 5 files repainted; not .*{reasons}$") as error:
         style_transfer.main(arguments)
     assert "\n" not in str(error.value)
     made = {path.relative_to(out).as_posix(): Image.open(path).size for path in out.rglob("*.png")}
     assert made == {"wide.png_Dots.png": (60, 40), "deeper/wide.jpg_Dots.png": (40, 60)}
+
+
+def test_it_says_what_it_wrote_and_by_which_classifier(styled, tmp_path, capsys):
+    def said(name, *more):
+        flags = [*TINY, "--run", str(styled), "--out", str(tmp_path / "out"), "--image", str(tmp_path / name)]
+        style_transfer.main([*flags, *more])
+        return capsys.readouterr().out
+
+    picture(tmp_path / "a.png", size=(90, 60))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    picture(tmp_path / "turned.jpg", size=(90, 60), exif=turned)
+    assert f"{tmp_path}/out/a_Dots.png: 90 x 60 pixels\n" in said("a.png", "--style", "Dots")
+    smaller = said("turned.jpg", "--style", "Dots", "--longest", "60", "--from-style", "Bands")
+    assert smaller == f"{tmp_path}/out/turned_Dots.png: 40 x 60 pixels, reduced from 60 x 90 by --longest\n"
+    every = said("a.png", "--longest", "60")
+    assert f"a.png: {styled}/classifier.pt says that its own style is " in every
+    assert f"8 pictures in {tmp_path}/out, reduced from 90 x 60 by --longest\n" in every
+    picture(tmp_path / "in/small.png", size=(40, 40))
+    shutil.copy(tmp_path / "a.png", tmp_path / "in")
+    folder = said("in", "--longest", "60", "--style", "Dots")
+    assert f"2 pictures in {tmp_path}/out; 1 of 2 files reduced by --longest\n" in folder
 
 
 # Training
@@ -543,6 +568,22 @@ def test_styles_without_test_paintings_and_few_paintings_are_fine(styled, demo, 
     assert len(facts["fid_ratios"]) == 6
 
 
+def test_without_two_real_paintings_of_a_style_there_is_no_frechet_distance(styled, demo, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(demo / "train", data / "train")
+    for style in (demo / "test").iterdir():
+        (data / "test" / style.name).mkdir(parents=True)
+        shutil.copy(min(style.iterdir()), data / "test" / style.name)
+    run.mkdir()
+    for name in ("classifier.pt", "style.pt"):
+        shutil.copy(styled / name, run)
+    shared = ["--data", str(data), "--run", str(run), "--judges", "classifier.pt", "classifier.pt"]
+    style_transfer.main([*TINY, *shared])
+    facts = facts_of(run, "style_transfer")
+    assert not [name for name in facts if name.startswith("fid") or name == "directions"]
+    assert np.isfinite([facts["hit_rate"], facts["perceptual"]]).all()
+
+
 def test_of_many_paintings_whole_scenes_are_chosen(demo):
     data = wikiart.WikiArt(demo, "test", size=32, processes=1)
     rows = style_transfer.choose(data, 20)
@@ -595,6 +636,8 @@ def test_mistakes_get_one_clear_line(styled, demo, tmp_path, monkeypatch):
         (("--steps", "3", "--style", "Dots", "Bands"), "need --image"),
         (("--data", demo, "--judges", "judge", "--style", "Dada"), "no style Dada"),
         (("--checkpoint", tmp_path / "old.pt", "--image", good), "old.pt holds .* earlier version: train again"),
+        (("--image", good, "--run", tmp_path / "new"), r"new/style.pt: .* --checkpoint (\.\./)*.*report/style\.pt$"),
+        (("--run", tmp_path / "new"), r"new/style.pt: run the script that trains it"),
         (("--checkpoint", alone, "--image", good), "no checkpoint .*alone/classifier.pt"),
         (("--checkpoint", tmp_path / "classes/style.pt", "--image", good), "the classifier knows other styles"),
         (("--checkpoint", styled / "classifier.pt", "--image", good), "a StyleAutoencoder is needed"),

@@ -113,6 +113,15 @@ def test_uploads_are_never_written_to_the_disk(monkeypatch):
     assert held.get(Path(tokens[0]).name) == ("a.png", data)
 
 
+def test_an_attribute_that_a_later_version_renames_is_not_replaced_in_silence(monkeypatch):
+    monkeypatch.delattr(uploads.MultiPartParser, "spool_max_size")
+    with pytest.raises(UserError, match=r"of starlette, without MultiPartParser.spool_max_size: install an earlier"):
+        uploads.upload_routes(uploads.Uploads(), "folder")
+    with pytest.raises(UserError, match=r"of test_uploads, without Trap.renamed"):
+        uploads.replace(Trap, "renamed", None)
+    assert not hasattr(Trap, "renamed")
+
+
 def test_what_arrives_at_once_has_a_limit(monkeypatch):
     """Requests that are each small enough, sent all but their ends: memory holds no more of them than MAX_HELD."""
     monkeypatch.setattr(uploads, "MAX_HELD", 1000)
