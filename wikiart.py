@@ -16,6 +16,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +240,12 @@ class WikiArt(Dataset):
         """Artists and titles of some paintings, "Claude Monet: Water lilies; ..."."""
         pairs = [artist_and_title(self.artists[item], self.paths[item]) for item in items]
         return "; ".join(": ".join(part for part in pair if part) for pair in pairs)
+
+
+def hash_of_files(fingerprint: str) -> str:
+    """The part of a fingerprint that tells a folder's files apart, without size and metadata.csv."""
+    found = re.fullmatch(r".*-([0-9a-f]{16})(-[0-9a-f]{8})?", fingerprint, re.DOTALL)
+    return found[1] if found else fingerprint
 
 
 def match_styles(names, classes: list[str]) -> np.ndarray:

@@ -415,16 +415,22 @@ def test_a_virtual_environment_that_is_there_is_named(tmp_path, monkeypatch):
     assert "run `make .venv/ready`" in packages.advice("train.py", ["torch"], tmp_path)
 
 
-def test_a_split_that_has_moved_is_noticed(tmp_path):
+@pytest.mark.parametrize("genre", ["", "portrait"])
+def test_a_split_that_has_moved_is_noticed(tmp_path, genre):
     """Style folders alone: with another picture the test part is drawn anew, and may hold what was trained on."""
     for number in range(60):
         picture(tmp_path / "root" / f"S{number % 2}" / f"a_{number}.png", number)
+    if genre:
+        (tmp_path / "root" / "metadata.csv").write_text(f"path,genre\nS0/a_0.png,{genre}\n")
     arguments = ["--data", str(tmp_path / "root"), "--run", str(tmp_path / "run")]
     train.main([*TINY_TRAIN, *arguments, "--epochs", "1"])
     evaluation.main([*TINY, *arguments])
-    picture(tmp_path / "root" / "S0" / "a_new.png", 99)
+    new = picture(tmp_path / "root" / "S0" / "a_new.png", 99)
     with pytest.raises(UserError, match="paintings have changed since training"):
         evaluation.main([*TINY, *arguments])
+    new.unlink()
+    (tmp_path / "root" / "metadata.csv").write_text("path,genre\nS0/a_0.png,landscape\n")  # moves no painting
+    evaluation.main([*TINY, *arguments])
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
