@@ -386,6 +386,40 @@ def test_batch_norm_of_several_processes_computes_in_float32(monkeypatch):
     assert norm.running_var.sub(0.9 + 0.1 * images.float().var((0, 2, 3))).abs().max() < 0.01
 
 
+NORM = """
+import sys, torch, torch.distributed as dist
+from common.layers import BatchNorm
+dist.init_process_group("gloo")
+images, weights = torch.load(sys.argv[1])
+rank, norm = dist.get_rank(), BatchNorm(3).train()
+images, weights = images[rank::2].requires_grad_(), weights[rank::2]
+output = norm(images)
+(output * weights).sum().backward()
+torch.save([output.detach(), images.grad, norm.weight.grad, norm.bias.grad, norm.running_var], f"{sys.argv[1]}.{rank}")
+"""
+
+
+def test_batch_norm_of_two_processes_is_that_of_one_where_the_mean_is_large(tmp_path):
+    """10,000 standard deviations, with which E[x^2] - E[x]^2 has no digit left."""
+    torch.manual_seed(0)
+    images, weights = 100 + 0.01 * torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16)
+    torch.save([images, weights], tmp_path / "batch")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    (tmp_path / "norm.py").write_text(NORM)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, tmp_path / "norm.py", tmp_path / "batch"], check=True, timeout=300, env=environment)
+    norm, images = layers.BatchNorm(3).train().double(), images.double().requires_grad_()
+    output = norm(images)
+    (output * weights).sum().backward()
+    shares = [torch.load(tmp_path / f"batch.{rank}") for rank in (0, 1)]
+    for rank, (of_share, gradient, *_, variance) in enumerate(shares):
+        torch.testing.assert_close(of_share, output[rank::2].detach().float(), atol=5e-3, rtol=1e-3)
+        torch.testing.assert_close(gradient, images.grad[rank::2].float(), atol=0.5, rtol=1e-2)
+        torch.testing.assert_close(variance, norm.running_var.float(), rtol=1e-4, atol=0)
+    sums = [sum(share[part] for share in shares) for part in (2, 3)]
+    torch.testing.assert_close(sums, [norm.weight.grad.float(), norm.bias.grad.float()], atol=0.1, rtol=1e-3)
+
+
 def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
     """Same global batch, same draws, same statistics: the weights agree to float tolerance."""
     script = tmp_path / "train.py"
