@@ -138,8 +138,8 @@ def autocast(device: torch.device, cpu: bool = False):
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
+    """A tensor on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")  # there, the copy may start after the tensor is gone
 
