@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_TRAIN, picture
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models import VisionTransformer
 
 import train
 import wikiart
@@ -452,6 +453,18 @@ def test_the_network_of_the_judge(demo, tmp_path):
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 8)
     with pytest.raises(UserError, match="no model resnet19"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "resnet19"])
+
+
+def test_a_network_that_takes_one_size_only_is_refused_before_it_is_trained(demo, tmp_path, monkeypatch):
+    small = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 1, "hidden_dim": 8, "mlp_dim": 8}
+    monkeypatch.setattr(train, "make_model", lambda *_: VisionTransformer(**small, num_classes=8))
+    monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail("it trains"))
+    command = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "vit_b_32"]
+    message = "--model vit_b_32 takes images of one size only, --crop 32, and not of 48: give --tta-scales 1.0"
+    with pytest.raises(UserError, match=message):
+        train.main([*command, "--tta-scales", "1", "1.5", "0.7"])
+    config = train.configure("train", "", train.SETTINGS, train.SHARED, [*command, "--tta-scales", "1", "0.7"])
+    assert train.new_model(config, {})(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
 
 
 @pytest.mark.parametrize("target", ["artist", "genre"])
