@@ -22,7 +22,7 @@ import train
 import wikiart
 from common import crops, figures, names, packages, run
 from common.errors import UserError
-from common.metrics import METRICS, classification_scores
+from common.metrics import METRICS, classification_scores, seen_unseen_accuracy
 from common.names import title_of
 
 
@@ -266,6 +266,16 @@ def test_measures_agree_with_scikit_learn():
 def test_a_class_missing_from_the_truth_counts_for_nothing():
     truth, guesses = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
     assert classification_scores(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
+
+
+def test_unknown_artists_are_neither_seen_nor_unseen():
+    artists = np.array(["monet", "", "", "klee"])
+    data = SimpleNamespace(labels=torch.tensor([0, 0, 1, 1]), artists=artists)
+    scores = seen_unseen_accuracy(["", "monet"], data, np.array([0, 1, 0, 0]))
+    assert (scores["seen_artists_images"], scores["seen_artists_accuracy"]) == (1, 1)
+    assert (scores["unseen_artists_images"], scores["unseen_artists_accuracy"]) == (1, 0)
+    data = SimpleNamespace(labels=data.labels, artists=np.array([""] * 4))
+    assert seen_unseen_accuracy([""], data, np.array([0, 1, 0, 0])) == {}
 
 
 def test_figures_are_readable_at_27_classes(tmp_path):
