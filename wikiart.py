@@ -674,7 +674,7 @@ class Classifier:
         """Files, or uint8 images of any size, as uint8 (N, 3, size, size) on the device."""
         if not torch.is_tensor(images):
             images = torch.from_numpy(np.stack([read_image(path, self.size, self.resize) for path in images]))
-        images = images.to(self.device, non_blocking=True)
+        images = to_device(images, self.device)
         if self.resize == "crop":
             images = center_crop(images)
         if images.shape[-2:] != (self.size, self.size):

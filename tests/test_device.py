@@ -316,11 +316,29 @@ def test_a_step_of_the_style_model_is_on_the_device(paintings, cuda):
     assert len(record) == 11 and on(cuda, record)
 
 
-def test_labelling_is_on_the_device(cuda):
+def new_classifier(device):
     checkpoint = {"model": "CNN", "arguments": NETWORKS["CNN"] | {"aux_classes": 0}, "classes": list("abcdefgh")}
     checkpoint |= {"data": {"size": 64, "resize": "squash"}, "crop": 32, "tta_scales": [1.0, 1.5, 0.7]}
     checkpoint["weights"] = wikiart.make_model("CNN", checkpoint["arguments"]).state_dict()
-    classifier = wikiart.Classifier(checkpoint, cuda)
+    return wikiart.Classifier(checkpoint, device)
+
+
+def test_images_are_there_before_mps_copies_them(monkeypatch):
+    """It may start to copy after the tensor is gone, so the host has to wait."""
+    classifier, copies = new_classifier(torch.device("cpu")), []
+
+    def to(tensor, device, non_blocking=False):
+        copies.append((device.type, non_blocking))
+        return tensor
+
+    classifier.device = torch.device("mps")
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert classifier.prepare(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 3, 64, 64)
+    assert copies == [("mps", False)]
+
+
+def test_labelling_is_on_the_device(cuda):
+    classifier = new_classifier(cuda)
     images = torch.zeros(2, 3, 80, 70, dtype=torch.uint8)
     prepared = classifier.prepare(images)
     assert on(cuda, prepared, predict_probabilities(classifier.model, prepared, 32, [1.0, 1.5, 0.7]))
