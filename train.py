@@ -97,7 +97,7 @@ SETTINGS = {
     "aux_weight": Setting(float, "[0, inf)", "weight of the auxiliary losses, for predicting artist and genre (CNN)"),
     "min_crop_area": Setting(float, "(0, 1]", "area of the smallest training crop, as a fraction of the image"),
     "colour_cast": Setting(float, "[0, 1]", "how much the contrast and exposure of each colour vary between crops"),
-    "ema_decay": Setting(float, "[0, 1]", "decay of the exponential moving average of weights; 0: no averaging"),
+    "ema_decay": Setting(float, "[0, 1)", "decay of the exponential moving average of weights; 0: no averaging"),
     "balance": Setting(
         str,
         ("none", "resample", "sampler", "weights", "logit"),

@@ -82,6 +82,7 @@ def test_a_wrong_settings_file_is_named(tmp_path, content, message):
             "--tta-scales 0",
             "--lr 0",
             "--dropout 1",
+            "--ema-decay 1",
         )
     ],
 )
