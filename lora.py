@@ -415,8 +415,9 @@ def paint(config, *prompts: str) -> None:
     python lora.py paint "a harbour at dusk" --style Ukiyo_e=0.6 Cubism=0.4 --negative "people"
     python lora.py paint "a harbour at dusk" --style Ukiyo_e --image my.jpg --strength 0.6
 
-    A weight below 1 leaves a style weaker, above 1 exaggerates it. The images in --out have the seed in their name,
-    and all settings in their metadata, as JSON under "parameters".
+    A weight below 1 leaves a style weaker, above 1 exaggerates it; different weights need adapters that were trained
+    with --per-style. The images in --out have the seed in their name, and all settings in their metadata, as JSON under
+    "parameters".
     """
     if not prompts:
         raise UserError('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')

@@ -710,6 +710,19 @@ def test_adapters_of_two_bases_do_not_mix(tuned, tmp_path, monkeypatch):
         lora.main(["paint", "a town", *SMALL, "--run", str(tmp_path), "--style", "Hatching", "Dots"])
 
 
+def test_styles_of_one_adapter_have_one_weight(pair, tmp_path):
+    """They would paint the same picture with any weights."""
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    hatching, strokes = (tmp_path / "lora" / style for style in ("Hatching", "Strokes"))
+    note = hatching / adapters.NOTE
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"styles": ["Hatching", "Halftone"]}))
+    message = f"--style Hatching=0.9 Halftone=0.1: {hatching} knows these styles together, .* train with --per-style"
+    with pytest.raises(UserError, match=message):
+        lora.main(["paint", "a town", *SMALL, "--run", str(tmp_path), "--style", "Hatching=0.9", "Halftone=0.1"])
+    equal = adapters.choose(tmp_path, ["Hatching=0.5", "Halftone=0.5", "Strokes=0.2"])
+    assert equal.folders == {hatching: 1.0, strokes: 0.2}
+
+
 @pytest.mark.parametrize(
     ("action", "own", "others"),
     [
