@@ -536,10 +536,15 @@ def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge
 
     `outdated` entries are removed. With `merge`, the name's other facts are kept.
     """
+    change_facts(run, name, lambda earlier: (earlier if merge else {}) | facts, outdated)
+
+
+def change_facts(run, name: str, change, outdated: tuple[str, ...] = ()) -> None:
+    """Replace the facts of `name` by change(earlier facts), so that no other script can write between the two."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".facts.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         all_facts = {key: value for key, value in read_facts(run).items() if key not in outdated}
-        facts = (all_facts.get(name, {}) if merge else {}) | rounded(facts)
+        facts = rounded(change(all_facts.get(name, {})))
         write_text(run / "facts.json", json.dumps(all_facts | {name: facts}, indent=2) + "\n")

@@ -354,6 +354,22 @@ def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
     assert json.loads((tuned.run / "facts.json").read_text())["lora"]["grid"] == {}
 
 
+def test_what_is_written_during_a_grid_stays(tuned, tmp_path, monkeypatch):
+    shutil.copytree(tuned.run, tmp_path, dirs_exist_ok=True)
+    add_facts(tmp_path, "lora", {"grid": {"Hatching": {}}, "grid_table": "of the last grid"}, merge=True)
+
+    def judged(*_):
+        add_facts(tmp_path, "lora", {"compare": [1], "heldout_loss_after": 2.0}, merge=True)
+        return {}
+
+    monkeypatch.setattr(lora, "hit_rates", judged)
+    lora.main(["grid", *SMALL, "--run", str(tmp_path), "--prompts", "a town"])
+    facts = json.loads((tmp_path / "facts.json").read_text())["lora"]
+    assert (facts["compare"], facts["heldout_loss_after"], facts["grid"]) == ([1], 2.0, {})
+    assert facts["heldout_loss_before"] == tuned.facts["heldout_loss_before"]
+    assert "grid_table" not in facts
+
+
 def test_genres_are_found_in_prompts():
     judge = SimpleNamespace(classes=["landscape", "still_life", "town"])
     assert lora.genre_of("a still life painting", judge) == 1
