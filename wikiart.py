@@ -49,7 +49,7 @@ from common.layers import (
 )
 from common.metrics import calibrate, familiarity
 from common.names import artist_and_title, artist_of, count, match_style, printable, read_metadata, showable, stem_of
-from common.run import autocast, check_entries, file_hash, load_checkpoint, pick_device, to_device
+from common.run import autocast, check_entries, file_hash, find_device, load_checkpoint, to_device
 from common.splits import connected_groups, hold_out
 
 # The data set ---------------------------------------------------------------------------------------------------------
@@ -642,7 +642,7 @@ class Classifier:
         if "temperature" not in checkpoint:
             print(f"{path} has no temperature: its probabilities are not calibrated", file=sys.stderr)
         check_entries(checkpoint, path, ("artists", "largest_class", "fingerprint"))
-        return cls(checkpoint, pick_device(device) if isinstance(device, str) else device, file_hash(path), path)
+        return cls(checkpoint, find_device(device) if isinstance(device, str) else device, file_hash(path), path)
 
     def predict(self, images, calibrated: bool = True, batch_size: int = 64) -> torch.Tensor:
         """Class probabilities, float (N, classes) on the CPU, of uint8 images (N, 3, any, any) or of N image files.

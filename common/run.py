@@ -65,20 +65,25 @@ def run_script(main) -> None:
 # Devices --------------------------------------------------------------------------------------------------------------
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def find_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator that torch finds (CUDA, ROCm, MPS, XPU), else the CPU. Raises UserError."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, in Muon for example
     if name != "auto":
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"the device {name!r} is not available: {str(error).splitlines()[0]}") from None
-        device = torch.device(name)
-    elif torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    else:
-        device = torch.device("cpu")
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a script, see find_device(), after setting up the process for it.
+
+    For scripts only: a program that imports this project keeps its own threads and precision.
+    """
+    device = find_device(name)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, in Muon for example
     if device.type == "cpu":
         use_free_cores()
     return device
