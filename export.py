@@ -27,7 +27,7 @@ from common.config import Setting, configure
 from common.crops import predict_probabilities
 from common.errors import UserError
 from common.metrics import calibrate
-from common.run import atomic_write, checkpoint_path, load_checkpoint, run_script
+from common.run import atomic_write, checkpoint_path, load_checkpoint, pick_device, run_script
 from wikiart import Classifier
 
 SHARED = ("run",)
@@ -45,7 +45,8 @@ def main(argv=None):
     if len(words) not in (1, 2):
         raise UserError("give a checkpoint, and a file if you like: python export.py report/classifier.pt --to onnx")
     path = checkpoint_path(config.run, words[0])
-    classifier, target = Classifier.load(path, "cpu"), Path((words[1:] or [path.with_suffix(ENDINGS[config.to])])[0])
+    classifier = Classifier.load(path, pick_device("cpu"))
+    target = Path((words[1:] or [path.with_suffix(ENDINGS[config.to])])[0])
     write, read = FORMATS[config.to]
     images = torch.randint(256, (3, 3, classifier.size, classifier.size), dtype=torch.uint8)
     print(f"{config.to} of {path}: this may take minutes", flush=True)

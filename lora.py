@@ -37,6 +37,7 @@ from common.run import (
     Timer,
     add_facts,
     atomic_write,
+    change_facts,
     checkpoint_path,
     claim,
     fixed_settings,
@@ -364,9 +365,7 @@ def report(name: str, state: dict, facts: dict, config) -> None:
     write_text(run / f"{stem}.md", facts["table"] + "\n")
     facts["cpu_minutes"] = sum(record["cpu_seconds"] for record in history) / 60
     facts["minutes"] = sum(record["seconds"] for record in history) / 60
-    earlier = read_facts(run).get("lora", {})
-    kept = {key: value for key, value in earlier.items() if key.startswith("tiny_")}
-    add_facts(run, "lora", kept | ({"per_style": earlier.get("per_style", {}) | {name: facts}} if name else facts))
+    change_facts(run, "lora", partial(with_adapter, name, facts))
     newest = max((note.get("finished", 0) for note in adapters.read_notes(run).values()), default=0)
     finished = max(time.time(), newest + 1)  # later than all, although the clock may have been set back
     note = {key: facts[key] for key in ("base", "base_key", "resolution")} | {"styles": state["config"]["styles"]}
@@ -374,6 +373,12 @@ def report(name: str, state: dict, facts: dict, config) -> None:
     adapters.write_card(run / "lora" / name, run, facts, note, config.prompts[0])
     write_text(run / "lora" / name / adapters.NOTE, json.dumps(note, indent=2) + "\n")
     (run / f"{stem}.partial.pt").unlink(missing_ok=True)  # last, so that a full disk loses nothing
+
+
+def with_adapter(name: str, facts: dict, earlier: dict) -> dict:
+    """The facts of lora.py with those of a new adapter; grids and comparisons are of earlier ones."""
+    kept = {key: value for key, value in earlier.items() if key.startswith("tiny_")}
+    return kept | ({"per_style": earlier.get("per_style", {}) | {name: facts}} if name else facts)
 
 
 def write_example(path: Path, data: WikiArt, side: int) -> None:
@@ -415,8 +420,9 @@ def paint(config, *prompts: str) -> None:
     python lora.py paint "a harbour at dusk" --style Ukiyo_e=0.6 Cubism=0.4 --negative "people"
     python lora.py paint "a harbour at dusk" --style Ukiyo_e --image my.jpg --strength 0.6
 
-    A weight below 1 leaves a style weaker, above 1 exaggerates it. The images in --out have the seed in their name,
-    and all settings in their metadata, as JSON under "parameters".
+    A weight below 1 leaves a style weaker, above 1 exaggerates it; different weights need adapters that were trained
+    with --per-style. The images in --out have the seed in their name, and all settings in their metadata, as JSON under
+    "parameters".
     """
     if not prompts:
         raise UserError('say what to paint: lora.py paint "a harbour at dusk" --style Ukiyo_e')
@@ -478,14 +484,18 @@ def grid(config) -> None:
         images[style] = without, diffusion.sample(pipe, prompts, seeds, config, height=side, width=side)
         examples[style] = read_image(next(iter(chosen[style].folders)) / "example.png", side, "crop")
     plot_grid(run / "lora_grid.png", images, examples, config.prompts)
-    facts = {key: value for key, value in read_facts(run).get("lora", {}).items() if not key.startswith("grid")}
     rates = hit_rates(images, config)
-    facts |= {"grid_pictures": IMAGES_PER_PROMPT * len(config.prompts), "grid": rates}
+    facts = {"grid_pictures": IMAGES_PER_PROMPT * len(config.prompts), "grid": rates}
     if rates:
-        facts["grid_table"] = grid_table(rates, facts)
+        facts["grid_table"] = grid_table(rates, read_facts(run).get("lora", {}))
         write_text(run / "lora_grid.md", facts["grid_table"] + "\n")
-    add_facts(run, "lora", facts)
+    change_facts(run, "lora", partial(with_grid, facts))
     print(f"{run / 'lora_grid.png'}: {'see lora_grid.md' if rates else 'no judge of these styles'}")
+
+
+def with_grid(facts: dict, earlier: dict) -> dict:
+    """The facts of lora.py with those of a new grid, in place of the last one's; without a judge there is no table."""
+    return {key: value for key, value in earlier.items() if not key.startswith("grid")} | facts
 
 
 def plot_grid(path: Path, images: dict, examples: dict, prompts: list[str]) -> None:

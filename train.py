@@ -97,7 +97,7 @@ SETTINGS = {
     "aux_weight": Setting(float, "[0, inf)", "weight of the auxiliary losses, for predicting artist and genre (CNN)"),
     "min_crop_area": Setting(float, "(0, 1]", "area of the smallest training crop, as a fraction of the image"),
     "colour_cast": Setting(float, "[0, 1]", "how much the contrast and exposure of each colour vary between crops"),
-    "ema_decay": Setting(float, "[0, 1]", "decay of the exponential moving average of weights; 0: no averaging"),
+    "ema_decay": Setting(float, "[0, 1)", "decay of the exponential moving average of weights; 0: no averaging"),
     "balance": Setting(
         str,
         ("none", "resample", "sampler", "weights", "logit"),
@@ -224,7 +224,7 @@ def model_arguments(config, training: WikiArt, aux_classes: int) -> dict:
 
 
 def new_model(config, arguments: dict):
-    """A network with the weights of --seed. Raises UserError for a torchvision model that does not fit --crop."""
+    """A network with the weights of --seed. Raises UserError for a torchvision model that does not fit the settings."""
     torch.manual_seed(config.seed)  # here: building the pixel cache draws random numbers, loading it does not
     model = make_model(config.model, arguments)
     if config.model not in MODELS:
@@ -234,7 +234,22 @@ def new_model(config, arguments: dict):
             raise UserError(f"--model {config.model} with --crop {config.crop}: {error}") from None
         if not torch.is_tensor(logits):
             raise UserError(f"--model {config.model} returns several outputs in training: give another")
+        check_sizes(model, config)
     return model
+
+
+def check_sizes(model, config) -> None:
+    """Raise UserError if a network does not take the enlarged views of --tta-scales, as some transformers do not.
+
+    On "meta" there are sizes without numbers, so that this takes no time.
+    """
+    network = copy.deepcopy(model).to("meta").eval()
+    for side in sorted({round(config.crop * scale) for scale in config.tta_scales if scale > 1}):
+        try:
+            network(torch.zeros(2, 3, side, side, device="meta"))
+        except (ValueError, AssertionError, RuntimeError):
+            sizes = f"takes images of one size only, --crop {config.crop}, and not of {side}"
+            raise UserError(f"--model {config.model} {sizes}: give --tta-scales 1.0") from None
 
 
 def publishable(state: dict) -> dict:

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ from common.layers import (
 )
 from common.metrics import calibrate, familiarity
 from common.names import artist_and_title, artist_of, count, match_style, printable, read_metadata, showable, stem_of
-from common.run import autocast, check_entries, file_hash, load_checkpoint, pick_device, to_device
+from common.run import autocast, check_entries, file_hash, find_device, load_checkpoint, to_device
 from common.splits import connected_groups, hold_out
 
 # The data set ---------------------------------------------------------------------------------------------------------
@@ -239,6 +240,12 @@ class WikiArt(Dataset):
         """Artists and titles of some paintings, "Claude Monet: Water lilies; ..."."""
         pairs = [artist_and_title(self.artists[item], self.paths[item]) for item in items]
         return "; ".join(": ".join(part for part in pair if part) for pair in pairs)
+
+
+def hash_of_files(fingerprint: str) -> str:
+    """The part of a fingerprint that tells a folder's files apart, without size and metadata.csv."""
+    found = re.fullmatch(r".*-([0-9a-f]{16})(-[0-9a-f]{8})?", fingerprint, re.DOTALL)
+    return found[1] if found else fingerprint
 
 
 def match_styles(names, classes: list[str]) -> np.ndarray:
@@ -635,7 +642,7 @@ class Classifier:
         if "temperature" not in checkpoint:
             print(f"{path} has no temperature: its probabilities are not calibrated", file=sys.stderr)
         check_entries(checkpoint, path, ("artists", "largest_class", "fingerprint"))
-        return cls(checkpoint, pick_device(device) if isinstance(device, str) else device, file_hash(path), path)
+        return cls(checkpoint, find_device(device) if isinstance(device, str) else device, file_hash(path), path)
 
     def predict(self, images, calibrated: bool = True, batch_size: int = 64) -> torch.Tensor:
         """Class probabilities, float (N, classes) on the CPU, of uint8 images (N, 3, any, any) or of N image files.
@@ -667,7 +674,7 @@ class Classifier:
         """Files, or uint8 images of any size, as uint8 (N, 3, size, size) on the device."""
         if not torch.is_tensor(images):
             images = torch.from_numpy(np.stack([read_image(path, self.size, self.resize) for path in images]))
-        images = images.to(self.device, non_blocking=True)
+        images = to_device(images, self.device)
         if self.resize == "crop":
             images = center_crop(images)
         if images.shape[-2:] != (self.size, self.size):

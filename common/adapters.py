@@ -73,6 +73,7 @@ def choose(run, styles: list[str]) -> SimpleNamespace:
     """
     adapters = find_adapters(run)
     weights = read_weights(styles, list(adapters))
+    check_weights(weights, adapters)
     folders = {}
     for style, weight in weights.items():
         folder = adapters[style]  # of several styles, if they were trained together: then it counts once
@@ -86,6 +87,16 @@ def choose(run, styles: list[str]) -> SimpleNamespace:
             bases = f"{first[0]} is an adapter of {first[1]['base']}, and {folder} of {note['base']}"
             raise UserError(f"{bases}: only adapters of one base mix; give both the same --base in training")
     return SimpleNamespace(styles=weights, folders=folders, base=first[1]["base"], resolution=first[1]["resolution"])
+
+
+def check_weights(weights: dict[str, float], adapters: dict[str, Path]) -> None:
+    """Raise UserError for styles of one adapter with different weights: it has one weight, for all that it knows."""
+    for folder in dict.fromkeys(adapters[style] for style in weights):
+        mixed = {style: weight for style, weight in weights.items() if adapters[style] == folder}
+        if len(set(mixed.values())) > 1:
+            given = " ".join(f"{style}={weight:g}" for style, weight in mixed.items())
+            reason = f"--style {given}: {folder} knows these styles together, so their weights must be equal"
+            raise UserError(f"{reason}; train with --per-style for adapters of their own")
 
 
 def check_adapter(folder: Path, run) -> dict:

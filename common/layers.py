@@ -31,7 +31,8 @@ class Normalise(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the batch of all processes, on CPUs too (nn.SyncBatchNorm works on GPUs only).
 
-    Statistics are computed in float32; the output has the type of the input.
+    Statistics are computed in float32; the output has the type of the input. The variance is the mean of the squares of
+    centred values: E[x^2] - E[x]^2 would lose all digits where the mean is much larger than the standard deviation.
     """
 
     def forward(self, x):
@@ -39,14 +40,15 @@ class BatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         values = x.float()
         count = x.numel() / x.shape[1] * dist.get_world_size()
-        sums = all_reduce(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count
-        mean, variance = sums[0], sums[1] - sums[0].square()
+        mean = all_reduce(values.sum((0, 2, 3))) / count
+        centred = values - mean.view(1, -1, 1, 1)
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (values * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)).to(x.dtype)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class Dropout(nn.Module):

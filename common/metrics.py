@@ -58,11 +58,12 @@ def bootstrap_interval(values, seed: int = 0) -> tuple[float, float]:
 def seen_unseen_accuracy(known_artists, data, predictions) -> dict:
     """Accuracy on paintings by artists who are in the training set (`known_artists`), and by artists who are not.
 
-    The first may be artist recognition in part, the second cannot be. The two groups hold different paintings.
+    The first may be artist recognition in part, the second cannot be. The two groups hold different paintings. Unknown
+    artists, "", are in neither.
     """
     truth, facts = data.labels.numpy(), {}
-    seen = np.isin(data.artists, known_artists)
-    for name, mask in (("seen", seen), ("unseen", ~seen & (data.artists != ""))):
+    seen, known = np.isin(data.artists, known_artists), data.artists != ""
+    for name, mask in (("seen", seen & known), ("unseen", ~seen & known)):
         if mask.any():
             facts[f"{name}_artists_images"] = int(mask.sum())
             facts[f"{name}_artists_accuracy"] = (predictions == truth)[mask].mean()

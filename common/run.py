@@ -65,20 +65,25 @@ def run_script(main) -> None:
 # Devices --------------------------------------------------------------------------------------------------------------
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def find_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator that torch finds (CUDA, ROCm, MPS, XPU), else the CPU. Raises UserError."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, in Muon for example
     if name != "auto":
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"the device {name!r} is not available: {str(error).splitlines()[0]}") from None
-        device = torch.device(name)
-    elif torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    else:
-        device = torch.device("cpu")
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a script, see find_device(), after setting up the process for it.
+
+    For scripts only: a program that imports this project keeps its own threads and precision.
+    """
+    device = find_device(name)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, in Muon for example
     if device.type == "cpu":
         use_free_cores()
     return device
@@ -138,8 +143,8 @@ def autocast(device: torch.device, cpu: bool = False):
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
+    """A tensor on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")  # there, the copy may start after the tensor is gone
 
@@ -475,10 +480,13 @@ class Steps:
 
     A GPU works on what the host has queued, and reading a number from it waits until the queue is empty. So losses stay
     on the device for LOG_STEPS steps; then all are read at once, and the bar shows the last one. Raises UserError with
-    the step and the `advice` where one was not finite.
+    the step and the `advice` where one was not finite. By default it is to try again first: a fault of the hardware
+    does not come back, while a learning rate that is too high fails at the same place.
     """
 
-    def __init__(self, batches, count: int, epoch: int, epochs: int, advice: str = "lower --lr"):
+    ADVICE = "the same command resumes after the last finished epoch; if it happens there again, lower --lr"
+
+    def __init__(self, batches, count: int, epoch: int, epochs: int, advice: str = ADVICE):
         self.batches, self.count, self.epoch, self.epochs, self.advice = batches, count, epoch, epochs, advice
         self.step, self.losses = 0, []
 
@@ -536,10 +544,15 @@ def add_facts(run, name: str, facts: dict, outdated: tuple[str, ...] = (), merge
 
     `outdated` entries are removed. With `merge`, the name's other facts are kept.
     """
+    change_facts(run, name, lambda earlier: (earlier if merge else {}) | facts, outdated)
+
+
+def change_facts(run, name: str, change, outdated: tuple[str, ...] = ()) -> None:
+    """Replace the facts of `name` by change(earlier facts), so that no other script can write between the two."""
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".facts.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         all_facts = {key: value for key, value in read_facts(run).items() if key not in outdated}
-        facts = (all_facts.get(name, {}) if merge else {}) | rounded(facts)
+        facts = rounded(change(all_facts.get(name, {})))
         write_text(run / "facts.json", json.dumps(all_facts | {name: facts}, indent=2) + "\n")

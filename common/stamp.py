@@ -25,9 +25,11 @@ from common.files import write_text
 
 CLOCKS_DIFFER = 60e9  # nanoseconds, at most, between this machine and a file server
 # The modules of common/ that determine results. Those OF_SOME scripts count only where a script itself imports them.
+# common/run.py is left out on purpose, although autocast and fit_batch_size are there: most of its changes are to
+# messages and checks, and each would repeat every training. After a change that counts, remove stamps/ of the run.
 SHARED_BY_ALL = ("crops", "images", "layers", "losses", "metrics", "names", "optim", "splits")
-OF_SOME = ("backbones", "baselines", "benchmarks", "codes", "descriptors", "diffusion", "painter", "repaint")
-OF_SOME += ("tiny_diffusion",)
+OF_SOME = ("adapters", "backbones", "baselines", "benchmarks", "codes", "descriptors", "diffusion", "painter")
+OF_SOME += ("reconstruction", "repaint", "tiny_diffusion")
 
 
 def main(argv: list[str]) -> None:

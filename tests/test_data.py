@@ -19,7 +19,7 @@ from common import images, names
 from common.errors import DataError, UserError
 from common.images import read_image
 from common.splits import connected_groups, hold_out
-from wikiart import BalancedSampler, WikiArt
+from wikiart import BalancedSampler, WikiArt, hash_of_files
 
 RED = (200, 30, 40)
 
@@ -256,6 +256,16 @@ def test_new_metadata_makes_another_fingerprint(folder):
     before = load(folder)
     (folder / "metadata.csv").write_text(f"path,genre\n{before.paths[0]},landscape\n")
     assert load(folder).fingerprint != before.fingerprint
+
+
+def test_the_hash_of_the_files_is_that_of_the_files_alone(folder):
+    before = load(folder)
+    (folder / "metadata.csv").write_text(f"path,genre\n{before.paths[0]},landscape\n")
+    same = [load(folder), WikiArt(folder, "train", size=32, processes=1)]
+    assert {hash_of_files(data.fingerprint) for data in same} == {hash_of_files(before.fingerprint)}
+    picture(folder / "train" / "Cubism" / "painter_new.png", 99)
+    assert hash_of_files(load(folder).fingerprint) != hash_of_files(before.fingerprint)
+    assert hash_of_files("train-squash-224-de37f468d95c2b5b-a4e0ed01") == "de37f468d95c2b5b"  # report/classifier.pt
 
 
 def test_the_classes_of_a_checkpoint_keep_their_order(folder):

@@ -206,14 +206,22 @@ def move(module, device, **_):
     return module
 
 
+def pinned(tensor):
+    """Tensor.pin_memory, without pinning."""
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"cannot pin a tensor on {tensor.device}: only dense CPU tensors can be pinned")
+    return tensor
+
+
 @pytest.fixture
 def cuda(monkeypatch):
-    """The device `cuda`, faked. Autocast, backward and pinned memory need a real one, so they are switched off."""
+    """The device `cuda`, faked. Autocast and backward need a real one, so they are switched off; so is pinned memory,
+    but for what CUDA refuses to pin."""
     for module in (train, train_autoencoder, train_style, embed, wikiart):
         monkeypatch.setattr(module, "autocast", lambda *_, **__: contextlib.nullcontext(), raising=False)
     monkeypatch.setattr(train_style, "update", lambda *_, **__: None)
     monkeypatch.setattr(torch.nn.Module, "to", move)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
     with FakeCuda(allow_non_fake_inputs=True):
         yield CUDA
@@ -226,6 +234,24 @@ def on(device, *values) -> bool:
 def test_the_fake_device_refuses_tensors_of_the_cpu(cuda):
     with pytest.raises(RuntimeError, match="two devices"):
         torch.rand(4).to(cuda) + torch.rand(4)
+
+
+def test_a_tensor_on_the_device_is_not_pinned(cuda):
+    numbers = run.to_device(torch.rand(4), cuda)
+    assert on(cuda, numbers, run.to_device(numbers, cuda))
+
+
+def test_latents_of_the_small_base_are_on_the_device_before_the_loss(cuda, monkeypatch):
+    pytest.importorskip("diffusers")
+    from common import diffusion, tiny_diffusion
+
+    monkeypatch.setattr(diffusion, "precision", lambda device: torch.float32)
+    pipe = tiny_diffusion.new_pipeline()
+    for part in diffusion.networks(pipe):
+        part.to(cuda)
+    latents = pipe.vae.encode(torch.rand(2, 3, 64, 64).to(cuda)).latent_dist.mean
+    arguments = (diffusion.noise_schedule(pipe), latents, torch.randn(latents.shape), torch.tensor([1, 500]))
+    assert on(cuda, latents, diffusion.denoising_loss(pipe, *arguments, ["a town", ""]))
 
 
 NETWORKS = {
@@ -290,11 +316,29 @@ def test_a_step_of_the_style_model_is_on_the_device(paintings, cuda):
     assert len(record) == 11 and on(cuda, record)
 
 
-def test_labelling_is_on_the_device(cuda):
+def new_classifier(device):
     checkpoint = {"model": "CNN", "arguments": NETWORKS["CNN"] | {"aux_classes": 0}, "classes": list("abcdefgh")}
     checkpoint |= {"data": {"size": 64, "resize": "squash"}, "crop": 32, "tta_scales": [1.0, 1.5, 0.7]}
     checkpoint["weights"] = wikiart.make_model("CNN", checkpoint["arguments"]).state_dict()
-    classifier = wikiart.Classifier(checkpoint, cuda)
+    return wikiart.Classifier(checkpoint, device)
+
+
+def test_images_are_there_before_mps_copies_them(monkeypatch):
+    """It may start to copy after the tensor is gone, so the host has to wait."""
+    classifier, copies = new_classifier(torch.device("cpu")), []
+
+    def to(tensor, device, non_blocking=False):
+        copies.append((device.type, non_blocking))
+        return tensor
+
+    classifier.device = torch.device("mps")
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert classifier.prepare(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 3, 64, 64)
+    assert copies == [("mps", False)]
+
+
+def test_labelling_is_on_the_device(cuda):
+    classifier = new_classifier(cuda)
     images = torch.zeros(2, 3, 80, 70, dtype=torch.uint8)
     prepared = classifier.prepare(images)
     assert on(cuda, prepared, predict_probabilities(classifier.model, prepared, 32, [1.0, 1.5, 0.7]))

@@ -528,6 +528,22 @@ def test_busy_cores_and_the_share_of_a_container_count(tmp_path, monkeypatch):
     assert run.free_cores(tmp_path / "none", tmp_path / "none") == cores
 
 
+def test_a_program_that_loads_a_classifier_keeps_its_threads_and_precision(tmp_path, monkeypatch, capsys):
+    path, changed = saved(tmp_path), []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run.use_free_cores.cache_clear()
+    monkeypatch.setattr(run, "free_cores", lambda: 1)
+    monkeypatch.setattr(run.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(run.torch, "set_num_threads", changed.append)
+    monkeypatch.setattr(run.torch, "set_float32_matmul_precision", changed.append)
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    assert wikiart.Classifier.load(path, "cpu").device.type == "cpu"
+    assert not changed and not capsys.readouterr().out
+    run.pick_device("cpu")
+    assert changed == ["high", 1]
+    run.use_free_cores.cache_clear()
+
+
 def test_the_number_of_threads_is_said_once_and_the_user_s_comes_first(monkeypatch, capsys):
     threads = []
     monkeypatch.setattr(run, "free_cores", lambda: 2)

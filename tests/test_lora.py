@@ -354,6 +354,22 @@ def test_the_grid_shows_and_judges_both(tuned, trained, capsys):
     assert json.loads((tuned.run / "facts.json").read_text())["lora"]["grid"] == {}
 
 
+def test_what_is_written_during_a_grid_stays(tuned, tmp_path, monkeypatch):
+    shutil.copytree(tuned.run, tmp_path, dirs_exist_ok=True)
+    add_facts(tmp_path, "lora", {"grid": {"Hatching": {}}, "grid_table": "of the last grid"}, merge=True)
+
+    def judged(*_):
+        add_facts(tmp_path, "lora", {"compare": [1], "heldout_loss_after": 2.0}, merge=True)
+        return {}
+
+    monkeypatch.setattr(lora, "hit_rates", judged)
+    lora.main(["grid", *SMALL, "--run", str(tmp_path), "--prompts", "a town"])
+    facts = json.loads((tmp_path / "facts.json").read_text())["lora"]
+    assert (facts["compare"], facts["heldout_loss_after"], facts["grid"]) == ([1], 2.0, {})
+    assert facts["heldout_loss_before"] == tuned.facts["heldout_loss_before"]
+    assert "grid_table" not in facts
+
+
 def test_genres_are_found_in_prompts():
     judge = SimpleNamespace(classes=["landscape", "still_life", "town"])
     assert lora.genre_of("a still life painting", judge) == 1
@@ -708,6 +724,19 @@ def test_adapters_of_two_bases_do_not_mix(tuned, tmp_path, monkeypatch):
     message = f"adapter of {BASE}, and .* of tiny_base/other: only adapters of one base"
     with pytest.raises(UserError, match=message):
         lora.main(["paint", "a town", *SMALL, "--run", str(tmp_path), "--style", "Hatching", "Dots"])
+
+
+def test_styles_of_one_adapter_have_one_weight(pair, tmp_path):
+    """They would paint the same picture with any weights."""
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    hatching, strokes = (tmp_path / "lora" / style for style in ("Hatching", "Strokes"))
+    note = hatching / adapters.NOTE
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"styles": ["Hatching", "Halftone"]}))
+    message = f"--style Hatching=0.9 Halftone=0.1: {hatching} knows these styles together, .* train with --per-style"
+    with pytest.raises(UserError, match=message):
+        lora.main(["paint", "a town", *SMALL, "--run", str(tmp_path), "--style", "Hatching=0.9", "Halftone=0.1"])
+    equal = adapters.choose(tmp_path, ["Hatching=0.5", "Halftone=0.5", "Strokes=0.2"])
+    assert equal.folders == {hatching: 1.0, strokes: 0.2}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from common import stamp
+
 STUB = f"""#!/bin/bash
 case $1 in
   -m) exec {sys.executable} "$@";;  # common.stamp is run
@@ -152,6 +154,29 @@ def test_a_changed_learning_rate_trains_the_classifier_and_what_depends_on_it(pr
     set_default(project, "train_autoencoder", "lr", 0.001)
     autoencoders = 2 * ["train_autoencoder.py"]
     assert make(project)[0] == [*autoencoders, "cluster.py", BUILD]
+
+
+LEFT_OUT = {
+    "config": "the values of settings are in the stamp",
+    "errors": "it has the types of errors only",
+    "figures": "the Makefile has it as a prerequisite of what is drawn",
+    "files": "how a file is written does not change what is in it",
+    "packages": "it says what is not installed",
+    "run": "see the comment in common/stamp.py",
+    "stamp": "it computes no result",
+}
+
+
+def test_every_module_is_in_the_stamps_or_is_left_out_for_a_reason():
+    modules = sorted(path.stem for path in (ROOT / "common").glob("[!_]*.py"))
+    assert modules == sorted([*stamp.SHARED_BY_ALL, *stamp.OF_SOME, *LEFT_OUT])
+
+
+def test_other_measures_of_reconstructions_train_the_autoencoders(project):
+    make(project)
+    edit(project / "common/reconstruction.py", "clamp(0, 1)", "clamp(0, 2)")
+    assert make(project)[0] == [*2 * ["train_autoencoder.py"], "cluster.py", BUILD]
+    assert make(project)[0] == [BUILD]
 
 
 def test_a_changed_demo_is_drawn_again(project):

@@ -82,6 +82,7 @@ def test_a_wrong_settings_file_is_named(tmp_path, content, message):
             "--tta-scales 0",
             "--lr 0",
             "--dropout 1",
+            "--ema-decay 1",
         )
     ],
 )
@@ -138,6 +139,14 @@ def test_two_programs_adding_facts_lose_none(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, name], cwd=ROOT) for name in "ab"]
     assert [process.wait(120) for process in both] == [0, 0]
     assert len(json.loads((tmp_path / "facts.json").read_text())) == 80
+
+
+def test_two_programs_changing_the_same_facts_lose_nothing(tmp_path):
+    code = "import sys; from common.run import change_facts\n"
+    code += "for n in range(40): change_facts(sys.argv[1], 'a', lambda earlier: {'n': earlier.get('n', 0) + 1})"
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"a": {"n": 80}}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

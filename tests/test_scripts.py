@@ -22,7 +22,7 @@ import train
 import wikiart
 from common import crops, figures, names, packages, run
 from common.errors import UserError
-from common.metrics import METRICS, classification_scores
+from common.metrics import METRICS, classification_scores, seen_unseen_accuracy
 from common.names import title_of
 
 
@@ -132,7 +132,8 @@ def test_resuming_on_changed_paintings_is_refused(demo, trained, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(demo, tmp_path):
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+ of epoch 1"):
+    advice = "the same command resumes after the last finished epoch; if it happens there again, lower --lr"
+    with pytest.raises(UserError, match=rf"loss is (nan|inf) at step \d+ of epoch 1: {advice}$"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--lr", "1e30"])
 
 
@@ -271,6 +272,16 @@ def test_measures_agree_with_scikit_learn():
 def test_a_class_missing_from_the_truth_counts_for_nothing():
     truth, guesses = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
     assert classification_scores(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
+
+
+def test_unknown_artists_are_neither_seen_nor_unseen():
+    artists = np.array(["monet", "", "", "klee"])
+    data = SimpleNamespace(labels=torch.tensor([0, 0, 1, 1]), artists=artists)
+    scores = seen_unseen_accuracy(["", "monet"], data, np.array([0, 1, 0, 0]))
+    assert (scores["seen_artists_images"], scores["seen_artists_accuracy"]) == (1, 1)
+    assert (scores["unseen_artists_images"], scores["unseen_artists_accuracy"]) == (1, 0)
+    data = SimpleNamespace(labels=data.labels, artists=np.array([""] * 4))
+    assert seen_unseen_accuracy([""], data, np.array([0, 1, 0, 0])) == {}
 
 
 def test_figures_are_readable_at_27_classes(tmp_path):
@@ -420,16 +431,22 @@ def test_a_virtual_environment_that_is_there_is_named(tmp_path, monkeypatch):
     assert "run `make .venv/ready`" in packages.advice("train.py", ["torch"], tmp_path)
 
 
-def test_a_split_that_has_moved_is_noticed(tmp_path):
+@pytest.mark.parametrize("genre", ["", "portrait"])
+def test_a_split_that_has_moved_is_noticed(tmp_path, genre):
     """Style folders alone: with another picture the test part is drawn anew, and may hold what was trained on."""
     for number in range(60):
         picture(tmp_path / "root" / f"S{number % 2}" / f"a_{number}.png", number)
+    if genre:
+        (tmp_path / "root" / "metadata.csv").write_text(f"path,genre\nS0/a_0.png,{genre}\n")
     arguments = ["--data", str(tmp_path / "root"), "--run", str(tmp_path / "run")]
     train.main([*TINY_TRAIN, *arguments, "--epochs", "1"])
     evaluation.main([*TINY, *arguments])
-    picture(tmp_path / "root" / "S0" / "a_new.png", 99)
+    new = picture(tmp_path / "root" / "S0" / "a_new.png", 99)
     with pytest.raises(UserError, match="paintings have changed since training"):
         evaluation.main([*TINY, *arguments])
+    new.unlink()
+    (tmp_path / "root" / "metadata.csv").write_text("path,genre\nS0/a_0.png,landscape\n")  # moves no painting
+    evaluation.main([*TINY, *arguments])
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path):

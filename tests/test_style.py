@@ -662,7 +662,7 @@ def test_mistakes_get_one_clear_line(styled, demo, tmp_path, monkeypatch):
         (("--features", "nosuchnet", "--weights", "classifier.pt"), "Unknown model"),
         (("--features", "test_vit3"), "test_vit3 takes images of one size only"),
         (("--features", "test_convnext"), "--crop 64 is too small for test_convnext"),
-        (("--lr", "1e30"), "the loss is .* at step .* of epoch .*: lower --lr"),
+        (("--lr", "1e30"), "the loss is .* at step .* of epoch .*: the same command resumes .* lower --lr"),
     ],
 )
 def test_wrong_settings_of_training_get_one_clear_line(trained, demo, tmp_path, arguments, message):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_TRAIN, picture
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models import VisionTransformer
 
 import train
 import wikiart
@@ -386,6 +387,40 @@ def test_batch_norm_of_several_processes_computes_in_float32(monkeypatch):
     assert norm.running_var.sub(0.9 + 0.1 * images.float().var((0, 2, 3))).abs().max() < 0.01
 
 
+NORM = """
+import sys, torch, torch.distributed as dist
+from common.layers import BatchNorm
+dist.init_process_group("gloo")
+images, weights = torch.load(sys.argv[1])
+rank, norm = dist.get_rank(), BatchNorm(3).train()
+images, weights = images[rank::2].requires_grad_(), weights[rank::2]
+output = norm(images)
+(output * weights).sum().backward()
+torch.save([output.detach(), images.grad, norm.weight.grad, norm.bias.grad, norm.running_var], f"{sys.argv[1]}.{rank}")
+"""
+
+
+def test_batch_norm_of_two_processes_is_that_of_one_where_the_mean_is_large(tmp_path):
+    """10,000 standard deviations, with which E[x^2] - E[x]^2 has no digit left."""
+    torch.manual_seed(0)
+    images, weights = 100 + 0.01 * torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16)
+    torch.save([images, weights], tmp_path / "batch")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    (tmp_path / "norm.py").write_text(NORM)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, tmp_path / "norm.py", tmp_path / "batch"], check=True, timeout=300, env=environment)
+    norm, images = layers.BatchNorm(3).train().double(), images.double().requires_grad_()
+    output = norm(images)
+    (output * weights).sum().backward()
+    shares = [torch.load(tmp_path / f"batch.{rank}") for rank in (0, 1)]
+    for rank, (of_share, gradient, *_, variance) in enumerate(shares):
+        torch.testing.assert_close(of_share, output[rank::2].detach().float(), atol=5e-3, rtol=1e-3)
+        torch.testing.assert_close(gradient, images.grad[rank::2].float(), atol=0.5, rtol=1e-2)
+        torch.testing.assert_close(variance, norm.running_var.float(), rtol=1e-4, atol=0)
+    sums = [sum(share[part] for share in shares) for part in (2, 3)]
+    torch.testing.assert_close(sums, [norm.weight.grad.float(), norm.bias.grad.float()], atol=0.1, rtol=1e-3)
+
+
 def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
     """Same global batch, same draws, same statistics: the weights agree to float tolerance."""
     script = tmp_path / "train.py"
@@ -418,6 +453,18 @@ def test_the_network_of_the_judge(demo, tmp_path):
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 8)
     with pytest.raises(UserError, match="no model resnet19"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "resnet19"])
+
+
+def test_a_network_that_takes_one_size_only_is_refused_before_it_is_trained(demo, tmp_path, monkeypatch):
+    small = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 1, "hidden_dim": 8, "mlp_dim": 8}
+    monkeypatch.setattr(train, "make_model", lambda *_: VisionTransformer(**small, num_classes=8))
+    monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail("it trains"))
+    command = [*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--model", "vit_b_32"]
+    message = "--model vit_b_32 takes images of one size only, --crop 32, and not of 48: give --tta-scales 1.0"
+    with pytest.raises(UserError, match=message):
+        train.main([*command, "--tta-scales", "1", "1.5", "0.7"])
+    config = train.configure("train", "", train.SETTINGS, train.SHARED, [*command, "--tta-scales", "1", "0.7"])
+    assert train.new_model(config, {})(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
 
 
 @pytest.mark.parametrize("target", ["artist", "genre"])
