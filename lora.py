@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained text-to-image model on styles with LoRA (Hu et al. 2021), and paint with it.
 
-    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --style Ukiyo_e Cubism
+    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --per-style --style Ukiyo_e Cubism
     python lora.py paint "a harbour at dusk" --style Ukiyo_e --seed 3
     python lora.py grid                                     # styles x prompts, without and with LoRA
     python lora.py compare                                  # image to image, beside style_transfer.py, on the demo
@@ -147,8 +147,8 @@ def main(argv=None):
 def train(config) -> None:
     """Train one adapter for all styles, or one for each.
 
-    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --style Ukiyo_e Cubism
-    python lora.py train --base stabilityai/stable-diffusion-xl-base-1.0 --per-style    # one adapter for each style
+    python lora.py train --base stable-diffusion-v1-5/stable-diffusion-v1-5 --per-style --style Ukiyo_e Cubism
+    python lora.py train --base stabilityai/stable-diffusion-xl-base-1.0 --per-style    # all styles
     python lora.py train -c settings/tiny.json --style Hatching    # a small base, trained here: no GPU, no network
     torchrun --nproc-per-node=2 -- lora.py train ...    # several GPUs; `accelerate launch` works, too
 
