@@ -10,6 +10,7 @@ files in the run folder.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -103,9 +104,22 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
     sizes = {Path(name).stem: (weights / name).stat().st_size / 1e6 for name in WEIGHTS}
     sizes["tiny_base"] = sum(path.stat().st_size for path in (REPORT / "tiny_base").rglob("*") if path.is_file()) / 1e6
     facts = facts | {"megabytes": sizes}
-    results = fill(REPORT / "results.md", facts)
+    results, report = (fill(REPORT / name, facts) for name in ("results.md", "template.md"))
+    check_weights(facts, weights)
     readme = RESULTS.sub(lambda marks: marks[1] + results + marks[2], README.read_text())
-    return {REPORT / "README.md": fill(REPORT / "template.md", facts), README: readme}
+    return {REPORT / "README.md": report, README: readme}
+
+
+def check_weights(facts: dict, weights: Path) -> None:
+    """Exit where facts are of other classifiers than those in the folder."""
+    used = {
+        "test": ("classifier.pt", facts["test"]["checkpoint"]),
+        "style_transfer": ("classifier.pt", facts["style_transfer"].get("classifier", "none")),
+        "head": ("head_tf_efficientnet_lite0.pt", facts["head"]["test"]["checkpoint"]),
+    }
+    for script, (name, start) in used.items():
+        if not hashlib.sha256((weights / name).read_bytes()).hexdigest().startswith(start):
+            sys.exit(f"build.py: the facts of {script} are of another {name} than {weights / name}: run make report")
 
 
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:

@@ -152,6 +152,11 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     assert "regions.png" in clear_line(script(*publish))
     assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
     (run / "away.png").rename(run / "more/regions.png")
+    (run / "classifier.pt").rename(run / "away.pt")
+    (run / "classifier.pt").write_bytes(b"of another training")
+    assert "of another classifier.pt" in clear_line(script(*publish))
+    assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
+    (run / "away.pt").replace(run / "classifier.pt")
     assert script(*publish).returncode == 0
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
