@@ -297,11 +297,12 @@ def judge_facts(predict, prefix: str, labels, originals, reconstructed, repainte
     hits = [predict(images) == style for style, images in enumerate(repainted)]
     other = F.one_hot(labels, len(hits)).T == 0
     low, high = bootstrap_interval((torch.stack(hits) & other).sum(0) / other.sum(0))
+    triples = zip(classes, hits, other, strict=True)
     return {
         f"{prefix}hit_rate": mean_over_pairs(hits, labels),
         f"{prefix}hit_rate_low": low,
         f"{prefix}hit_rate_high": high,
-        f"{prefix}target_rates": {name: hits[k][labels != k].float().mean() for k, name in enumerate(classes)},
+        f"{prefix}target_rates": {name: hit[of].float().mean() for name, hit, of in triples if of.any()},
         f"{prefix}judge_accuracy": (before == labels).float().mean(),
         f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
         f"{prefix}own_kept": (predict(reconstructed) == labels).float().mean(),
@@ -339,14 +340,17 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
     if not distances:
         return facts
     fid, fid_originals = np.mean(list(distances.values()), 0)
-    return facts | {
-        "directions": DIRECTIONS,
-        "fid": fid,
-        "fid_originals": fid_originals,
-        "fid_ratio": fid / fid_originals,
-        "fid_halves_ratio": np.mean(halves) / fid_originals if halves else None,  # of real paintings of the style
-        "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
-    }
+    return (
+        facts
+        | {
+            "directions": DIRECTIONS,
+            "fid": fid,
+            "fid_originals": fid_originals,
+            "fid_ratio": fid / fid_originals,
+            "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
+        }
+        | ({"fid_halves_ratio": np.mean(halves) / fid_originals} if halves else {})
+    )  # of real paintings of the style
 
 
 def picture_facts(test: WikiArt, data: WikiArt, originals, reconstructed, repainted) -> dict:

@@ -480,11 +480,11 @@ class Steps:
 
     A GPU works on what the host has queued, and reading a number from it waits until the queue is empty. So losses stay
     on the device for LOG_STEPS steps; then all are read at once, and the bar shows the last one. Raises UserError with
-    the step and the `advice` where one was not finite. By default it is to try again first: a fault of the hardware
-    does not come back, while a learning rate that is too high fails at the same place.
+    the step and the `advice` where one was not finite. By default it is to try again, in case it was the
+    hardware, and then to lower the learning rate.
     """
 
-    ADVICE = "the same command resumes after the last finished epoch; if it happens there again, lower --lr"
+    ADVICE = "the same command resumes after the last finished epoch; if it happens again, lower --lr and add --restart"
 
     def __init__(self, batches, count: int, epoch: int, epochs: int, advice: str = ADVICE):
         self.batches, self.count, self.epoch, self.epochs, self.advice = batches, count, epoch, epochs, advice

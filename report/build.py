@@ -71,18 +71,23 @@ def fill(template: Path, facts: dict) -> str:
     missing = []
 
     def value(match):
-        fact = facts
-        for part in match[1].split("."):
-            if not isinstance(fact, dict) or part not in fact:
-                missing.append(match[1])
-                return ""
-            fact = fact[part]
-        return format(fact, match[2] or "")
+        try:
+            return format(look_up(facts, match[1]), match[2] or "")
+        except LookupError:
+            missing.append(match[1])
+            return ""
 
     text = PLACEHOLDER.sub(value, template.read_text())
     if missing:
         sys.exit(f"build.py: {template.name} needs facts that the run does not have: {', '.join(sorted(set(missing)))}")
     return text
+
+
+def look_up(facts: dict, name: str):
+    """The fact "test.accuracy", for example. Raises LookupError."""
+    for part in name.split("."):
+        facts = facts[part] if isinstance(facts, dict) else {}[part]
+    return facts
 
 
 def find_figures(text: str, others: tuple, run: Path) -> dict[str, Path]:
@@ -105,21 +110,21 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
     sizes["tiny_base"] = sum(path.stat().st_size for path in (REPORT / "tiny_base").rglob("*") if path.is_file()) / 1e6
     facts = facts | {"megabytes": sizes}
     results, report = (fill(REPORT / name, facts) for name in ("results.md", "template.md"))
-    check_weights(facts, weights)
+    check_checkpoints(facts, weights)
     readme = RESULTS.sub(lambda marks: marks[1] + results + marks[2], README.read_text())
     return {REPORT / "README.md": report, README: readme}
 
 
-def check_weights(facts: dict, weights: Path) -> None:
+def check_checkpoints(facts: dict, weights: Path) -> None:
     """Exit where facts are of other classifiers than those in the folder."""
-    used = {
-        "test": ("classifier.pt", facts["test"]["checkpoint"]),
-        "style_transfer": ("classifier.pt", facts["style_transfer"].get("classifier", "none")),
-        "head": ("head_tf_efficientnet_lite0.pt", facts["head"]["test"]["checkpoint"]),
-    }
-    for script, (name, start) in used.items():
-        if not hashlib.sha256((weights / name).read_bytes()).hexdigest().startswith(start):
-            sys.exit(f"build.py: the facts of {script} are of another {name} than {weights / name}: run make report")
+    names = {"test.checkpoint": WEIGHTS[0], "style_transfer.classifier": WEIGHTS[0], "head.test.checkpoint": WEIGHTS[3]}
+    for fact, name in names.items():
+        try:
+            used = look_up(facts, fact)
+        except LookupError:
+            sys.exit(f"build.py: no fact {fact}: run make report")
+        if not hashlib.sha256((weights / name).read_bytes()).hexdigest().startswith(used):
+            sys.exit(f"build.py: {fact} is of another classifier than {weights / name}: run make report")
 
 
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:

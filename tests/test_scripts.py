@@ -132,7 +132,7 @@ def test_resuming_on_changed_paintings_is_refused(demo, trained, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(demo, tmp_path):
-    advice = "the same command resumes after the last finished epoch; if it happens there again, lower --lr"
+    advice = "the same command resumes after the last finished epoch; if it happens again, lower --lr and add --restart"
     with pytest.raises(UserError, match=rf"loss is (nan|inf) at step \d+ of epoch 1: {advice}$"):
         train.main([*TINY_TRAIN, "--data", str(demo), "--run", str(tmp_path), "--lr", "1e30"])
 
