@@ -298,8 +298,9 @@ def open_table(out: Path, header: list[str], model: str, folder=Path(), files=fr
         outdated = changed.keys() & files
         if outdated:
             print(f"changed since {out} was written, and labelled again: {count(len(outdated), 'file')}")
-            for path in outdated if sort else ():  # before their rows: after a kill, the next run finds these again
-                (Path(sort) / file_part(changed[path]) / path).unlink(missing_ok=True)
+            for path in outdated:  # copies before rows: after a kill, the next run finds the rows again
+                if sort and changed[path]:
+                    (Path(sort) / file_part(changed[path]) / path).unlink(missing_ok=True)
             rows, target = [row for row in rows if row[0] not in outdated], out.resolve()
             temporary = target.with_name(f".{target.name}.new")
             file = stack.enter_context(lock_table(temporary))  # before others can see it
