@@ -2,7 +2,7 @@
 
     python label.py paintings/                          # labels.csv: the three likeliest styles of every image
     python label.py paintings/ --sort sorted            # and a copy of each in a folder named after its style
-    python label.py my.jpg                              # one picture, whose row is printed, too
+    python label.py my.jpg --out my.csv                 # one picture, whose row is printed, too
     python label.py serve                               # a page and an HTTP API, at http://127.0.0.1:7860
     python label.py export /scratch/wikiart/train       # labels confirmed on the page, as <Style>/<name>, to train with
     python label.py measure paintings/                  # throughput, compared with the network alone; into facts.json
@@ -10,10 +10,10 @@
 Uses classifier.pt of the run folder; where there is none, or in the default run folder the demo's, a network that comes
 with the project: on EfficientNet-Lite0 where requirements/embed.txt is installed, otherwise report/classifier.pt. The
 table has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file
-could not be read. labels.png beside it is a contact sheet. An interrupted run continues when the same command is run
-again; a file that has changed since the table was written is then labelled again. Rows of files that are gone stay.
-`serve` needs Gradio: pip install -r requirements/label.txt. Labels confirmed on the page are kept, with their images,
-in corrections.sqlite in the run folder.
+could not be read. It is of one folder and one network: for others, give another --out. labels.png beside it is a
+contact sheet. An interrupted run continues when the same command is run again; a file that is newer than the table is
+then labelled again. Rows of files that are gone stay. `serve` needs Gradio: pip install -r requirements/label.txt.
+Labels confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from common import figures
 from common.backbones import installed_weights
 from common.config import ROOT, Setting, configure, read_settings
 from common.errors import UserError
-from common.files import atomic_write, is_at
+from common.files import is_at
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
 from common.names import cell_text, count, display_name, file_part, listed, printable, safe_cell
 from common.painter import STYLES
@@ -106,8 +106,8 @@ def read_command(words: list[str]) -> tuple[str, Path | None]:
     if command == "serve" and not folders:
         return command, None
     if command == "serve" or len(folders) != 1:
-        usage = "label.py my_folder, label.py serve, label.py export <root>/train, or label.py measure my_folder"
-        raise UserError(f"give one folder of pictures, or a command: {usage}")
+        usage = "label.py serve, label.py export <root>/train, or label.py measure my_folder"
+        raise UserError(f"give one folder of pictures, or one picture, or a command: {usage}")
     return command, Path(folders[0])
 
 
@@ -170,7 +170,7 @@ def import_page():
 def label_folder(classifier, artist_classifier, folder: Path, files: list[str], out: Path, config) -> float:
     """Append a row to the table for each of the files that it lacks; returns labelled images per second.
 
-    files: paths in the folder. Others whose rows are outdated are labelled again, too.
+    files: paths in the folder.
     """
     reuse_freed_memory()
     if config.sort and Path(config.sort).resolve().is_relative_to(folder.resolve()):
@@ -181,8 +181,7 @@ def label_folder(classifier, artist_classifier, folder: Path, files: list[str], 
     columns += ["artist"] if artist_classifier else []
     cells = [cell for column in columns for cell in (column, f"{column}_probability")] + ["unsure"]
     header = ["path", *cells, "problem", "model"]
-    files = sorted({*files, *remove_outdated(folder, out, header, model, config)})
-    with open_table(out, header, model) as (file, labelled_paths):
+    with open_table(out, header, model, folder, set(files), config.sort) as (file, labelled_paths):
         remaining, broken, start = [path for path in files if path not in labelled_paths], [], time.perf_counter()
         if labelled_paths:
             print(f"in {out} already: {len(files) - len(remaining)} of {count(len(files), 'file')}")
@@ -209,7 +208,7 @@ def label_folder(classifier, artist_classifier, folder: Path, files: list[str], 
 def list_files(folder: Path, out: Path) -> list[str]:
     """The files below a folder, by their paths in it, without hidden ones and those written here. Raises UserError."""
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}")
+        raise UserError(f"{folder} is no folder" if folder.exists() else f"no file and no folder {folder}")
     written = {os.path.realpath(path) for path in (out, out.with_suffix(".png"))}
     files = [path for path in files_below(folder) if os.path.realpath(folder / path) not in written]
     if not files:
@@ -233,49 +232,17 @@ def predict_cells(classifier, artist_classifier, batch: list[tuple]) -> list[lis
     return [[*row, doubt] for row, doubt in zip(cells, unsure, strict=True)]
 
 
-def remove_outdated(folder: Path, out: Path, header: list[str], model: str, config) -> set[str]:
-    """Remove the rows of files that have changed since the table was written; returns the paths of these files.
-
-    Their copies and the contact sheet go first: after a kill in between, the next run finds the rows again.
-    """
-    if not out.exists():
-        return set()
-    with lock_table(out) as file:
-        written, (_, rows) = os.fstat(file.fileno()).st_mtime_ns, read_table(file, header, model)
-        kept, outdated = rows[:1], []
-        for row in rows[1:]:
-            changed = not leads_out(row[0]) and change_time(folder / row[0]) > written
-            (outdated if changed else kept).append(row)
-        if not outdated:
-            return set()
-        for path, name, *_ in outdated:
-            if name and config.sort:
-                (Path(config.sort) / file_part(name) / path).unlink(missing_ok=True)
-        if config.sheet:
-            out.with_suffix(".png").unlink(missing_ok=True)
-        with (
-            atomic_write(out.resolve()) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as new,
-        ):
-            csv.writer(new).writerows(map(safe_cell, row) for row in kept)
-    print(f"changed since {out} was written, and labelled again: {count(len(outdated), 'file')}")
-    return {row[0] for row in outdated}
-
-
 def leads_out(path: str) -> bool:
     """Whether a path of the table, which others may have written, is outside the folder."""
     return ".." in Path(path).parts or Path(path).is_absolute()
 
 
-def change_time(path: Path) -> int:
-    """Nanoseconds of a file's last change, 0 where it is gone.
-
-    Not the time of modification, which a copy takes from its original, and which a camera's clock may put ahead.
-    """
+def is_newer(path: Path, other: Path) -> bool:
+    """Whether a file was modified later than another one; not where one of them is gone."""
     try:
-        return path.stat().st_ctime_ns
+        return path.stat().st_mtime_ns > other.stat().st_mtime_ns
     except OSError:
-        return 0
+        return False
 
 
 @contextlib.contextmanager
@@ -314,12 +281,35 @@ def read_table(file, header: list[str], model: str) -> tuple[int, list[list[str]
 
 
 @contextlib.contextmanager
-def open_table(out: Path, header: list[str], model: str):
-    """The table, opened for appending, and the paths that it has; a row that a kill left incomplete is removed."""
+def open_table(out: Path, header: list[str], model: str, folder=Path(), files=frozenset(), sort=None):
+    """The table, opened for appending, and the paths that it has; a row that a kill left incomplete is removed.
+
+    So are the rows of those of the files that are newer than the table, and their copies in the folder `sort`. Raises
+    UserError where others of the table are: once it is written again, nobody would see that they have changed.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with lock_table(out) as file:
+    with lock_table(out) as file, contextlib.ExitStack() as stack:
         complete, rows = read_table(file, header, model)
-        if complete < os.fstat(file.fileno()).st_size:  # else its time of change would move for nothing
+        changed = {row[0]: row[1] for row in rows[1:] if is_newer(folder / row[0], out)}
+        others = [path for path in changed if path not in files and not path.startswith(".")]  # hidden: never listed
+        if others:
+            which = printable(listed(others, 3))
+            raise UserError(f"changed since {out} was written: {which}; label the folder first, or give another --out")
+        outdated = changed.keys() & files
+        if outdated:
+            print(f"changed since {out} was written, and labelled again: {count(len(outdated), 'file')}")
+            for path in outdated:  # copies before rows: after a kill, the next run finds the rows again
+                if sort and changed[path]:
+                    (Path(sort) / file_part(changed[path]) / path).unlink(missing_ok=True)
+            rows, target = [row for row in rows if row[0] not in outdated], out.resolve()
+            temporary = target.with_name(f".{target.name}.new")
+            file = stack.enter_context(lock_table(temporary))  # before others can see it
+            file.truncate(0)
+            csv.writer(file).writerows(map(safe_cell, row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, target)
+        elif complete < os.fstat(file.fileno()).st_size:  # else the table would be newer for nothing
             file.truncate(complete)
         if not rows:
             csv.writer(file).writerow(header)
@@ -332,12 +322,12 @@ def read_rows(out: Path) -> list[list[str]]:
 
 
 def print_row(out: Path, path: str) -> None:
-    """Print what the table has for a file; one that could not be read was named before."""
-    row = next(row for row in read_rows(out) if row[0] == path)
-    pairs = zip(row[1:-3:2], row[2:-3:2], strict=True)  # unsure, problem and model follow
-    words = [f"{display_name(name)} {float(probability):.0%}" for name, probability in pairs if name]
-    if words:
-        print(f"{printable(path)}: {', '.join(words + ['unsure'] * bool(row[-3]))}")
+    """Print what the table has for a file: its styles, or why it could not be read."""
+    for _, *cells, unsure, problem, _ in (row for row in read_rows(out) if row[0] == path):
+        pairs = zip(cells[::2], cells[1::2], strict=True)
+        words = [f"{display_name(name)} {float(probability):.0%}" for name, probability in pairs if name]
+        words += ["unsure"] if unsure else []
+        print(f"{printable(path)}: {f'could not be read: {problem}' if problem else ', '.join(words)}")
 
 
 def plot_sheet(folder: Path, out: Path) -> None:
@@ -370,13 +360,15 @@ def sheet_name(path: str) -> str:
 
 
 def copy_by_class(folder: Path, out: Path, target: Path) -> None:
-    """Copy the labelled images to <target>/<class>/<path>, except for those that are there already."""
+    """Copy the labelled images to <target>/<class>/<path>, except for those that are there already, and no older."""
     copied = 0
     for path, name, *_ in tqdm(read_rows(out), "copying", unit="image"):
         source, copy = folder / path, target / file_part(name) / path
         if leads_out(path):
             raise UserError(f"{out} has the path {path}, which is not below {folder}: give another --out")
-        if name and source.exists() and not (copy.exists() and copy.stat().st_size == source.stat().st_size):
+        if not name or not source.exists():
+            continue
+        if not copy.exists() or copy.stat().st_size != source.stat().st_size or is_newer(source, copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy.with_name(".copying"))
             copy.with_name(".copying").replace(copy)  # whole, also after a kill

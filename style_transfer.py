@@ -45,7 +45,7 @@ from common.metrics import (
     ssim,
 )
 from common.names import count, display_name, file_part, find_style, fit_name, listed, printable
-from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, size_of, true_pairs
+from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, read_picture, true_pairs
 from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
 from wikiart import Classifier, WikiArt, build_model
 
@@ -112,12 +112,12 @@ def repaint_files(repainter: Repainter, classifier_path: Path, config) -> None:
     make_folder(out, source)
     for path in tqdm(files, "pictures", leave=False, disable=len(files) < 2):
         try:
-            image, full = open_picture(path, config.longest), size_of(path)
+            image, full = read_picture(path, config.longest)
         except Exception as error:  # Pillow's decoders raise almost anything on damaged files
             broken.append(str(error) if isinstance(error, UserError) else f"{path}: {reason_of(error)}")
             continue
         if max(full) > max(image.size):
-            reduced.append(sorted(full, reverse=image.width > image.height))  # upright, as the result is
+            reduced.append(full)
         # In a folder, a.jpg and a.png may lie side by side.
         below, stem = (path.relative_to(source).parent, path.name) if source.is_dir() else ("", path.stem)
         styles = own or dict(zip(classes, repainter.source(image).tolist(), strict=True))
@@ -136,7 +136,7 @@ def repaint_files(repainter: Repainter, classifier_path: Path, config) -> None:
     print(describe(made, image.size, reduced, len(files), out))
 
 
-def describe(made: list[Path], size: tuple[int, int], reduced: list[list[int]], files: int, out: Path) -> str:
+def describe(made: list[Path], size: tuple[int, int], reduced: list[tuple], files: int, out: Path) -> str:
     """What was made of so many files; reduced: the width and height before of those that --longest made smaller."""
     words = f"{len(made)} pictures in {out}"
     if len(made) == 1:

@@ -5,6 +5,7 @@ painted = repainter.repaint(open_picture("my.jpg", 1024), {"Ukiyo_e": 0.7, "Fauv
 """
 
 import io
+import math
 import warnings
 from collections import Counter
 from itertools import permutations
@@ -24,40 +25,40 @@ TILE, MARGIN = 768, 80  # pixels; no output pixel depends on input pixels furthe
 
 
 def open_picture(source, longest: int) -> Image.Image:
-    """A picture in RGB, reduced to at most `longest` pixels a side. Raises UserError where it is too small or large.
+    return read_picture(source, longest)[0]
 
-    source: a file's path, or the content of an upload (bytes), for which only the decoders of FORMATS are used.
+
+def read_picture(source, longest: int) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture in RGB, upright and reduced to at most `longest` pixels a side, and its width and height before that.
+
+    source: a file's path, or the content of an upload (bytes), for which only the decoders of FORMATS are used. Raises
+    UserError where it is too small or large.
     """
     upload = isinstance(source, bytes)
     name, formats = ("the picture", FORMATS) if upload else (source, None)
-    width, height = size_of(source)
-    if min(width, height) < SMALLEST:
-        raise UserError(f"{name} is too small: {width} x {height} pixels, {SMALLEST} a side are needed")
-    image = open_rgb(io.BytesIO(source) if upload else source, longest, formats)
+    with io.BytesIO(source) if upload else open_file(source) as file:
+        width, height = stored_size(file, formats)
+        if width * height > LARGEST:
+            raise UserError(f"{name} has more than {LARGEST / 1e6:.0f} megapixels")
+        if min(width, height) < SMALLEST:
+            raise UserError(f"{name} is too small: {width} x {height} pixels, {SMALLEST} a side are needed")
+        image = open_rgb(file, longest, formats)
+    if (width > height) != (image.width > image.height):  # it was turned upright
+        width, height = height, width
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     if min(image.size) < SMALLEST:
         raise UserError(f"{name} is too narrow: reduced to {image.width} x {image.height} pixels; raise --longest")
-    return image
+    return image, (width, height)
 
 
-def size_of(source) -> tuple[int, int]:
-    """Width and height of a picture, before it is turned upright. Raises UserError where it has too many pixels."""
-    upload = isinstance(source, bytes)
-    name, formats = ("the picture", FORMATS) if upload else (source, None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # from 89 megapixels on
-            with (
-                io.BytesIO(source) if upload else open_file(source) as file,
-                Image.open(file, formats=formats) as image,
-            ):
-                width, height = image.size
-                pixels = width * height
-    except Image.DecompressionBombError:  # from 179 megapixels on
-        pixels = LARGEST + 1
-    if pixels > LARGEST:
-        raise UserError(f"{name} has more than {LARGEST / 1e6:.0f} megapixels")
-    return width, height
+def stored_size(file, formats) -> tuple[float, float]:
+    """Width and height in an image file's header; infinite from 179 megapixels on, where Pillow refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from 89 megapixels on
+        try:
+            return Image.open(file, formats=formats).size
+        except Image.DecompressionBombError:
+            return math.inf, math.inf
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -95,9 +95,8 @@ def replace(owner: type, name: str, value) -> None:
     """Set a class's attribute, which others use. Raises UserError where there is none: it would change nothing then."""
     if not hasattr(owner, name):
         package, missing = owner.__module__.partition(".")[0], f"{owner.__name__}.{name}"
-        raise UserError(
-            f"uploads are not safe with this version of {package}, without {missing}: install an earlier one"
-        )
+        problem = f"{package} has no {missing} in this version, so uploads would not be safe"
+        raise UserError(f"{problem}: install an earlier version")
     setattr(owner, name, value)
 
 

@@ -148,14 +148,27 @@ def test_it_goes_on_where_it_was_killed(folder, run, tmp_path, monkeypatch, caps
     assert out.read_bytes() == before
 
 
+@pytest.fixture
+def strips(monkeypatch):
+    """Predictions by the brightness of strips: the network of one epoch says almost the same of every picture."""
+
+    def predict(self, images):
+        return (images.float().view(len(images), len(self.classes), -1).mean(2) / 20).softmax(1)
+
+    monkeypatch.setattr(wikiart.Classifier, "predict", predict)
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
 def turn_over(path):
     """Give a file other content, after the clock tick of the file system in which something was written last."""
     time.sleep(0.05)
-    times = path.stat()
     Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_180).point(lambda x: 255 - x).save(path)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a file manager does that copies
 
 
+@pytest.mark.usefixtures("strips")
 def test_a_file_that_has_changed_is_labelled_again(folder, run, tmp_path, monkeypatch, capsys):
     """Its row and its copy are replaced; after a kill in between, too."""
     out, sorted_by_style, flags = tmp_path / "labels.csv", tmp_path / "sorted", ("--sort", str(tmp_path / "sorted"))
@@ -166,17 +179,16 @@ def test_a_file_that_has_changed_is_labelled_again(folder, run, tmp_path, monkey
         turn_over(folder / path)
     (folder / "text.png").write_bytes((folder / changed[0]).read_bytes())  # repaired
     moved = next((sorted_by_style / before[changed[0]]["style_1"]).rglob(Path(changed[0]).name))
-    monkeypatch.setattr(wikiart.Classifier, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(wikiart.Classifier, "predict", killed)
         run_label(folder, run, out, *flags)
     assert set(before) - set(table(out)) == {*changed, "text.png"}
-    assert not moved.exists() and not (tmp_path / "labels.png").exists()
-    monkeypatch.undo()
+    assert not moved.exists() and (tmp_path / "labels.png").read_bytes() == sheet
     capsys.readouterr()
     after = run_label(folder, run, out, *flags)
     assert "already: 12 of 15 files" in capsys.readouterr().out
     assert after == run_label(folder, run, tmp_path / "new.csv")
-    assert [path for path in after if after[path] != before[path]] and not after["text.png"]["problem"]
+    assert all(after[path] != before[path] for path in changed) and not after["text.png"]["problem"]
     assert len(out.read_bytes().splitlines()) == len(after) + 1  # no row twice
     copies = {path.relative_to(sorted_by_style).as_posix() for path in sorted_by_style.rglob("*.*")}
     assert copies == {f"{row['style_1']}/{path}" for path, row in after.items() if not row["problem"]}
@@ -190,19 +202,132 @@ def test_a_file_that_has_changed_is_labelled_again(folder, run, tmp_path, monkey
     assert run_label(folder, run, out, *flags) == after  # rows of files that are gone stay
 
 
+@pytest.mark.usefixtures("strips")
+def test_a_kill_before_the_table_is_replaced_leaves_it_as_it_was(folder, run, tmp_path, monkeypatch):
+    """The old copies are gone by then, and the next run is right."""
+    out, flags = tmp_path / "labels.csv", ("--sort", str(tmp_path / "sorted"))
+    before = run_label(folder, run, out, *flags)
+    path = next(path for path, row in before.items() if not row["problem"])
+    turn_over(folder / path)
+    table_before, copy = out.read_bytes(), tmp_path / "sorted" / before[path]["style_1"] / path
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(label.os, "replace", killed)
+        run_label(folder, run, out, *flags)
+    assert out.read_bytes() == table_before and not copy.exists()
+    after = run_label(folder, run, out, *flags)
+    assert after == run_label(folder, run, tmp_path / "new.csv") and after[path] != before[path]
+    assert (tmp_path / "sorted" / after[path]["style_1"] / path).read_bytes() == (folder / path).read_bytes()
+
+
+def test_files_with_other_times_or_links_have_not_changed(folder, run, tmp_path, capsys):
+    """As after chmod, a hard link, rsync -a or a restored backup."""
+    before = run_label(folder, run, tmp_path / "labels.csv")
+    first, second, third, *_ = sorted(folder.glob("*.jpg"))
+    time.sleep(0.05)
+    first.chmod(0o600)
+    os.link(second, tmp_path / "link.jpg")
+    shutil.copy2(third, tmp_path / "backup.jpg")
+    (tmp_path / "backup.jpg").replace(third)
+    capsys.readouterr()
+    assert run_label(folder, run, tmp_path / "labels.csv") == before
+    assert "already: 15 of 15 files" in capsys.readouterr().out
+
+
+def test_the_table_is_locked_from_the_removal_to_the_last_row(folder, run, tmp_path, monkeypatch):
+    """Another program can open neither the old table nor the new one."""
+    out, replace, locked = tmp_path / "labels.csv", os.replace, []
+    paths = set(run_label(folder, run, out))
+    turn_over(next(folder.glob("below/*.jpg")))
+    program = f"import fcntl; fcntl.lockf(open({str(out)!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+    def note():
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        locked.append(b"BlockingIOError" in other.stderr)
+
+    def replace_and_note(*arguments):
+        note()
+        replace(*arguments)
+        note()
+
+    monkeypatch.setattr(label.os, "replace", replace_and_note)
+    with open(out, newline="") as file:
+        header, first, *_ = csv.reader(file)
+    with label.open_table(out, header, first[-1], folder, paths) as (_, kept):
+        note()
+    note()
+    assert len(kept) == 14 and locked == [True, True, True, False]
+
+
+@pytest.mark.usefixtures("strips")
 def test_one_file_is_labelled_and_its_row_printed(folder, run, tmp_path, capsys):
     out = tmp_path / "labels.csv"
     first, second = sorted(path.name for path in folder.glob("*.jpg") if path.stat().st_size > 200)[:2]
     rows = run_label(folder / first, run, out)
     assert list(rows) == [first]
     assert f"{first}: {rows[first]['style_1'].replace('_', ' ')} " in capsys.readouterr().out
+    assert sorted(run_label(folder / second, run, out)) == [first, second]
+    assert f"\n{second}: " in capsys.readouterr().out
     turn_over(folder / first)
-    assert sorted(run_label(folder / second, run, out)) == [first, second]  # the first one again, which has changed
-    printed = capsys.readouterr().out
-    assert "labelled again: 1 file" in printed and f"\n{second}: " in printed and f"\n{first}: " not in printed
+    assert run_label(folder / first, run, out)[first] != rows[first]
+    assert "labelled again: 1 file" in capsys.readouterr().out
+    for _ in range(2):  # what could not be read is said again
+        run_label(folder / "text.png", run, out)
+        assert "text.png: could not be read: not an image, or of an unknown format\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("strips")
+def test_one_file_is_refused_where_the_changes_of_others_would_be_hidden(folder, run, tmp_path):
+    out = tmp_path / "labels.csv"
+    before = run_label(folder, run, out)
+    first, second = sorted(path.name for path in folder.glob("*.jpg") if path.stat().st_size > 200)[:2]
+    turn_over(folder / first)
+    turn_over(folder / second)
+    table_before = out.read_bytes()
+    with pytest.raises(UserError, match=f"csv was written: {second}; label the folder first, or give another --out"):
+        run_label(folder / first, run, out)
+    assert out.read_bytes() == table_before
+    after = run_label(folder, run, out)
+    assert {path for path in after if after[path] != before[path]} == {first, second}
+
+
+@pytest.mark.usefixtures("strips")
+def test_a_kill_while_one_file_is_labelled_loses_no_other_row(folder, run, tmp_path, monkeypatch):
+    out = tmp_path / "labels.csv"
+    before = run_label(folder, run, out)
+    path = next(path for path, row in before.items() if not row["problem"])
+    turn_over(folder / path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(wikiart.Classifier, "predict", killed)
+        run_label(folder / path, run, out)
+    assert table(out) == {name: row for name, row in before.items() if name != path}
     assert run_label(folder, run, out) == run_label(folder, run, tmp_path / "new.csv")
-    run_label(folder / "text.png", run, tmp_path / "text.csv")
-    assert "text.png (not an image" in capsys.readouterr().err
+
+
+def test_a_row_of_elsewhere_removes_no_file(folder, run, tmp_path):
+    out, flags = tmp_path / "labels.csv", ("--sort", str(tmp_path / "sorted"))
+    rows = run_label(folder, run, out, *flags)
+    path = next(path for path, row in rows.items() if not row["problem"])
+    outside = tmp_path / "sorted" / "x", tmp_path / "x"
+    out.write_bytes(out.read_bytes().replace(f"{path},".encode(), b"../x,"))
+    time.sleep(0.05)
+    for file in outside:  # where the row's copy would be, and the file that it names
+        file.write_text("mine")
+    turn_over(folder / next(other for other, row in rows.items() if not row["problem"] and other != path))
+    with pytest.raises(UserError, match=r"the path \.\./x, which is not below"):
+        run_label(folder, run, out, *flags)
+    assert [file.read_text() for file in outside] == ["mine", "mine"]
+
+
+def test_a_copy_that_is_older_than_its_picture_is_made_again(folder, run, tmp_path):
+    rows = run_label(folder, run, tmp_path / "labels.csv", "--sort", str(tmp_path / "sorted"))
+    path = next(path for path, row in rows.items() if not row["problem"])
+    copy = tmp_path / "sorted" / rows[path]["style_1"] / path
+    copy.write_bytes(bytes(copy.stat().st_size))
+    run_label(folder, run, tmp_path / "labels.csv", "--sort", str(tmp_path / "sorted"))
+    assert not any(copy.read_bytes())  # as large and no older: left alone
+    os.utime(copy, (1e9, 1e9))
+    run_label(folder, run, tmp_path / "labels.csv", "--sort", str(tmp_path / "sorted"))
+    assert copy.read_bytes() == (folder / path).read_bytes()
 
 
 def test_the_contact_sheet_says_in_which_folder_a_file_is(run, tmp_path, monkeypatch):
@@ -325,17 +450,18 @@ def test_another_checkpoint_does_not_go_on_with_the_table(folder, run, trained, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give one folder of pictures, or a command"),
-        (["serve", "paintings"], "give one folder of pictures, or a command"),
-        (["one", "two"], "give one folder of pictures, or a command"),
-        (["measure"], "give one folder of pictures, or a command"),
-        (["nowhere"], "no folder nowhere"),
+        ([], "give one folder of pictures, or one picture, or a command: "),
+        (["serve", "paintings"], "give one folder of pictures, or one picture, or a command: "),
+        (["one", "two"], "give one folder of pictures, or one picture, or a command: "),
+        (["measure"], "give one folder of pictures, or one picture, or a command: "),
+        (["nowhere"], "no file and no folder nowhere"),
+        (["measure", "classifier.pt"], "classifier.pt is no folder"),
         (["export", "somewhere"], "no label was confirmed on the page yet"),
         (["nowhere", "--checkpoint", "missing.pt"], "no checkpoint"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(run, tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(run)
     with pytest.raises(UserError, match=message):
         label.main([*flags, "--run", str(run), "--device", "cpu"])
 
@@ -347,7 +473,7 @@ def test_flags_may_come_before_the_folder(folder, run, tmp_path):
 
 
 def test_a_user_sees_that_line():
-    assert "no folder nowhere" in clear_line(
+    assert "no file and no folder nowhere" in clear_line(
         script("label.py", "nowhere", "--device", "cpu", "--checkpoint", ROOT / "report/classifier.pt")
     )
 

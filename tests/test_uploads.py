@@ -115,9 +115,9 @@ def test_uploads_are_never_written_to_the_disk(monkeypatch):
 
 def test_an_attribute_that_a_later_version_renames_is_not_replaced_in_silence(monkeypatch):
     monkeypatch.delattr(uploads.MultiPartParser, "spool_max_size")
-    with pytest.raises(UserError, match=r"of starlette, without MultiPartParser.spool_max_size: install an earlier"):
+    with pytest.raises(UserError, match=r"^starlette has no MultiPartParser\.spool_max_size in this version, so"):
         uploads.upload_routes(uploads.Uploads(), "folder")
-    with pytest.raises(UserError, match=r"of test_uploads, without Trap.renamed"):
+    with pytest.raises(UserError, match=r"^test_uploads has no Trap\.renamed in .*: install an earlier version$"):
         uploads.replace(Trap, "renamed", None)
     assert not hasattr(Trap, "renamed")
 
