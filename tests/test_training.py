@@ -397,6 +397,7 @@ images, weights = images[rank::2].requires_grad_(), weights[rank::2]
 output = norm(images)
 (output * weights).sum().backward()
 torch.save([output.detach(), images.grad, norm.weight.grad, norm.bias.grad, norm.running_var], f"{sys.argv[1]}.{rank}")
+dist.destroy_process_group()
 """
 
 
