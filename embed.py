@@ -35,10 +35,7 @@ from common.metrics import (
     METRICS,
     balanced_accuracy,
     bootstrap_scores,
-    calibrate,
-    familiarity,
     fit_temperature,
-    passing_threshold,
     seen_unseen_accuracy,
 )
 from common.optim import Optimizers
@@ -72,7 +69,7 @@ SETTINGS = {
 }
 DATA_SETTINGS = ("size", "resize", "split_seed")  # of WikiArt
 TARGETS = ("style", "genre", "artist")
-SCORES = ("temperature", "unsure_below", "unseen_artists_accuracy")  # that a checkpoint holds
+SCORES = ("temperature", "unseen_artists_accuracy")  # that a checkpoint holds
 WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the linear classifier
 HIDDEN, MLP_LR = 512, 1e-3
 DROPOUT = 0.5  # of features too: without, the MLP was behind the linear classifier in cross-validation
@@ -187,11 +184,9 @@ class Task:
         """Balanced accuracy of probabilities (N, classes) of the validation paintings."""
         return balanced_accuracy(self.splits["validation"].labels, probabilities.argmax(1))
 
-    def calibration(self, probabilities) -> dict:
-        """The temperature of probabilities of the validation paintings, and the confidence that 95 % of them reach."""
-        temperature = fit_temperature(probabilities, self.splits["validation"].labels)
-        unsure_below = passing_threshold(familiarity(calibrate(probabilities, temperature)))
-        return {"temperature": temperature, "unsure_below": unsure_below}
+    def temperature(self, probabilities) -> float:
+        """Of probabilities of the validation paintings."""
+        return fit_temperature(probabilities, self.splits["validation"].labels)
 
 
 def fit_classifiers(task: Task, path: Path, config) -> tuple[dict, dict]:
@@ -229,7 +224,8 @@ def fit_linear(task: Task, config):
         probabilities = task.predict(layer, "validation")
         score = task.score(probabilities)
         if score > best["val_balanced_accuracy"]:
-            best = {"strength": weight_decay, "val_balanced_accuracy": score} | task.calibration(probabilities)
+            best = {"strength": weight_decay, "val_balanced_accuracy": score}
+            best["temperature"] = task.temperature(probabilities)
             task.model = replace_modules(task.model, head=copy.deepcopy(layer))
     fit_logistic_regression(task, layer, "all", best["strength"])
     return replace_modules(task.model, head=layer), task.predict_test(layer), best
@@ -312,7 +308,7 @@ def train_network(task: Task, model, inputs, predict, epochs: int, batch_size: i
         elif epoch - best["epoch"] >= PATIENCE:
             break
     model.load_state_dict(weights)
-    return best | task.calibration(best_probabilities)
+    return best | {"temperature": task.temperature(best_probabilities)}
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@
 ONNX and torch.export files hold the whole prediction as a graph: uint8 RGB images (N, 3, size, size) to calibrated
 probabilities (N, classes), for any N; crops, normalisation, the average over views and the temperature are inside. All
 files have metadata: the classes, how an image becomes a square of `size` pixels (`resize`: squash, or crop its centre),
-and what tells whether the network is unsure: where `familiarity` in common/metrics.py, of the probabilities and the
-`typical` ones, is less than `unsure_below`. The new file is checked against the network before it is kept. Needs
+and what the input and output are. The new file is checked against the network before it is kept. Needs
 requirements/export.txt.
 """
 
@@ -35,8 +34,8 @@ SETTINGS = {"to": Setting(str, ("onnx", "safetensors", "torch-export"), "format 
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 TOLERANCE = 1e-4  # of a probability
 METADATA = "metadata.json"  # in a file of torch.export
-REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "typical", "unsure_below", "classes")
-REBUILD += ("backbone", "backbone_weights")
+REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "classes", "backbone")
+REBUILD += ("backbone_weights",)
 
 
 def main(argv=None):
@@ -82,8 +81,6 @@ def metadata(classifier: Classifier) -> dict[str, str]:
         "target": classifier.target,
         "size": str(classifier.size),
         "resize": classifier.resize,
-        **({} if classifier.typical is None else {"typical": json.dumps(classifier.typical.tolist())}),
-        "unsure_below": str(classifier.unsure_below),
         "input": "uint8 RGB images (N, 3, size, size)",
         "output": "calibrated probabilities of the classes, float32 (N, classes)",
     }

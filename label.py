@@ -9,8 +9,8 @@
 
 Uses classifier.pt of the run folder; where there is none, or in the default run folder the demo's, a network that comes
 with the project: on EfficientNet-Lite0 where requirements/embed.txt is installed, otherwise report/classifier.pt. The
-table has a row for each file; `unsure` marks paintings that may be of none of the styles, and `problem` says why a file
-could not be read. It is of one folder and one network: for others, give another --out. labels.png beside it is a
+table has a row for each file; `unsure` marks paintings whose likeliest style has less than 50 %, and `problem` says why
+a file could not be read. It is of one folder and one network: for others, give another --out. labels.png beside it is a
 contact sheet. An interrupted run continues when the same command is run again; a file that is newer than the table is
 then labelled again. Rows of files that are gone stay. `serve` needs Gradio: pip install -r requirements/label.txt.
 Labels confirmed on the page are kept, with their images, in corrections.sqlite in the run folder.
@@ -40,6 +40,7 @@ from common.config import ROOT, Setting, configure, read_settings
 from common.errors import UserError
 from common.files import is_at
 from common.images import Decoder, decode_in_processes, files_below, open_rgb, read_image
+from common.metrics import low_confidence
 from common.names import cell_text, count, display_name, file_part, listed, printable, safe_cell
 from common.painter import STYLES
 from common.run import (
@@ -224,7 +225,7 @@ def predict_cells(classifier, artist_classifier, batch: list[tuple]) -> list[lis
     images = torch.from_numpy(np.stack(arrays))
     predictions = classifier.predict(images)
     rows = [classifier.top(probabilities, TOP) for probabilities in predictions]
-    unsure = ["unsure" if doubt else "" for doubt in classifier.unsure(predictions)]
+    unsure = ["unsure" if doubt else "" for doubt in low_confidence(predictions)]
     if artist_classifier:
         for row, probabilities in zip(rows, artist_classifier.predict(images), strict=True):
             row += artist_classifier.top(probabilities, 1)

@@ -32,6 +32,7 @@ from common.metrics import (
     calibrate,
     calibration_error,
     confusion_counts,
+    low_confidence,
     seen_unseen_accuracy,
 )
 from common.names import artist_and_title, count, display_name, match_style, printable, safe_cell, stem_of
@@ -71,7 +72,7 @@ def main(argv=None):
     facts["ece_before"] = calibration_error(truth, raw.numpy())
     facts["ece_after"] = calibration_error(truth, probabilities)
     facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
-    unsure = classifier.unsure(torch.from_numpy(probabilities)).numpy()
+    unsure = low_confidence(torch.from_numpy(probabilities)).numpy()
     facts |= confidence_facts(predictions == truth, probabilities.max(1), unsure)
     facts |= unknown_style(classifier, probabilities, config)
 
@@ -132,9 +133,9 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
 
 
 def unknown_style(classifier: Classifier, probabilities, config) -> dict:
-    """How well familiarity tells paintings of the style of train.py's --holdout, if any, from those of known styles.
+    """How well the highest probability tells paintings of the style of train.py's --holdout, if any, from known styles.
 
-    The area under the ROC curve: the probability that a painting of a known style is the more familiar one.
+    The area under the ROC curve: the probability that a painting of a known style gets the higher one.
     """
     settings = classifier.checkpoint["data"]
     style = settings.get("holdout", "none")
@@ -145,10 +146,10 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
     if not len(data):
         return {}
     unknown = classifier.predict_dataset(data)
-    scores = torch.cat([classifier.familiarity(torch.from_numpy(probabilities)), classifier.familiarity(unknown)])
+    scores = np.concatenate([probabilities.max(1), unknown.amax(1)])
     auroc = roc_auc_score(np.arange(len(scores)) < len(probabilities), scores)
     median = unknown.amax(1).median().item()
-    share = classifier.unsure(unknown).float().mean().item()
+    share = low_confidence(unknown).float().mean().item()
     print(f"{style}, which it never saw: {share:.0%} unsure; AUROC {auroc:.2f}, median confidence {median:.0%}")
     return {"unknown_auroc": auroc, "unknown_unsure": share, "unknown_confidence": median}
 

@@ -32,13 +32,10 @@ from common.layers import parameter_count
 from common.losses import class_log_prior
 from common.metrics import (
     balanced_accuracy,
-    calibrate,
     class_balanced_mean,
-    familiarity_threshold,
     fit_temperature,
     negative_log_likelihood,
     seen_unseen_accuracy,
-    typical_answers,
 )
 from common.names import artist_and_title, count, display_name, listed
 from common.optim import MovingAverage, Optimizers
@@ -140,7 +137,7 @@ def main(argv=None):
     if rank() == 0:
         state = publishable(state)
         probabilities = Classifier(state, device).predict_dataset(validation, calibrated=False)
-        state |= calibration(probabilities, validation.labels)
+        state["temperature"] = fit_temperature(probabilities, validation.labels)
         report(run, state, training, validation, probabilities)
         path = finish(run, "classifier", state)
         lock.close()
@@ -382,16 +379,6 @@ def save_and_show(config, state: dict, record: dict, parts: dict) -> None:
         plot_curves(config.run, state)
 
 
-def calibration(probabilities, labels) -> dict:
-    """The temperature of a network's probabilities (N, classes) of validation paintings, its typical answers, and when
-    it is unsure."""
-    temperature = fit_temperature(probabilities, labels)
-    probabilities = calibrate(probabilities, temperature)
-    typical = typical_answers(probabilities, labels).tolist()
-    unsure_below = familiarity_threshold(probabilities, labels)
-    return {"temperature": temperature, "typical": typical, "unsure_below": unsure_below}
-
-
 # Report ---------------------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +471,6 @@ def training_facts(state: dict, training: WikiArt, validation: WikiArt) -> dict:
         "val_accuracy": history[-1]["val_accuracy"],
         "val_balanced_accuracy": history[-1]["val_balanced_accuracy"],
         "temperature": state["temperature"],
-        "unsure_below": state["unsure_below"],
         "cpu_minutes": sum(record["cpu_seconds"] for record in history) / 60,
         "minutes": sum(record["seconds"] for record in history) / 60,
         **{key: config[key] for key in ("crop", "size", "batch_size", "balance", "per_class", "seed")},

@@ -14,7 +14,6 @@ The networks take those floats and normalise them themselves.
 import contextlib
 import copy
 import hashlib
-import math
 import os
 import re
 import sys
@@ -47,7 +46,7 @@ from common.layers import (
     mean_std,
     occlusion_evidence,
 )
-from common.metrics import calibrate, familiarity
+from common.metrics import calibrate
 from common.names import artist_and_title, artist_of, count, match_style, printable, read_metadata, showable, stem_of
 from common.run import autocast, check_entries, file_hash, find_device, load_checkpoint, to_device
 from common.splits import connected_groups, hold_out
@@ -593,13 +592,6 @@ def check_arguments(arguments: dict, weights: dict) -> None:
             raise ValueError(f"{key} is {value}")
 
 
-def check_typical(typical: list, classes: int, path) -> None:
-    """Raise UserError for typical answers that are not rows of a finite number for each class."""
-    sound = typical and all(isinstance(row, list) and len(row) == classes for row in typical)
-    if not sound or not all(isinstance(value, float) and math.isfinite(value) for row in typical for value in row):
-        raise UserError(f"{path} is damaged: its typical answers do not fit its classes: train again")
-
-
 # A trained classifier -------------------------------------------------------------------------------------------------
 
 
@@ -610,9 +602,7 @@ class Classifier:
         classifier.top(classifier.predict(["my.jpg"])[0])    # [("Cubism", 0.62), ("Fauvism", 0.11), ...]
 
     classes: names, in the order of the probabilities; size, resize: of the square images it was trained on;
-    temperature: of its calibrated probabilities; typical: the mean log-probabilities of each class's validation
-    paintings, which heads of embed.py and older checkpoints lack (None); unsure_below: the familiarity that 95 % of
-    validation paintings reach; hash: of its file.
+    temperature: of its calibrated probabilities; hash: of its file.
     """
 
     def __init__(self, checkpoint: dict, device, hash: str = "", path="the checkpoint"):
@@ -626,10 +616,6 @@ class Classifier:
         self.size, self.resize = checkpoint["data"]["size"], checkpoint["data"]["resize"]
         self.crop, self.tta_scales = checkpoint["crop"], checkpoint["tta_scales"]
         self.calibrated, self.temperature = "temperature" in checkpoint, checkpoint.get("temperature", 1.0)
-        self.typical, self.unsure_below = checkpoint.get("typical"), checkpoint.get("unsure_below", 0.0)
-        if self.typical is not None:
-            check_typical(self.typical, len(self.classes), path)
-            self.typical = torch.tensor(self.typical)
         self.checkpoint = {key: value for key, value in checkpoint.items() if key != "weights"}
         self.hash = hash
 
@@ -685,14 +671,6 @@ class Classifier:
         """The k likeliest classes of one image's probabilities (classes,), likeliest first."""
         order = np.argsort(-np.asarray(probabilities), kind="stable")[:k]
         return [(self.classes[label], float(probabilities[label])) for label in order]
-
-    def unsure(self, probabilities) -> torch.Tensor:
-        """Which images may be of none of the classes, bool (N,), by their calibrated probabilities (N, classes)."""
-        return self.familiarity(probabilities) < self.unsure_below
-
-    def familiarity(self, probabilities) -> torch.Tensor:
-        """How much calibrated probabilities (N, classes) are like those of known paintings, float (N,)."""
-        return familiarity(probabilities, self.typical)
 
     def features(self, images) -> torch.Tensor:
         """Features (N, D) of images, averaged over views; as cluster.py compares them."""

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from common.run import to_device
 
@@ -28,6 +27,18 @@ class Normalise(nn.Module):
         return images * self.std + self.mean
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors, in each of them; the gradient of each is the sum of their gradients."""
+
+    @staticmethod
+    def forward(_, values):
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    backward = forward
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the batch of all processes, on CPUs too (nn.SyncBatchNorm works on GPUs only).
 
@@ -40,9 +51,9 @@ class BatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         values = x.float()
         count = x.numel() / x.shape[1] * dist.get_world_size()
-        mean = all_reduce(values.sum((0, 2, 3))) / count
+        mean = SumOverProcesses.apply(values.sum((0, 2, 3))) / count
         centred = values - mean.view(1, -1, 1, 1)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -107,52 +107,17 @@ def fit_temperature(probabilities, labels) -> float:
     return min(torch.logspace(-2, 1, 301).tolist(), key=loss)
 
 
+def low_confidence(probabilities):
+    """Where the likeliest class is more likely wrong than right, bool (N,); calibrated probabilities, (N, classes).
+
+    A picture of none of the classes often gets such an answer (Hendrycks and Gimpel 2017), but may get a confident one.
+    """
+    return probabilities.amax(1) < 0.5
+
+
 def negative_log_likelihood(probabilities, labels):
     """-log of the probability (N, classes) of each label (N,), at most 21."""
     return F.nll_loss(log_probabilities(probabilities), labels, reduction="none")
-
-
-# What a classifier does not know -------------------------------------------------------------------------------------
-
-
-def typical_answers(probabilities, labels) -> torch.Tensor:
-    """Mean log-probabilities of each class's paintings, (classes that occur, classes): see `familiarity`."""
-    logs = log_probabilities(probabilities)
-    return torch.stack([logs[labels == label].mean(0) for label in labels.unique()])
-
-
-def familiarity(probabilities, typical=None):
-    """How much calibrated probabilities (N, classes) are like those of known paintings, (N,).
-
-    With `typical` answers, how much nearer log-probabilities are to those of a class than to the mean of all: like the
-    relative distance of Ren et al. 2021 ("A simple fix to Mahalanobis distance for improving near-OOD detection"), but
-    of what the network says instead of its features. Otherwise the highest probability (Hendrycks and Gimpel 2017),
-    which says little: a network is as sure of a Baroque painting, if it never saw any, as of Rococo.
-    """
-    if typical is None:
-        return probabilities.amax(1)
-    points = torch.cat([typical.mean(0, keepdim=True), typical])
-    distances = torch.cdist(log_probabilities(probabilities), points, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances[:, 0] - distances[:, 1:].amin(1)
-
-
-def familiarity_threshold(probabilities, labels) -> float:
-    """The familiarity that 95 % of known paintings reach, each by the typical answers of the others.
-
-    Where a class has few paintings, each is near their mean, but new paintings are not.
-    """
-    if len(labels) < 2:
-        return 0.0  # as of every painting, by the typical answers of one class
-    scores = []
-    for item, others in enumerate(~torch.eye(len(labels), dtype=torch.bool)):
-        typical = typical_answers(probabilities[others], labels[others])
-        scores.append(familiarity(probabilities[item : item + 1], typical))
-    return passing_threshold(torch.cat(scores))
-
-
-def passing_threshold(scores, passing: float = 0.95) -> float:
-    """The score that a fraction of paintings reaches; scores (N,)."""
-    return scores.quantile(1 - passing).item()
 
 
 # Images, float (N, 3, S, S) in [0, 1] ---------------------------------------------------------------------------------

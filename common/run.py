@@ -36,8 +36,7 @@ from common.names import count, printable
 
 # Types of a checkpoint's entries, where it has them.
 ENTRIES = {"model": str, "arguments": dict, "classes": list, "data": dict, "crop": int, "tta_scales": list}
-ENTRIES |= {"temperature": float, "typical": list, "unsure_below": float, "artists": list}
-ENTRIES |= {"largest_class": int, "fingerprint": str}
+ENTRIES |= {"temperature": float, "artists": list, "largest_class": int, "fingerprint": str}
 ENTRIES |= {"config": dict, "history": list, "resume": dict}
 SAFE_GLOBALS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
 LARGEST_SIDE = 4096  # pixels of a network's input

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse  # noqa: E402
 
 from common.config import ROOT  # noqa: E402
 from common.errors import UserError  # noqa: E402
+from common.metrics import low_confidence  # noqa: E402
 from common.names import display_name  # noqa: E402
 from serve import collection, panels, uploads  # noqa: E402
 from serve.corrections import NO_CLASS  # noqa: E402
@@ -105,7 +106,7 @@ class Page:
                     top = classifier.top(probabilities)
                     answer[key] = [{"name": name, "probability": round(probability, 4)} for name, probability in top]
                 if key == "styles":
-                    for answer, unsure in zip(valid, classifier.unsure(predictions).tolist(), strict=True):
+                    for answer, unsure in zip(valid, low_confidence(predictions).tolist(), strict=True):
                         answer["unsure"] = unsure
         return answers
 

@@ -13,6 +13,7 @@ from common.codes import code_files, made_from, read_codes
 from common.config import ROOT
 from common.crops import mean_over_views
 from common.images import FORMATS, highlight, open_rgb
+from common.metrics import low_confidence
 from common.names import caption_of, display_name, read_metadata, showable, stem_of
 from common.painter import Artist, Scene
 from common.repaint import Repainter, check_model, open_picture
@@ -91,16 +92,16 @@ def bars_html(rows: list[tuple[str, float, str]], maximum: float) -> str:
 
 
 def answer_html(classifier, probabilities) -> str:
-    """The likeliest classes of one image, by its probabilities (classes,), and whether the classifier is unsure."""
+    """The likeliest classes of one image, by its probabilities (classes,), and whether it is unsure."""
     rows = classifier.top(probabilities, MAX_BARS)
     rows = [(display_name(name), share, f"{share:.0%}" if share >= 0.005 else "<1%") for name, share in rows]
-    (name, _, share), unsure = rows[0], bool(classifier.unsure(probabilities[None])[0])
+    (name, _, share), unsure = rows[0], bool(low_confidence(probabilities[None])[0])
     title = f"Unsure: perhaps {name}, {share}" if unsure else f"{name}, {share}"
     parts = [f'<div role="status"><h2>{html.escape(title)}</h2></div>']
     if unsure:
         parts.append(
-            f'<p class="unsure">It may be none of the {classifier.target}s: of 20 paintings that were set aside in '
-            "training, 19 got a clearer answer.</p>"
+            f'<p class="unsure">With less than 50%, it is more likely another {classifier.target}, perhaps none of '
+            "these.</p>"
         )
     others = len(classifier.classes) - len(rows)
     parts.append(bars_html(rows, 1))

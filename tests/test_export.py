@@ -21,7 +21,7 @@ def test_a_file_predicts_what_the_classifier_does_and_describes_itself(trained, 
         pytest.importorskip(package, reason="an extra: pip install -r requirements/export.txt")
     checkpoint, target = load_checkpoint(trained / model), tmp_path / f"styles{export.ENDINGS[to]}"
     if model == "classifier.pt":  # the views of the default settings, and a temperature that shows
-        checkpoint |= {"tta_scales": [1.0, 1.5, 0.7, 0.5], "temperature": 0.4, "unsure_below": 0.25}
+        checkpoint |= {"tta_scales": [1.0, 1.5, 0.7, 0.5], "temperature": 0.4}
     save_checkpoint(tmp_path / "classifier.pt", checkpoint)
     export.main([str(tmp_path / "classifier.pt"), str(target), "--to", to])
     assert f"{target}: 8 classes" in capsys.readouterr().out
@@ -29,29 +29,22 @@ def test_a_file_predicts_what_the_classifier_does_and_describes_itself(trained, 
     data = wikiart.WikiArt(demo, "test", size=32, processes=1)
     images = torch.stack([data[item][0] for item in range(32)])
     predict, described = export.FORMATS[to][1](target)
-    graph, bf16 = (
-        export.Graph(classifier).eval(),
-        0.02,
-    )  # what Classifier.predict differs by at most, where it takes that
+    graph, bf16 = export.Graph(classifier).eval(), 0.02  # what Classifier.predict differs by at most, where it takes it
     with torch.no_grad():
         torch.testing.assert_close(predict(images), graph(images), atol=1e-4, rtol=0)
         torch.testing.assert_close(predict(images[:1]), graph(images[:1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(predict(images), classifier.predict(images), atol=bf16, rtol=0)
     assert json.loads(described["classes"]) == classifier.classes
     assert (described["size"], described["resize"]) == ("32", "squash")
-    assert float(described["unsure_below"]) == classifier.unsure_below
-    assert json.loads(described["typical"]) == classifier.typical.tolist()
 
 
 def test_a_head_is_exported_with_what_rebuilds_it(trained, tmp_path):
-    """The committed one, which has no typical answers; with another network in place of its backbone's weights."""
+    """With another network in place of its backbone's weights."""
     pytest.importorskip("safetensors")
     checkpoint = load_checkpoint(trained / "classifier.pt") | {"backbone": "a", "backbone_weights": "b 1"}
-    del checkpoint["typical"]
     save_checkpoint(tmp_path / "head.pt", checkpoint)
     export.main([str(tmp_path / "head.pt"), str(tmp_path / "head.safetensors"), "--to", "safetensors"])
     _, described = export.from_safetensors(tmp_path / "head.safetensors")
-    assert "typical" not in described
     assert (described["backbone"], described["backbone_weights"]) == ('"a"', '"b 1"')
 
 
