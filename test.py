@@ -45,7 +45,7 @@ SETTINGS = {
     "checkpoint": Setting(str, None, "classifier: a file of the run folder, or a path such as report/classifier.pt"),
 }
 BASELINE = "mlp"  # folder in the run folder whose classifier is the baseline
-CONFIDENCE_BANDS = ((90, 101), (75, 90), (60, 75), (0, 60))  # per cent
+CONFIDENCE_BANDS = ((90, 101), (75, 90), (50, 75), (0, 50))  # per cent
 MISTAKES = 12  # on the contact sheet
 PAINTINGS = {"test": "test painting", "train": "training painting", "all": "training and test painting"}
 
