@@ -363,7 +363,7 @@ def evaluate(model, data: WikiArt, config, device) -> dict:
     predictions = probabilities.argmax(1)
     val_loss = class_balanced_mean(negative_log_likelihood(probabilities, data.labels), data.labels)
     if not np.isfinite(val_loss):
-        raise UserError("the validation loss is not finite: lower --lr")
+        raise UserError(f"the validation loss is not finite: {Steps.ADVICE}")
     return {
         "val_loss": val_loss,
         "val_accuracy": (predictions == data.labels).float().mean().item(),
