@@ -158,7 +158,7 @@ def confidence_facts(right, confidence, unsure) -> dict:
     """Shares of right predictions (`right`, bool (N,)): of those that are unsure or not, and by confidence (N,)."""
     facts = {"unsure": unsure.mean()}
     for name, group in (("unsure", unsure), ("sure", ~unsure)):
-        facts[f"{name}_accuracy"] = right[group].mean() if group.any() else 0.0
+        facts |= {f"{name}_accuracy": right[group].mean()} if group.any() else {}
     bands = {f"from_{low}": (confidence >= low / 100) & (confidence < high / 100) for low, high in CONFIDENCE_BANDS}
     bands = {name: right[band] for name, band in bands.items() if band.any()}
     return facts | {"by_confidence": {name: {"images": len(r), "accuracy": r.mean()} for name, r in bands.items()}}
@@ -287,7 +287,8 @@ def print_summary(facts: dict, run, suffix: str, split: str) -> None:
             print(f"artists {name} in training: {accuracy:.1%} of {count(images, 'image')}")
     print(f"expected calibration error {facts['ece_before']:.3f}, with temperature {facts['temperature']:.2f} ", end="")
     print(f"(fitted on validation paintings) {facts['ece_after']:.3f}")
-    print(f"unsure of {facts['unsure']:.0%} of the images; accuracy on the others {facts['sure_accuracy']:.1%}")
+    others = f"; accuracy on the others {facts['sure_accuracy']:.1%}" if "sure_accuracy" in facts else ""
+    print(f"unsure of {facts['unsure']:.0%} of the images{others}")
     print(f"\naccuracy {facts['accuracy']:.1%} on {PAINTINGS[split]}s; tables and figures are in {run}/ ", end="")
     print(f"(confusion{suffix}.png, mistakes{suffix}.png, more/roc{suffix}.png, report{suffix}.txt)")
 

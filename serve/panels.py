@@ -100,8 +100,8 @@ def answer_html(classifier, probabilities) -> str:
     parts = [f'<div role="status"><h2>{html.escape(title)}</h2></div>']
     if unsure:
         parts.append(
-            f'<p class="unsure">With less than 50%, it is more likely another {classifier.target}, perhaps none of '
-            "these.</p>"
+            '<p class="unsure">With less than 50%, this is more likely wrong than right. It may be none of the '
+            f"{classifier.target}s.</p>"
         )
     others = len(classifier.classes) - len(rows)
     parts.append(bars_html(rows, 1))

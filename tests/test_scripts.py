@@ -204,15 +204,21 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
     both = [facts[f"{who}_artists_accuracy"] * facts[f"{who}_artists_images"] for who in ("seen", "unseen")]
     assert sum(both) == pytest.approx(sum(hits), abs=0.01)
     assert "baseline_accuracy" in facts
-    sure = [hit for hit, row in zip(hits, rows, strict=True) if not row["unsure"]]
-    assert facts["unsure"] == pytest.approx(1 - len(sure) / 32)
-    assert facts["sure_accuracy"] == pytest.approx(np.mean(sure), abs=1e-4)
-    right = facts["unsure_accuracy"] * (32 - len(sure)) + facts["sure_accuracy"] * len(sure)
-    assert right == pytest.approx(sum(hits), abs=0.01)
+    assert [row["unsure"] for row in rows] == ["unsure" * (float(row["probability"]) < 0.5) for row in rows]
+    assert facts["unsure"] == pytest.approx(np.mean([row["unsure"] == "unsure" for row in rows]))
     bands = facts["by_confidence"].values()
     assert sum(band["images"] for band in bands) == 32
     assert sum(band["images"] * band["accuracy"] for band in bands) == pytest.approx(sum(hits), abs=0.01)
     assert len((trained / "report.csv").read_text().splitlines()) == 9
+
+
+def test_accuracy_by_confidence():
+    right, confidence = np.array([1, 0, 1, 1, 0], bool), np.array([0.4, 0.3, 0.5, 0.95, 1.0])
+    facts = evaluation.confidence_facts(right, confidence, confidence < 0.5)
+    assert (facts["unsure"], facts["unsure_accuracy"], facts["sure_accuracy"]) == pytest.approx((0.4, 0.5, 2 / 3))
+    shares = {name: (band["images"], band["accuracy"]) for name, band in facts["by_confidence"].items()}
+    assert shares == {"from_90": (2, 0.5), "from_50": (1, 1), "from_0": (2, 0.5)}
+    assert "sure_accuracy" not in evaluation.confidence_facts(right, confidence, confidence < 2)
 
 
 def test_a_style_that_was_left_out_is_scored_as_unknown(demo, tmp_path, capsys):
