@@ -185,7 +185,7 @@ class Task:
         return balanced_accuracy(self.splits["validation"].labels, probabilities.argmax(1))
 
     def temperature(self, probabilities) -> float:
-        """Of probabilities of the validation paintings."""
+        """The temperature that fits probabilities (N, classes) of the validation paintings."""
         return fit_temperature(probabilities, self.splits["validation"].labels)
 
 

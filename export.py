@@ -34,8 +34,8 @@ SETTINGS = {"to": Setting(str, ("onnx", "safetensors", "torch-export"), "format 
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 TOLERANCE = 1e-4  # of a probability
 METADATA = "metadata.json"  # in a file of torch.export
-REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "classes", "backbone")
-REBUILD += ("backbone_weights",)
+REBUILD = ("model", "arguments", "data", "crop", "tta_scales", "temperature", "classes")
+REBUILD += ("backbone", "backbone_weights")
 
 
 def main(argv=None):

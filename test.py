@@ -73,7 +73,7 @@ def main(argv=None):
     facts["ece_after"] = calibration_error(truth, probabilities)
     facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
     unsure = low_confidence(torch.from_numpy(probabilities)).numpy()
-    facts |= confidence_facts(predictions == truth, probabilities.max(1), unsure)
+    facts |= confidence_facts(predictions == truth, probabilities.max(1))
     facts |= unknown_style(classifier, probabilities, config)
 
     facts["roc_auc"] = plot_scores(run, suffix, data, probabilities)
@@ -133,9 +133,10 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
 
 
 def unknown_style(classifier: Classifier, probabilities, config) -> dict:
-    """How well the highest probability tells paintings of the style of train.py's --holdout, if any, from known styles.
+    """How unsure the classifier is of paintings of the style of train.py's --holdout, if there is one.
 
-    The area under the ROC curve: the probability that a painting of a known style gets the higher one.
+    The area under the ROC curve is the probability that it is surer of a painting of a known style than of one of
+    these.
     """
     settings = classifier.checkpoint["data"]
     style = settings.get("holdout", "none")
@@ -146,7 +147,7 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
     if not len(data):
         return {}
     unknown = classifier.predict_dataset(data)
-    scores = np.concatenate([probabilities.max(1), unknown.amax(1)])
+    scores = np.concatenate([probabilities.max(1), unknown.amax(1).numpy()])
     auroc = roc_auc_score(np.arange(len(scores)) < len(probabilities), scores)
     median = unknown.amax(1).median().item()
     share = low_confidence(unknown).float().mean().item()
@@ -154,11 +155,10 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
     return {"unknown_auroc": auroc, "unknown_unsure": share, "unknown_confidence": median}
 
 
-def confidence_facts(right, confidence, unsure) -> dict:
-    """Shares of right predictions (`right`, bool (N,)): of those that are unsure or not, and by confidence (N,)."""
-    facts = {"unsure": unsure.mean()}
-    for name, group in (("unsure", unsure), ("sure", ~unsure)):
-        facts |= {f"{name}_accuracy": right[group].mean()} if group.any() else {}
+def confidence_facts(right, confidence) -> dict:
+    """How many predictions are unsure, and shares of those that are `right` (bool (N,)), by confidence (N,)."""
+    sure = confidence >= 0.5
+    facts = {"unsure": 1 - sure.mean()} | ({"sure_accuracy": right[sure].mean()} if sure.any() else {})
     bands = {f"from_{low}": (confidence >= low / 100) & (confidence < high / 100) for low, high in CONFIDENCE_BANDS}
     bands = {name: right[band] for name, band in bands.items() if band.any()}
     return facts | {"by_confidence": {name: {"images": len(r), "accuracy": r.mean()} for name, r in bands.items()}}

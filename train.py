@@ -112,7 +112,7 @@ SETTINGS = {
         str,
         None,
         "artists: split so that train and test have no common artist; a style: train without it, so that test.py shows "
-        "whether it is recognised as unknown; or none",
+        "how unsure the network is of it; or none",
     ),
 }
 DATA_SETTINGS = ("size", "resize", "split_seed", "target", "min_images", "holdout")  # that the data set depends on

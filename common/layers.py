@@ -28,7 +28,7 @@ class Normalise(nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' tensors, in each of them; the gradient of each is the sum of their gradients."""
+    """The sum of the tensors of all processes, in each of them; its gradient is summed over them, too."""
 
     @staticmethod
     def forward(_, values):

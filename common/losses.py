@@ -4,9 +4,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 
-from common.layers import Block, mean_std
+from common.layers import Block, SumOverProcesses, mean_std
 from common.metrics import layout
 from common.run import to_device
 
@@ -18,7 +17,10 @@ def class_log_prior(labels, classes: int) -> torch.Tensor:
 
 def gather(values, dim: int = 0):
     """Concatenate a tensor over all processes along `dim`; gradients flow back to each process's own part."""
-    return torch.cat(all_gather(values.contiguous()), dim) if dist.is_initialized() else values
+    if not dist.is_initialized():
+        return values
+    parts = [values if rank == dist.get_rank() else torch.zeros_like(values) for rank in range(dist.get_world_size())]
+    return SumOverProcesses.apply(torch.cat(parts, dim))
 
 
 class ReconstructionLoss(nn.Module):

@@ -108,9 +108,9 @@ def fit_temperature(probabilities, labels) -> float:
 
 
 def low_confidence(probabilities):
-    """Where the likeliest class is more likely wrong than right, bool (N,); calibrated probabilities, (N, classes).
+    """Where the likeliest class has less than half of the calibrated probability (N, classes), bool (N,).
 
-    A picture of none of the classes often gets such an answer (Hendrycks and Gimpel 2017), but may get a confident one.
+    It is then more likely wrong than right. Pictures of none of the classes may get a higher one.
     """
     return probabilities.amax(1) < 0.5
 

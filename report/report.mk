@@ -18,7 +18,7 @@ lites := tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2
 # After changing a row of ablation.json, remove that row's folders: tune.py says which.
 seeds := {"seed": [0, 1, 2]}
 balance := {"balance": ["none", "resample", "sampler", "weights", "logit"]}
-balance_flags := --epochs 8 --per-class 0 --tta-scales 1.0
+balance_flags := --per-class 0
 # Expanded in the recipe, by a shell, because the demo is drawn after make has read this.
 unknown = {"holdout": [$(shell cd $(DATA)/train 2>/dev/null || cd $(DATA); printf '"%s", ' */ | sed 's,/",",g; s/, $$//')]}
 unknown_flags := $(if $(WIKIART),--epochs 8 --crop 96 --tta-scales 2.0 1.5)

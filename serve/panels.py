@@ -92,7 +92,7 @@ def bars_html(rows: list[tuple[str, float, str]], maximum: float) -> str:
 
 
 def answer_html(classifier, probabilities) -> str:
-    """The likeliest classes of one image, by its probabilities (classes,), and whether it is unsure."""
+    """The likeliest classes of one image, by its probabilities (classes,), and whether the classifier is unsure."""
     rows = classifier.top(probabilities, MAX_BARS)
     rows = [(display_name(name), share, f"{share:.0%}" if share >= 0.005 else "<1%") for name, share in rows]
     (name, _, share), unsure = rows[0], bool(low_confidence(probabilities[None])[0])
@@ -100,8 +100,8 @@ def answer_html(classifier, probabilities) -> str:
     parts = [f'<div role="status"><h2>{html.escape(title)}</h2></div>']
     if unsure:
         parts.append(
-            '<p class="unsure">With less than 50%, this is more likely wrong than right. It may be none of the '
-            f"{classifier.target}s.</p>"
+            f'<p class="unsure">The likeliest {classifier.target} has less than half of the probability: it may well '
+            f"be wrong, or the picture of none of the {classifier.target}s.</p>"
         )
     others = len(classifier.classes) - len(rows)
     parts.append(bars_html(rows, 1))

@@ -39,10 +39,15 @@ CPU = ["--device", "cpu", "--processes", "1"]
 
 
 @pytest.fixture(scope="module")
-def run(trained, tmp_path_factory):
-    """A run folder of our own, with the classifier alone."""
+def run(trained, demo, tmp_path_factory):
+    """A run folder of our own, with the classifier alone, at a temperature at which it is unsure of about half."""
     run = tmp_path_factory.mktemp("label")
-    shutil.copy(trained / "classifier.pt", run)
+    checkpoint = load_checkpoint(trained / "classifier.pt")
+    classifier = wikiart.Classifier(checkpoint, torch.device("cpu"))
+    shown = classifier.predict(sorted((demo / "test").rglob("*.jpg"))[:12], calibrated=False)
+    temperatures = torch.logspace(-3, 1, 200).tolist()
+    checkpoint["temperature"] = next(t for t in temperatures if metrics.calibrate(shown, t).amax(1).median() < 0.5)
+    save_checkpoint(run / "classifier.pt", checkpoint)
     return run
 
 
@@ -117,7 +122,8 @@ def test_the_table_says_what_the_network_says(folder, run, classifier, tmp_path)
         order = np.argsort(-truth)[:3]
         assert [share for _, share in three] == pytest.approx(truth[order], abs=1e-3)
         assert three[0][0] in classifier.classes
-        assert bool(row["unsure"]) == (truth.max() < 0.5)
+        assert row["unsure"] == "unsure" * bool(truth.max() < 0.5)
+    assert {row["unsure"] for row in rows.values() if not row["problem"]} == {"unsure", ""}
     assert sum(bool(row["problem"]) for row in rows.values()) == 3
     assert rows["text.png"]["problem"] == rows["empty.jpg"]["problem"] == "not an image, or of an unknown format"
     assert rows["half.jpg"]["problem"] == "incomplete: the file ends too early"
@@ -615,8 +621,9 @@ def test_the_checkpoint_has_a_temperature_and_older_ones_have_1(
     trained, demo, run, classifier, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(metrics, "BOOTSTRAP", 5)
-    checkpoint = torch.load(trained / "classifier.pt", weights_only=True)
-    assert classifier.temperature == checkpoint.pop("temperature") > 0
+    assert load_checkpoint(trained / "classifier.pt")["temperature"] > 0
+    checkpoint = load_checkpoint(run / "classifier.pt")
+    assert classifier.temperature == checkpoint.pop("temperature")
     torch.save(checkpoint, tmp_path / "old.pt")
     assert "calibrated" not in capsys.readouterr().err
     assert wikiart.Classifier.load(tmp_path / "old.pt", "cpu").temperature == 1
@@ -816,6 +823,11 @@ def truth(classifier, data):
     return [name for name, _ in classifier.top(classifier.predict(torch.from_numpy(pixels)[None])[0])]
 
 
+def unsure(classifier, data):
+    pixels = uploads.read_upload(data, classifier.size, classifier.resize)
+    return classifier.predict(torch.from_numpy(pixels)[None]).max().item() < 0.5
+
+
 def still_right(server, classifier, data):
     with httpx.Client(timeout=60) as client:
         answer = page.request_label(client, server.address, data)
@@ -837,6 +849,10 @@ def test_gradio_client_gets_one_answer_and_many(server, classifier, paintings, d
         truth(classifier, paintings[2]),
     ]
     assert "not a picture" in many[1]["error"]
+    files = sorted((demo / "test").rglob("*.jpg"))[:12]
+    answers = client.predict([handle_file(path) for path in files], api_name="/label_batch")
+    doubts = [unsure(classifier, path.read_bytes()) for path in files]
+    assert [answer["unsure"] for answer in answers] == doubts and len(set(doubts)) == 2
     with pytest.raises(Exception, match=f"1 to {page.MAX_BATCH} files"):
         client.predict([handle_file(files[0])] * (page.MAX_BATCH + 1), api_name="/label_batch")
 

@@ -288,7 +288,7 @@ def test_what_a_checkpoint_cannot_do_is_not_shown(bare_server, demo, desktop):
     """An MLP alone: no neighbours, repainting or collection, and no words about them; it says it is unsure."""
     open_and_upload(desktop, bare_server.address, min((demo / "test").rglob("*.jpg")))
     assert desktop.get_by_role("heading", name="Unsure: perhaps").count() == 1
-    assert desktop.get_by_text("It may be none of the styles").is_visible()
+    assert desktop.get_by_text("or the picture of none of the styles").is_visible()
     assert desktop.get_by_role("tab").all_text_contents() == ["A painting", "API"]
     for words in ("similar", "another style", "Repaint", "cluster.py", "train.py"):
         assert not desktop.get_by_text(words).locator("visible=true").count(), words

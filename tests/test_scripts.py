@@ -214,11 +214,12 @@ def test_evaluation_writes_tables_and_figures(trained, demo):
 
 def test_accuracy_by_confidence():
     right, confidence = np.array([1, 0, 1, 1, 0], bool), np.array([0.4, 0.3, 0.5, 0.95, 1.0])
-    facts = evaluation.confidence_facts(right, confidence, confidence < 0.5)
-    assert (facts["unsure"], facts["unsure_accuracy"], facts["sure_accuracy"]) == pytest.approx((0.4, 0.5, 2 / 3))
+    facts = evaluation.confidence_facts(right, confidence)
+    assert (facts["unsure"], facts["sure_accuracy"]) == pytest.approx((0.4, 2 / 3))
     shares = {name: (band["images"], band["accuracy"]) for name, band in facts["by_confidence"].items()}
     assert shares == {"from_90": (2, 0.5), "from_50": (1, 1), "from_0": (2, 0.5)}
-    assert "sure_accuracy" not in evaluation.confidence_facts(right, confidence, confidence < 2)
+    facts = evaluation.confidence_facts(right, confidence / 3)
+    assert facts["unsure"] == 1 and "sure_accuracy" not in facts
 
 
 def test_a_style_that_was_left_out_is_scored_as_unknown(demo, tmp_path, capsys):
@@ -234,6 +235,8 @@ def test_a_style_that_was_left_out_is_scored_as_unknown(demo, tmp_path, capsys):
     scores = probabilities.amax(1).numpy()
     pairs = [(a > b) + (a == b) / 2 for a in scores[~left_out] for b in scores[left_out]]
     assert facts["unknown_auroc"] == pytest.approx(np.mean(pairs), abs=1e-3)
+    share = (probabilities[left_out].amax(1) < 0.5).float().mean().item()
+    assert facts["unknown_unsure"] == pytest.approx(share, abs=1e-4)
     assert facts["unknown_confidence"] == pytest.approx(probabilities[left_out].amax(1).median().item(), abs=1e-4)
     assert "Dots, which it never saw" in capsys.readouterr().out
 
