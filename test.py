@@ -13,6 +13,7 @@ With --split train or all the names end in _train or _all.
 """
 
 import csv
+import textwrap
 from pathlib import Path
 
 import common.packages  # noqa: F401
@@ -264,11 +265,8 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
 
 def artist_over_title(data: WikiArt, row: int) -> str:
     artist, title = artist_and_title(data.artists[row], data.paths[row])
-    return f"{shorten(artist)}\n{shorten(title or printable(stem_of(data.paths[row])))}"
-
-
-def shorten(text: str) -> str:
-    return text if len(text) < 28 else text[:26].rstrip() + "…"
+    names = (artist, title or printable(stem_of(data.paths[row])))
+    return "\n".join(line for name in names for line in textwrap.wrap(name, 28, max_lines=3, placeholder="…"))
 
 
 def print_summary(facts: dict, run, suffix: str, split: str) -> None:
