@@ -171,8 +171,13 @@ def write_table(path: Path, facts: dict) -> None:
 
 
 def plot_recalls(path: Path, facts: dict, title: str) -> None:
-    """Recall of every class under every setting, the classes by falling number of training paintings."""
+    """Recall of every class under every setting, the classes by falling number of training paintings.
+
+    Nothing where settings differ in their classes, as with --holdout.
+    """
     sizes = next(iter(facts.values()))["train"]["class_sizes"]
+    if any(part["train"]["class_sizes"].keys() != sizes.keys() for part in facts.values()):
+        return
     classes = sorted(sizes, key=sizes.get, reverse=True)
     bars = {name: [100 * part["test"]["recalls"].get(label, 0) for label in classes] for name, part in facts.items()}
     labels = [f"{display_name(name)} ({sizes[name]})" for name in classes]

@@ -73,6 +73,14 @@ def test_the_test_of_an_earlier_training_does_not_count(tmp_path, monkeypatch):
     assert called == ["train.py", "test.py"]
 
 
+def test_recalls_are_drawn_where_the_classes_are_the_same(tmp_path):
+    facts = {name: {"train": {"class_sizes": {"A": 5, name: 3}}, "test": {"recalls": {"A": 0.5}}} for name in "BC"}
+    tune.plot_recalls(tmp_path / "holdout.png", facts, "holdout")
+    assert not (tmp_path / "holdout.png").exists()
+    tune.plot_recalls(tmp_path / "seed.png", {"0": facts["B"], "1": facts["B"]}, "seed")
+    assert (tmp_path / "seed.png").exists()
+
+
 def test_a_setting_that_fails_is_named(demo, tmp_path):
     arguments = ['[{"model": "resnet19"}]', "--data", str(demo), "--run", str(tmp_path), "--", *TINY_TRAIN]
     with pytest.raises(UserError, match=r"train.py failed in .*no model resnet19"):
