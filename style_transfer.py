@@ -340,17 +340,16 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
     if not distances:
         return facts
     fid, fid_originals = np.mean(list(distances.values()), 0)
-    return (
-        facts
-        | {
-            "directions": DIRECTIONS,
-            "fid": fid,
-            "fid_originals": fid_originals,
-            "fid_ratio": fid / fid_originals,
-            "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
-        }
-        | ({"fid_halves_ratio": np.mean(halves) / fid_originals} if halves else {})
-    )  # of real paintings of the style
+    facts |= {
+        "directions": DIRECTIONS,
+        "fid": fid,
+        "fid_originals": fid_originals,
+        "fid_ratio": fid / fid_originals,
+        "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
+    }
+    if halves:  # of real paintings of the style
+        facts["fid_halves_ratio"] = np.mean(halves) / fid_originals
+    return facts
 
 
 def picture_facts(test: WikiArt, data: WikiArt, originals, reconstructed, repainted) -> dict:

@@ -28,6 +28,7 @@ from common.config import Setting, configure
 from common.errors import UserError
 from common.images import highlight
 from common.metrics import (
+    LOW_CONFIDENCE,
     METRICS,
     bootstrap_scores,
     calibrate,
@@ -46,7 +47,7 @@ SETTINGS = {
     "checkpoint": Setting(str, None, "classifier: a file of the run folder, or a path such as report/classifier.pt"),
 }
 BASELINE = "mlp"  # folder in the run folder whose classifier is the baseline
-CONFIDENCE_BANDS = ((90, 101), (75, 90), (50, 75), (0, 50))  # per cent
+CONFIDENCE_BANDS = ((90, 101), (75, 90), (50, 75), (0, 50))  # per cent; the last is LOW_CONFIDENCE
 MISTAKES = 12  # on the contact sheet
 PAINTINGS = {"test": "test painting", "train": "training painting", "all": "training and test painting"}
 
@@ -158,7 +159,7 @@ def unknown_style(classifier: Classifier, probabilities, config) -> dict:
 
 def confidence_facts(right, confidence) -> dict:
     """How many predictions are unsure, and shares of those that are `right` (bool (N,)), by confidence (N,)."""
-    sure = confidence >= 0.5
+    sure = confidence >= LOW_CONFIDENCE
     facts = {"unsure": 1 - sure.mean()} | ({"sure_accuracy": right[sure].mean()} if sure.any() else {})
     bands = {f"from_{low}": (confidence >= low / 100) & (confidence < high / 100) for low, high in CONFIDENCE_BANDS}
     bands = {name: right[band] for name, band in bands.items() if band.any()}

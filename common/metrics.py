@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+LOW_CONFIDENCE = 0.5
 BOOTSTRAP = 1000  # resamples behind each 95 % interval
 
 # Classification -------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def low_confidence(probabilities):
 
     It is then more likely wrong than right. Pictures of none of the classes may get a higher one.
     """
-    return probabilities.amax(1) < 0.5
+    return probabilities.amax(1) < LOW_CONFIDENCE
 
 
 def negative_log_likelihood(probabilities, labels):

@@ -479,8 +479,8 @@ class Steps:
 
     A GPU works on what the host has queued, and reading a number from it waits until the queue is empty. So losses stay
     on the device for LOG_STEPS steps; then all are read at once, and the bar shows the last one. Raises UserError with
-    the step and the `advice` where one was not finite. By default it is to try again, in case it was the
-    hardware, and then to lower the learning rate.
+    the step and the `advice` where one was not finite. By default it is to try again, in case it was the hardware, and
+    then to lower the learning rate.
     """
 
     ADVICE = "the same command resumes after the last finished epoch; if it happens again, lower --lr and add --restart"

@@ -818,14 +818,13 @@ def paintings(demo):
     return [path.read_bytes() for path in sorted((demo / "test").rglob("*.jpg"))]
 
 
+def predicted(classifier, data):
+    pixels = uploads.read_upload(data, classifier.size, classifier.resize)
+    return classifier.predict(torch.from_numpy(pixels)[None])[0]
+
+
 def truth(classifier, data):
-    pixels = uploads.read_upload(data, classifier.size, classifier.resize)
-    return [name for name, _ in classifier.top(classifier.predict(torch.from_numpy(pixels)[None])[0])]
-
-
-def unsure(classifier, data):
-    pixels = uploads.read_upload(data, classifier.size, classifier.resize)
-    return classifier.predict(torch.from_numpy(pixels)[None]).max().item() < 0.5
+    return [name for name, _ in classifier.top(predicted(classifier, data))]
 
 
 def still_right(server, classifier, data):
@@ -851,7 +850,7 @@ def test_gradio_client_gets_one_answer_and_many(server, classifier, paintings, d
     assert "not a picture" in many[1]["error"]
     files = sorted((demo / "test").rglob("*.jpg"))[:12]
     answers = client.predict([handle_file(path) for path in files], api_name="/label_batch")
-    doubts = [unsure(classifier, path.read_bytes()) for path in files]
+    doubts = [predicted(classifier, path.read_bytes()).max().item() < 0.5 for path in files]
     assert [answer["unsure"] for answer in answers] == doubts and len(set(doubts)) == 2
     with pytest.raises(Exception, match=f"1 to {page.MAX_BATCH} files"):
         client.predict([handle_file(files[0])] * (page.MAX_BATCH + 1), api_name="/label_batch")

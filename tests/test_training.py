@@ -291,8 +291,8 @@ def test_predictions_of_floats_are_refused(trained):
 
 def test_a_validation_loss_that_is_not_finite_ends_training_with_advice(demo):
     data = wikiart.WikiArt(demo, "test", size=32, processes=1)
-    broken = layers.nn.Sequential(layers.nn.Flatten(), layers.nn.Linear(3 * 32 * 32, 8))
-    layers.nn.init.constant_(broken[1].weight, float("nan"))
+    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8))
+    torch.nn.init.constant_(broken[1].weight, float("nan"))
     config = SimpleNamespace(batch_size=16, crop=32)
     with pytest.raises(UserError, match=r"validation loss is not finite: the same command resumes .* add --restart"):
         train.evaluate(broken, data, config, torch.device("cpu"))
