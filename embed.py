@@ -204,7 +204,7 @@ def fit_classifiers(task: Task, path: Path, config) -> tuple[dict, dict]:
         start = time.perf_counter()
         models[name], predictions, scores = fit(task, config)
         scores["fit_seconds"] = time.perf_counter() - start
-        scores |= bootstrap_scores(truth, predictions, len(classes), config.seed)
+        scores |= bootstrap_scores(test, predictions, task.target, config.seed)
         facts[name] = scores | seen_unseen_accuracy(training.artists, test, predictions)
         labels = range(len(classes))
         text = classification_report(truth, predictions, labels=labels, target_names=classes, zero_division=0)

@@ -404,7 +404,8 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
     figures.painting_grid((more if suffix else run) / f"style_grid{suffix}.png", cells, titles, row_titles, title)
     row, title = (len(rows) - 1) // 2, f"One painting in {len(columns)} styles"
     path = more / f"style_row{suffix}.png"
-    figures.painting_grid(path, cells[row : row + 1], titles, row_titles[row : row + 1], title)
+    captions = [f"{row_titles[row]} (original)", *titles[1:]]
+    figures.painting_sheet(path, cells[row], captions, -(-len(captions) // 2), title)
     if not suffix:
         plot_strengths(more / "style_strength.png", names, labels[:5], originals[rows[:5]], repainter)
         with named_errors(data.root / data.paths[rows[row]]):
@@ -419,14 +420,12 @@ def plot_truth(path, pairs, originals, repainted, names: list[str], labels) -> N
     """For each style, of another scene each: the source, the repainting and the true image."""
     chosen = [[pair for pair in pairs if pair[2] == style] for style in range(len(names))]
     chosen = [of_style[len(of_style) * style // len(names)] for style, of_style in enumerate(chosen)]
-    rows = (
-        torch.stack([originals[row] for row, _, _ in chosen]),
-        torch.stack([repainted[style][row] for row, _, style in chosen]),
-        torch.stack([originals[true] for _, true, _ in chosen]),
+    cells = [torch.stack([originals[row], repainted[style][row], originals[true]]) for row, true, style in chosen]
+    rows = [f"{names[labels[row]]} to {names[style]}" for row, _, style in chosen]
+    columns = ["source", "repainted", "true"]
+    figures.painting_grid(
+        path, to_bytes(torch.stack(cells)).numpy(), columns, rows, "The true picture beside a repainting"
     )
-    columns = [f"{names[labels[row]]} to {names[style]}" for row, _, style in chosen]
-    title = "Repaintings, and the same scenes as the target style has them"
-    figures.painting_grid(path, to_bytes(torch.stack(rows)).numpy(), columns, ["source", "repainted", "true"], title)
 
 
 def plot_strengths(path, names: list[str], labels, originals, repainter) -> None:

@@ -12,6 +12,7 @@ confusion.png, mistakes.png, more/regions.png (evidence for the class), more/roc
 With --split train or all the names end in _train or _all.
 """
 
+import copy
 import csv
 import textwrap
 from pathlib import Path
@@ -33,6 +34,7 @@ from common.metrics import (
     bootstrap_scores,
     calibrate,
     calibration_error,
+    classification_scores,
     confusion_counts,
     low_confidence,
     seen_unseen_accuracy,
@@ -68,12 +70,13 @@ def main(argv=None):
     predictions = probabilities.argmax(1)
     facts = {"checkpoint": classifier.hash[:12], "images": len(data), "classes": len(data.classes)}
     facts |= {"left_out": data.left_out, "images_per_cpu_second": len(data) / cpu_seconds}
-    facts |= bootstrap_scores(truth, predictions, len(data.classes), config.seed)
+    facts |= bootstrap_scores(data, predictions, classifier.target, config.seed)
     facts |= compare(classifier, data, config)
     facts["temperature"] = classifier.temperature
     facts["ece_before"] = calibration_error(truth, raw.numpy())
     facts["ece_after"] = calibration_error(truth, probabilities)
     facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
+    facts |= without_tta(classifier, data)
     unsure = low_confidence(torch.from_numpy(probabilities)).numpy()
     facts |= confidence_facts(predictions == truth, probabilities.max(1))
     facts |= unknown_style(classifier, probabilities, config)
@@ -107,9 +110,8 @@ def load_paintings(classifier: Classifier, config) -> WikiArt:
 
 def compare(classifier: Classifier, data: WikiArt, config) -> dict:
     """Scores of two simpler classifiers: always the largest class of training, and the baseline if it is trained."""
-    truth, classes = data.labels.numpy(), data.classes
-    largest_class = classifier.checkpoint["largest_class"]
-    predictions = {"majority": np.full(len(truth), largest_class)}
+    classes, largest_class = data.classes, classifier.checkpoint["largest_class"]
+    predictions = {"majority": np.full(len(data), largest_class)}
     path = checkpoint_path(config.run, BASELINE)
     baseline = Classifier.load(path, classifier.device) if path.exists() else None
     if baseline and baseline.classes == classes:
@@ -119,7 +121,7 @@ def compare(classifier: Classifier, data: WikiArt, config) -> dict:
         print(f"no baseline for these classes in {path.parent}: {command} trains one")
     facts = {"majority_class": classes[largest_class]}
     for name, labels in predictions.items():
-        scores = bootstrap_scores(truth, labels, len(classes), config.seed)
+        scores = bootstrap_scores(data, labels, classifier.target, config.seed)
         facts |= {f"{name}_{key}": value for key, value in scores.items()}
     return facts
 
@@ -132,6 +134,16 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
         if list(data.paths) != list(paths):
             raise UserError("the baseline was trained with another split than the classifier: train it again")
     return baseline.predict_dataset(data)
+
+
+def without_tta(classifier: Classifier, data: WikiArt) -> dict:
+    """Scores without test-time augmentation: on the whole image and its mirror image alone."""
+    plain = copy.copy(classifier)
+    plain.tta_scales = [1.0]
+    predictions = plain.predict_dataset(data, calibrated=False).argmax(1).numpy()
+    facts = dict(zip(METRICS, classification_scores(data.labels.numpy(), predictions, len(data.classes)), strict=True))
+    facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
+    return {f"without_tta_{name}": value for name, value in facts.items()}
 
 
 def unknown_style(classifier: Classifier, probabilities, config) -> dict:

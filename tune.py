@@ -40,6 +40,7 @@ SETTINGS = {
     "jobs": Setting(int, "[1, inf)", "trainings at a time"),
 }
 MEASURED = (*METRICS, "ece_after", "unseen_artists_accuracy", "unseen_artists_balanced_accuracy")
+MEASURED += ("without_tta_accuracy", "without_tta_balanced_accuracy", "without_tta_unseen_artists_accuracy")
 MEASURED += ("unknown_auroc", "unknown_unsure", "unknown_confidence", "unsure")
 RUNNING = []  # processes
 LIBC = ctypes.CDLL(None)

@@ -1,5 +1,6 @@
 """The plots that scripts share, and their matplotlib style and class colours."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -215,67 +216,116 @@ def grid(path, pictures: np.ndarray, columns: list[str], rows: list[str] | None 
 
 def painting_grid(path, pictures: np.ndarray, columns: list[str], rows: list[str], title: str, side: int = 160) -> None:
     """A table of pictures uint8 (rows, columns, 3, H, W) in true colours and real pixels, at most `side` a cell."""
-    height, width = pictures.shape[-2:]
-    height, width = (max(1, round(length * side / max(pictures.shape[-2:]))) for length in (height, width))
-    gap, top, left = 4, 56, 24
+    width, height = cell_size(pictures, side)
+    size = text_size(len(columns) * width, width)
+    columns, rows = [
+        [fit_lines(name, room, size) for name in names] for names, room in ((columns, width), (rows, height))
+    ]
+    gap, line = 4, round(1.25 * size)
+    top, left = 2 * line + line * lines_of(columns) + gap, line * lines_of(rows) + gap
     canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    draw.text((canvas.width / 2, 16), title, "black", ImageFont.load_default(17), anchor="mm")
+    write(canvas, (canvas.width / 2, line), title, size)
     for column, name in enumerate(columns):
-        draw.text((left + column * (width + gap) + width / 2, 42), name, "black", font, anchor="mm")
+        write(canvas, (left + column * (width + gap) + width / 2, top - gap - line * lines_of(columns) / 2), name, size)
     for row, name in enumerate(rows):
         label = Image.new("RGB", (height, left), "white")
-        ImageDraw.Draw(label).text((height / 2, left / 2), name, "black", font, anchor="mm")
+        write(label, (height / 2, left / 2), name, size)
         canvas.paste(label.rotate(90, expand=True), (0, top + row * (height + gap)))
         for column, picture in enumerate(pictures[row]):
-            cell = Image.fromarray(picture.transpose(1, 2, 0)).resize((width, height), Image.Resampling.LANCZOS)
-            canvas.paste(cell, (left + column * (width + gap), top + row * (height + gap)))
+            canvas.paste(cell_of(picture, width, height), (left + column * (width + gap), top + row * (height + gap)))
     save_picture(canvas, path)
+
+
+def painting_sheet(path, pictures, captions: list[str], columns: int, title: str, side: int = 224) -> None:
+    """Pictures uint8 (N, 3, H, W) in true colours and real pixels, in rows of `columns`, each under its caption."""
+    width, height = cell_size(pictures, side)
+    size = text_size(columns * width, width)
+    captions = [fit_lines(caption, width, size) for caption in captions]
+    gap, line = 4, round(1.25 * size)
+    top, above = 2 * line, line * lines_of(captions) + gap
+    rows, step = -(-len(pictures) // columns), above + height + gap
+    canvas = Image.new("RGB", (columns * (width + gap) - gap, top + rows * step), "white")
+    write(canvas, (canvas.width / 2, line), title, size)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = number % columns * (width + gap), top + number // columns * step
+        write(canvas, (x + width / 2, y + (above - gap) / 2), caption, size)
+        canvas.paste(cell_of(picture, width, height), (x, y + above))
+    save_picture(canvas, path)
+
+
+def cell_size(pictures: np.ndarray, side: int) -> tuple[int, int]:
+    """Width and height of pictures (..., H, W), the longer one `side`."""
+    height, width = pictures.shape[-2:]
+    return max(1, round(width * side / max(height, width))), max(1, round(height * side / max(height, width)))
+
+
+def cell_of(picture, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.asarray(picture).transpose(1, 2, 0)).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def text_size(width: int, cell: int) -> int:
+    """Height of letters, in pixels, that can be read where a picture is shown smaller, as on a phone."""
+    return max(13, min(width // 45, cell // 8))
+
+
+def fit_lines(text: str, width: int, size: int) -> str:
+    """Text in lines that fit into `width` pixels."""
+    return textwrap.fill(text, max(1, int(width / (0.52 * size))))
+
+
+def lines_of(texts: list[str]) -> int:
+    return max(text.count("\n") + 1 for text in texts)
+
+
+def write(
+    canvas: Image.Image, place: tuple[float, float], text: str, size: int, anchor: str = "mm", fill="black"
+) -> None:
+    ImageDraw.Draw(canvas).text(place, text, fill, ImageFont.load_default(size), anchor=anchor, align="center")
 
 
 def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], title: str, side: int = 48) -> None:
     """Pictures uint8 (N, 3, S, S) in the cells (N,) of a grid; up to nine classes have frames of their own colours."""
-    gap, frame, top = 2, 3, 34
-    step, rows, font = side + 2 * frame + gap, 1 + max(cells) // columns, ImageFont.load_default(13)
-    framed = len(classes) <= len(HUES)
-    canvas = Image.new("RGB", (columns * step, top + rows * step + 26 * framed), "white")
+    gap, frame = 2, 3
+    step, rows = side + 2 * frame + gap, 1 + max(cells) // columns
+    size = max(13, columns * step // 50)
+    classes = classes if len(classes) <= len(HUES) else []
+    names, line = -(-len(classes) // 2), round(1.5 * size)  # names of classes in a row of the legend
+    top = 2 * size
+    canvas = Image.new("RGB", (columns * step, top + rows * step + 2 * line * bool(classes)), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((canvas.width / 2, top / 2), title, "black", ImageFont.load_default(16), anchor="mm")
+    write(canvas, (canvas.width / 2, size), title, size)
     for picture, cell, label in zip(pictures, cells, labels, strict=True):
         x, y = cell % columns * step, top + cell // columns * step
-        if framed:
+        if classes:
             draw.rectangle((x, y, x + step - gap - 1, y + step - gap - 1), class_style(label)["color"])
-        small = Image.fromarray(np.asarray(picture).transpose(1, 2, 0)).resize((side, side), Image.Resampling.LANCZOS)
-        canvas.paste(small, (x + frame, y + frame))
-    for number, name in enumerate(classes if framed else ()):
-        x, y = number * canvas.width // len(classes), canvas.height - 18
-        draw.rectangle((x, y, x + 12, y + 12), class_style(number)["color"])
-        draw.text((x + 17, y + 6), display_name(name), "black", font, anchor="lm")
+        canvas.paste(cell_of(picture, side, side), (x + frame, y + frame))
+    for number, name in enumerate(classes):
+        x, y = number % names * canvas.width // names, canvas.height - 2 * line + number // names * line + line // 2
+        draw.rectangle((x, y - size // 2, x + size, y + size // 2), class_style(number)["color"])
+        write(canvas, (x + 1.4 * size, y), display_name(name), size, "lm")
     save_picture(canvas, path)
 
 
 def pair_grid(path, rows: list, columns: list[str], names: list[str], side: int = 128) -> None:
     """Rows (example (3, S, S), pairs (columns, 2, 3, S, S)), uint8: without and with, side by side under each title."""
-    gap, space, top, left = 2, 14, 62, 24
-    pair = 2 * side + gap + space
+    gap, space, size = 2, 14, 20
+    pair, top, left = 2 * side + gap + space, 4 * size, round(1.5 * size)
     canvas = Image.new("RGB", (left + side + space + len(columns) * pair, top + len(rows) * (side + 6)), "white")
-    draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
-    draw.text((left + side / 2, 18), "learned from", "black", font, anchor="mm")
+    write(canvas, (left + side / 2, size), "learned from", size)
     for number, title in enumerate(columns):
         x = left + side + space + number * pair
-        draw.text((x + side, 18), title, "black", font, anchor="mm")
-        for place, word in enumerate(("without LoRA", "with LoRA")):
-            draw.text((x + place * (side + gap) + side / 2, 44), word, ("grey", "black")[place], small, anchor="mm")
+        write(canvas, (x + side, size), title, size)
+        for place, word in enumerate(("without", "with LoRA")):
+            write(canvas, (x + place * (side + gap) + side / 2, 2.8 * size), word, size, fill=("grey", "black")[place])
     for number, (name, (example, pairs)) in enumerate(zip(names, rows, strict=True)):
         y = top + number * (side + 6)
         label = Image.new("RGB", (side, left), "white")
-        ImageDraw.Draw(label).text((side / 2, left / 2), name, "black", font, anchor="mm")
+        write(label, (side / 2, left / 2), name, size)
         canvas.paste(label.rotate(90, expand=True), (0, y))
         places = [(left, example)]
         for column, both in enumerate(pairs):
             x = left + side + space + column * pair
             places += [(x, both[0]), (x + side + gap, both[1])]
         for x, picture in places:
-            cell = Image.fromarray(picture.transpose(1, 2, 0)).resize((side, side), Image.Resampling.LANCZOS)
-            canvas.paste(cell, (x, y))
+            canvas.paste(cell_of(picture, side, side), (x, y))
     save_picture(canvas, path)

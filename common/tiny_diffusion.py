@@ -32,7 +32,7 @@ from common.errors import UserError
 from common.names import display_name
 from common.optim import MovingAverage, Optimizers
 from common.painter import STYLES, Artist, Scene
-from common.run import write_text
+from common.run import pick_device, write_text
 
 SIDE = 64
 SHARED = Path(__file__).resolve().parent.parent / "report/tiny_base"
@@ -143,7 +143,7 @@ def make_base(folder: Path, unseen: list[str], device, processes: int = 0) -> di
 
     One of the same numbers that is there already is kept, and one in report/tiny_base is copied.
     """
-    numbers, known = [SEED, STEPS, BATCH_SIZE, SCENES, list(CHANNELS)], known_styles(unseen)
+    numbers, known = numbers_of_training(), known_styles(unseen)
     base, shared = folder / base_name(unseen), SHARED / base_name(unseen)
     with diffusion.exclusive(folder / "bases"):
         if not is_made(base, numbers) and is_made(shared, numbers):
@@ -151,12 +151,26 @@ def make_base(folder: Path, unseen: list[str], device, processes: int = 0) -> di
             shutil.copytree(shared, base, ignore=shutil.ignore_patterns(NOTE))
             write_text(base / NOTE, (shared / NOTE).read_text())  # last: now it is complete
         if not is_made(base, numbers):
-            start, pictures = time.process_time(), paint_scenes(processes)
-            torch.manual_seed(SEED)
-            fit(pipe := new_pipeline().to(device), {style: pictures[style] for style in ("", *known)})
-            save(pipe, base, numbers, known, start)
+            train_base(base, known, device, processes)
     note = read_note(base)
     return {"tiny_cpu_minutes": note["cpu_minutes"], "tiny_weights": note["weights"], "tiny_scenes": SCENES}
+
+
+def train_bases(folder) -> None:
+    """Train both bases anew, as `make report` does."""
+    for half in HALVES:
+        train_base(Path(folder, base_name(half)), known_styles(half), pick_device("auto"))
+
+
+def numbers_of_training() -> list:
+    return [SEED, STEPS, BATCH_SIZE, SCENES, list(CHANNELS)]
+
+
+def train_base(folder: Path, known: list[str], device, processes: int = 0) -> None:
+    start, pictures = time.process_time(), paint_scenes(processes)
+    torch.manual_seed(SEED)
+    fit(pipe := new_pipeline().to(device), {style: pictures[style] for style in ("", *known)})
+    save(pipe, folder, known, start)
 
 
 def known_styles(unseen: list[str]) -> list[str]:
@@ -180,11 +194,11 @@ def is_made(folder: Path, numbers: list) -> bool:
     return (folder / NOTE).exists() and read_note(folder)["numbers"] == numbers
 
 
-def save(pipe, folder: Path, numbers: list, known: list[str], start: float) -> None:
+def save(pipe, folder: Path, known: list[str], start: float) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     pipe.unet.half()  # half of the size; it is read as float32
     pipe.save_pretrained(folder)
-    about = {"numbers": numbers, "cpu_minutes": (time.process_time() - start) / 60}
+    about = {"numbers": numbers_of_training(), "cpu_minutes": (time.process_time() - start) / 60}
     about["weights"] = sum(weight.numel() for part in diffusion.networks(pipe) for weight in part.parameters())
     about["words"] = sorted({word for text in captions(styles=("", *known)) for word in text.lower().split()})
     write_text(folder / NOTE, json.dumps(about))  # last, here too

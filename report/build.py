@@ -2,7 +2,8 @@
 
     python report/build.py --run runs/demo                # writes runs/demo/report.md
     python report/build.py --run runs/wikiart --publish   # renews report/, its weights, and the README's results
-    python report/build.py --check                        # exits with 1 if the documents are not up to date
+    python report/build.py --check                        # exits with 1 if the documents are not up to date with the
+                                                          # facts; names code that has changed since it made them
 
 A template holds {script.fact} or {script.fact:format}, e.g. {test.accuracy:.1%}, for every number; a fact that the run
 does not have is an error. {mlp.train.epochs} is a fact of the run in the run's folder mlp/. Figures have the names of
@@ -10,6 +11,7 @@ files in the run folder.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import re
@@ -22,6 +24,7 @@ ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
 from common.files import atomic_write, write_text  # noqa: E402
+from common.stamp import code_hash  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -39,6 +42,8 @@ def main():
     parser.add_argument("--check", action="store_true", help="exit with 1 if the committed documents are out of date")
     options = parser.parse_args()
     if options.check:
+        for line in changed_code(read_facts(REPORT).get("code", {})):
+            print(f"build.py: {line}", file=sys.stderr)
         outdated = [path.name for path, text in documents(read_facts(REPORT)).items() if path.read_text() != text]
         sys.exit(f"build.py: out of date: {', '.join(outdated)}; run make report" if outdated else 0)
 
@@ -127,13 +132,37 @@ def check_checkpoints(facts: dict, weights: Path) -> None:
             sys.exit(f"build.py: {fact} is of another classifier than {weights / name}: run make report")
 
 
+def code_of(run: Path) -> dict[str, dict[str, str]]:
+    """{stage: {file: hash}}: the code that made each stage of a run, as its stamps have it (common/stamp.py)."""
+    stages = {str(path.relative_to(run)).replace("stamps/", ""): path for path in sorted(run.rglob("stamps/*"))}
+    return {
+        stage: dict(re.findall(r"^(\S+) ([0-9a-f]{12})$", path.read_text(), re.M)) for stage, path in stages.items()
+    }
+
+
+def changed_code(stages: dict[str, dict[str, str]]) -> list[str]:
+    """A line for each file that has changed since it made results, comments aside: those may be older than the code."""
+    made_by = {}
+    for stage, hashes in stages.items():
+        for name, hashed in hashes.items():
+            made_by.setdefault((name, hashed), []).append(stage)
+    lines = []
+    for (name, hashed), made in sorted(made_by.items()):
+        path = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+        if not path.exists() or code_hash(ast.parse(path.read_text())) != hashed:
+            lines.append(f"{path.relative_to(ROOT)} has changed since it made the results of {', '.join(made)}")
+    return lines
+
+
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
+    facts = facts | {"code": code_of(run)}
     texts = documents(facts, run)  # first: a missing fact ends the program before anything is overwritten
     for name, path in figures.items():
         copy(path, REPORT / name)
     write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
         copy(run / name, REPORT / name)
+    copy(ROOT / "data/demo/demo.png", REPORT / "demo.png")
     base = run / "demo/tiny_base"  # of lora.py
     for path in filter(Path.is_file, base.rglob("*")):
         copy(path, REPORT / "tiny_base" / path.relative_to(base))

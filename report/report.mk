@@ -28,9 +28,16 @@ ablation_0_flags := --seed 0
 ablation_1_flags := --seed 1
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.md unknown.md)
 $(RUN)/ablation_0.md $(RUN)/ablation_1.md: report/ablation.json
+# Trainings that are rows of two tables, or the run's own classifier: they are copied.
+seeds_copied := 0=.
+balance_copied := logit=.
+ablation_0_copied := no_balance=balance/none
+$(RUN)/ablation_0.md: | $(RUN)/balance.md
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $(filter-out %.json,$^); do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
+	@for pair in $($*_copied); do row=$(RUN)/$*/$${pair%=*}; [ -e $$row/classifier.pt ] || \
+	    { mkdir -p $$row && cp $(addprefix $(RUN)/$${pair#*=}/,facts.json report.txt classifier.pt) $$row; } || exit; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
 
 # Combined codes of two more seeds.
@@ -79,7 +86,12 @@ backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_li
 
 # In the demo the same scene exists in every style, so repaintings can be compared with the true picture. There LoRA
 # learns each style in turn, on a small base that has seen four of the others; finished adapters are kept.
-$(RUN)/demo: FORCE
+# make report trains these bases as well; otherwise those of report/ are copied.
+$(RUN)/stamps/bases: common/tiny_diffusion.py common/painter.py | $(RUN)/report.txt
+	rm -rf $(addprefix $(RUN)/demo/,tiny_base lora lora_compare.png)  # adapters are of their base
+	$(PY) -c 'from common.tiny_diffusion import train_bases; train_bases("$(RUN)/demo/tiny_base")'
+	touch $@
+$(RUN)/demo: $(RUN)/stamps/bases FORCE
 	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline $(addprefix $(RUN)/demo/,lora_compare.png unknown.md)
 
 .PHONY: eight_styles

@@ -1,5 +1,6 @@
 """The committed report and README are what the templates and the committed facts make; links and commands are right."""
 
+import ast
 import importlib
 import json
 import re
@@ -12,6 +13,7 @@ from conftest import ROOT, clear_line, picture, script
 
 from common.config import read_settings
 from common.names import hidden_parts
+from common.stamp import code_hash
 
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "report/README.md", *DOCS]
@@ -141,7 +143,12 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     run, report = tmp_path / "run", tmp_path / "report"
     shutil.copytree(report, run)
-    (run / "demo").mkdir()
+    (tmp_path / "data/demo").mkdir(parents=True)
+    shutil.copy(report / "demo.png", tmp_path / "data/demo")
+    (run / "demo/stamps").mkdir(parents=True)
+    code = code_hash(ast.parse((ROOT / "wikiart.py").read_text()))
+    (run / "demo/stamps/mlp").write_text(f"train.py -c x\nepochs = 3\ncommon.optim {'0' * 12}\nwikiart {code}\n")
+    shutil.copy(ROOT / "wikiart.py", tmp_path)
     for name in ("style_truth.png", "lora_grid.png", "lora_compare.png"):
         (run / name).rename(run / "demo" / name)
     (run / "demo/tiny_base/knows-all/unet").mkdir(parents=True)
@@ -167,4 +174,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     assert "98.8%" in (tmp_path / "README.md").read_text()
     assert (report / "centroids_combined.txt").read_text().startswith("cluster 1")
     assert (report / "tiny_base/knows-all/unet/config.json").read_text() == "of this run"
-    assert script(tmp_path / "report/build.py", "--check").returncode == 0
+    check = script(tmp_path / "report/build.py", "--check")
+    assert check.returncode == 0
+    message = "build.py: common/optim.py has changed since it made the results of demo/mlp\n"
+    assert check.stderr == message

@@ -22,7 +22,7 @@ import train
 import wikiart
 from common import crops, figures, names, packages, run
 from common.errors import UserError
-from common.metrics import METRICS, classification_scores, seen_unseen_accuracy
+from common.metrics import METRICS, bootstrap_scores, classification_scores, seen_unseen_accuracy
 from common.names import title_of
 
 
@@ -281,6 +281,25 @@ def test_measures_agree_with_scikit_learn():
 def test_a_class_missing_from_the_truth_counts_for_nothing():
     truth, guesses = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
     assert classification_scores(truth, guesses, 3) == pytest.approx((0.75, 0.75, (2 / 3 + 1) / 2))
+
+
+def test_the_bootstrap_draws_artists_unless_they_are_few_or_the_classes():
+    """Of 40 artists, each is always right or always wrong: 10 paintings by one say no more than a single one."""
+    right = np.arange(40) % 4 > 0
+    truth, predictions = np.repeat(np.arange(40) % 2, 10), np.repeat(np.where(right, 0, 1) ^ np.arange(40) % 2, 10)
+    artists = np.repeat(np.arange(40), 10).astype(str)
+
+    def width(artists, target="style"):
+        data = SimpleNamespace(labels=torch.from_numpy(truth), classes=["a", "b"], artists=artists)
+        scores = bootstrap_scores(data, predictions, target, seed=0)
+        assert scores["accuracy_low"] < scores["accuracy"] == 0.75 < scores["accuracy_high"]
+        return scores["accuracy_high"] - scores["accuracy_low"]
+
+    single = 2 * 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert width(artists) == pytest.approx(single * np.sqrt(10), rel=0.15)
+    assert width(artists, "artist") == pytest.approx(single, rel=0.15)
+    assert width(np.full(400, "")) == pytest.approx(single, rel=0.15)
+    assert width(np.full(400, "img")) == pytest.approx(single, rel=0.15)
 
 
 def test_unknown_artists_are_neither_seen_nor_unseen():
