@@ -15,7 +15,7 @@ from common import stamp
 STUB = f"""#!/bin/bash
 case $1 in
   -m) exec {sys.executable} "$@";;  # common.stamp is run
-  -c) exit 1;;  # no accelerator
+  -c) [[ $2 != *accelerator* ]]; exit;;  # there is none
 esac
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
@@ -23,14 +23,14 @@ while [ $# -gt 0 ]; do
   script=${{script:-$1}}; shift
 done
 case $script in
-  train.py) mkdir -p $run; touch $run/classifier.pt;;
+  train.py) mkdir -p $run; touch $run/facts.json; echo "$run" > $run/classifier.pt;;
   test.py) touch $run/report.txt;;
   train_autoencoder.py) mkdir -p $run; touch $run/autoencoder.pt;;
   train_style.py) mkdir -p $run; touch $run/style.pt;;
   style_transfer.py) mkdir -p $run/more; touch $run/${{name:+more/}}style_grid${{name:+_$name}}.png;;
   embed.py) case $backbone$shrunk in tf_efficientnet_lite0) backbone=tf_efficientnet_lite2;; esac
     touch $run/embed_${{backbone:-convnext}}$shrunk.pt;;
-  tune.py) touch $run/$name.md;;
+  tune.py) mkdir -p $run/$name/none; touch $run/$name.md $run/$name/none/{{facts.json,report.txt,classifier.pt}};;
   lora.py) touch $run/lora_grid.png $run/lora_compare.png;;
   benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
@@ -336,9 +336,11 @@ def test_the_report_is_only_published_from_real_paintings(project):
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
     assert all("-c report/settings.json" in call for call in of_paintings)  # what no figure of the report shows
     assert (project / "runs/paintings/demo/stamps/test").read_text().count("report/hide.txt") == 0
+    for row in ("seeds/0", "balance/logit"):  # the run's own classifier, not trained again
+        assert (project / "runs/paintings" / row / "classifier.pt").read_text() == "runs/paintings\n"
     (project / "common/figures.py").touch()  # drawn again, not trained again
     assert not [script for script in make(project, *wanted)[0] if script.startswith("train")]
-    old = project / "runs/paintings/seeds/0/classifier.pt"
+    old = project / "runs/paintings/seeds/1/classifier.pt"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()
     assert make(project, *wanted)[0] == 3 * [BUILD]  # the run's, the demo's, and the published one
