@@ -29,7 +29,7 @@ from common.stamp import code_hash  # noqa: E402
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
-FIGURE = re.compile(r"\]\((?:more/)?([^)/]+\.(?:png|txt))\)")  # .txt: painters and titles of a sheet of paintings
+FIGURE = re.compile(r"""(?:\]\(|src=")(?:more/)?([^)"/]+\.(?:png|txt))""")  # .txt: painters and titles of a sheet
 OF_README = ("style_row.png",)  # besides the report's figures
 OF_DEMO = ("style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe

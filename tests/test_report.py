@@ -27,7 +27,7 @@ def test_the_committed_documents_are_up_to_date():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_images_resolve(page):
     text = (ROOT / page).read_text()
-    links = re.findall(r"\]\((?!https:)([^)#]+)\)", text)
+    links = re.findall(r"""(?:\]\(|src=")(?!https:)([^)#"]+)[)"]""", text)
     for link in links:
         assert (ROOT / page).parent.joinpath(link).exists(), link
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
