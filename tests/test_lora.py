@@ -138,6 +138,16 @@ def test_the_style_learned_gets_better_and_the_others_do_not(demo, tmp_path, mon
     assert (run / "lora/step-000020.png").exists()
 
 
+def test_the_bases_that_make_report_trains_are_taken(tmp_path):
+    folder = tmp_path / "tiny_base"
+    tiny_diffusion.train_bases(folder)
+    assert len(list(folder.glob("knows-*/unet"))) == 2
+    notes = {path: path.read_text() for path in folder.rglob(tiny_diffusion.NOTE)}
+    for half in tiny_diffusion.HALVES:
+        tiny_diffusion.make_base(folder, half, torch.device("cpu"))
+    assert {path: path.read_text() for path in folder.rglob(tiny_diffusion.NOTE)} == notes  # with the time it took
+
+
 def test_facts_of_another_training_do_not_stay(tuned, demo, tmp_path):
     old = {"tiny_weights": 1, "hit_rate": 0.5, "other_styles_loss_after": 1.0, "per_style": {"Dots": {}}}
     add_facts(tmp_path, "lora", old)
