@@ -31,7 +31,16 @@ from common.crops import batch_crop, random_crops
 from common.errors import UserError
 from common.images import pixel_cache
 from common.layers import Normalise
-from common.run import add_facts, claim, load_checkpoint, read_facts, reuse_freed_memory, run_script, write_text
+from common.run import (
+    add_facts,
+    checkpoint_path,
+    claim,
+    load_checkpoint,
+    read_facts,
+    reuse_freed_memory,
+    run_script,
+    write_text,
+)
 from wikiart import Classifier, WikiArt, channel_statistics, make_model
 
 SHARED = ("data", "run", "size", "resize", "seed", "split_seed", "validation")
@@ -45,7 +54,7 @@ IMAGES, WIDTH, HEIGHT = 300, 1095, 822  # JPEGs to measure on, about as large as
 MEMORY_IMAGES = 20_000  # kept as floats, 200 KB each
 FEW, MANY = 1000, 32_000  # images of the small and the large data set of `growth`
 EPOCHS = 12  # of ResNet-18 and of our network; the reference recipe has 90
-CLASSIFIER = ROOT / "report" / "classifier.pt"  # labels the JPEGs
+CLASSIFIER = ROOT / "report" / "classifier.pt"  # labels the JPEGs where the run has none
 
 
 def main(argv=None):
@@ -267,14 +276,16 @@ def train_cnn(bench: Bench, run: Path) -> list[dict]:
 def labelling(bench: Bench) -> dict:
     """Images per CPU second of label.py on JPEGs, without its start, compared with its network on decoded images."""
     root, single, table = bench.large_images(), bench.scratch / "single", bench.scratch / "labels.csv"
-    classifier = Classifier.load(CLASSIFIER, CPU)
+    path = checkpoint_path(bench.config.run, CLASSIFIER.name)
+    path = path if path.exists() else CLASSIFIER
+    classifier = Classifier.load(path, CPU)
     data = WikiArt(root, size=classifier.size, resize=classifier.resize, processes=1)
     single.mkdir()
     shutil.copy(data.root / data.paths[0], single)
 
     def label(folder):
         table.unlink(missing_ok=True)
-        flags = ["--checkpoint", CLASSIFIER, "--run", bench.scratch, "--device", "cpu", "--processes", 1]
+        flags = ["--checkpoint", path, "--run", bench.scratch, "--device", "cpu", "--processes", 1]
         flags.append("--no-sheet")
         benchmarks.call([ROOT / "label.py", folder, "--out", table, *flags])
 

@@ -346,7 +346,7 @@ def plot_map(path: Path, source: str, rows, points, data: WikiArt, config) -> No
     places = (points[shown] - points[shown].min(0)) / span * grid.max(0)
     near = linear_sum_assignment(((places[:, None] - grid) ** 2).sum(2))[1]
     items = rows[shown]
-    title = f"{len(shown)} {config.split} paintings by likeness of their {source} codes; frames: styles"
+    title = f"{len(shown)} {config.split} paintings by likeness of their {source} codes"
     labels = data.labels.numpy()[items]
     figures.thumbnails(path, data.pixels[data.rows[items]], near, columns, labels, data.classes, title)
 

@@ -405,7 +405,7 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
     row, title = (len(rows) - 1) // 2, f"One painting in {len(columns)} styles"
     path = more / f"style_row{suffix}.png"
     captions = [f"{row_titles[row]} (original)", *titles[1:]]
-    figures.painting_sheet(path, cells[row], captions, -(-len(captions) // 2), title)
+    figures.painting_sheet(path, cells[row], captions, min(5, -(-len(captions) // 2)), title)
     if not suffix:
         plot_strengths(more / "style_strength.png", names, labels[:5], originals[rows[:5]], repainter)
         with named_errors(data.root / data.paths[rows[row]]):

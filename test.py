@@ -137,7 +137,9 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
 
 
 def without_tta(classifier: Classifier, data: WikiArt) -> dict:
-    """Scores without test-time augmentation: on the whole image and its mirror image alone."""
+    """Scores without test-time augmentation, if there is any: on the whole image and its mirror image alone."""
+    if classifier.tta_scales == [1.0]:
+        return {}
     plain = copy.copy(classifier)
     plain.tta_scales = [1.0]
     predictions = plain.predict_dataset(data, calibrated=False).argmax(1).numpy()

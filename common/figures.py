@@ -289,18 +289,20 @@ def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], 
     step, rows = side + 2 * frame + gap, 1 + max(cells) // columns
     size = max(13, columns * step // 50)
     classes = classes if len(classes) <= len(HUES) else []
-    names, line = -(-len(classes) // 2), round(1.5 * size)  # names of classes in a row of the legend
-    top = 2 * size
-    canvas = Image.new("RGB", (columns * step, top + rows * step + 2 * line * bool(classes)), "white")
+    longest = max((len(display_name(name)) for name in classes), default=0)
+    in_row = max(1, min(5, int(columns * step / (0.6 * size * (longest + 3)))))  # names of the legend
+    title, line = fit_lines(title, columns * step, size), round(1.5 * size)
+    top, bottom = line * lines_of([title]), -(-len(classes) // in_row) * line
+    canvas = Image.new("RGB", (columns * step, top + rows * step + bottom), "white")
     draw = ImageDraw.Draw(canvas)
-    write(canvas, (canvas.width / 2, size), title, size)
+    write(canvas, (canvas.width / 2, top / 2), title, size)
     for picture, cell, label in zip(pictures, cells, labels, strict=True):
         x, y = cell % columns * step, top + cell // columns * step
         if classes:
             draw.rectangle((x, y, x + step - gap - 1, y + step - gap - 1), class_style(label)["color"])
         canvas.paste(cell_of(picture, side, side), (x + frame, y + frame))
     for number, name in enumerate(classes):
-        x, y = number % names * canvas.width // names, canvas.height - 2 * line + number // names * line + line // 2
+        x, y = number % in_row * canvas.width // in_row, canvas.height - bottom + number // in_row * line + line // 2
         draw.rectangle((x, y - size // 2, x + size, y + size // 2), class_style(number)["color"])
         write(canvas, (x + 1.4 * size, y), display_name(name), size, "lm")
     save_picture(canvas, path)

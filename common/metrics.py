@@ -48,7 +48,8 @@ def bootstrap_scores(data, predictions, target: str, seed: int) -> dict:
     """The three METRICS, each with its 95 % bootstrap interval as <metric>_low and <metric>_high (percentiles).
 
     Paintings by one artist are alike, so whole artists are drawn (cluster bootstrap, Davison and Hinkley 1997); but
-    single paintings where artists are unknown, "", or fewer than FEW_ARTISTS, or are the classes, the `target`.
+    single paintings where artists are unknown, "", or fewer than FEW_ARTISTS, or are the classes, the `target`. Where a
+    class has one or two artists, it is missing from many samples, and the intervals of means over classes say little.
     """
     truth, classes = data.labels.numpy(), len(data.classes)
     _, group = np.unique(connected_groups(data.artists), return_inverse=True)
@@ -57,11 +58,10 @@ def bootstrap_scores(data, predictions, target: str, seed: int) -> dict:
     groups = group.max() + 1
     facts = dict(zip(METRICS, classification_scores(truth, predictions, classes), strict=True))
     draws = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), BOOTSTRAP)
-    by_class = [
-        np.bincount(truth * classes + predictions, drawn[group], classes**2).reshape(classes, classes)
-        for drawn in draws  # how often each artist is drawn
-    ]
-    scores = np.array([scores_of_counts(counts) for counts in by_class])
+    cells, scores = truth * classes + predictions, []
+    for drawn in draws:  # how often each artist is drawn
+        counts = np.bincount(cells, drawn[group], classes**2).reshape(classes, classes)
+        scores.append(scores_of_counts(counts))
     for name, low, high in zip(METRICS, *np.percentile(scores, (2.5, 97.5), axis=0), strict=True):
         facts |= {f"{name}_low": low, f"{name}_high": high}
     return facts

@@ -1,6 +1,7 @@
 """Write what a stage of `make` depends on into a text file, the stage's stamp, but only if it has changed.
 
     python -m common.stamp runs/demo/stamps/mlp train.py -c settings/mlp.json --data data/demo --run runs/demo/mlp
+    python -m common.stamp runs/demo/stamps/bases --code common/painter.py    # of files, without settings
 
 The arguments after the file are the stage's command. Its stamp lists the settings that the script uses, its flags, and
 hashes of the code that determines results. Comments, docstrings, help texts, and settings that do not change results
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         return mend_times(map(Path, argv[1:]))
     path = Path(argv[0])
     try:
-        text = stamp(argv[1:])
+        text = stamp_of_files(argv[2:]) if argv[1] == "--code" else stamp(argv[1:])
         if not path.exists() or path.read_text() != text:
             write_text(path, text)
     except (UserError, OSError) as error:
@@ -77,6 +78,11 @@ def stamp(command: list[str]) -> str:
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     lines += [f"{name} {hashes[name]}" for name in sorted(hashes)]
     return "\n".join([shlex.join([script, *flags]), *lines]) + "\n"
+
+
+def stamp_of_files(names: list[str]) -> str:
+    """The stamp of code that no script runs: hashes of these files alone, common/painter.py for example."""
+    return "".join(f"{name} {code_hash(ast.parse((ROOT / name).read_text()))}\n" for name in names)
 
 
 def shared_settings(tree) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ def make_base(folder: Path, unseen: list[str], device, processes: int = 0) -> di
 
 
 def train_bases(folder) -> None:
-    """Train both bases anew, as `make report` does."""
+    """Train both bases anew, as `make report` does, so that those of report/ are made by its code."""
     for half in HALVES:
         train_base(Path(folder, base_name(half)), known_styles(half), pick_device("auto"))
 

@@ -30,8 +30,8 @@ README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"""(?:\]\(|src=")(?:more/)?([^)"/]+\.(?:png|txt))""")  # .txt: painters and titles of a sheet
-OF_README = ("style_row.png",)  # besides the report's figures
-OF_DEMO = ("style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
+OF_OTHERS = ("style_row.png", "demo.png")  # shown by the README and docs/
+OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe
 
 
@@ -52,7 +52,7 @@ def main():
         if script not in facts:
             sys.exit(f"build.py: {options.run} has no facts of {script}.py yet: run it first")
     text = fill(REPORT / ("template.md" if options.publish else "run.md"), facts)
-    figures = find_figures(text, OF_README if options.publish else (), options.run)
+    figures = find_figures(text, OF_OTHERS if options.publish else (), options.run)
     if options.publish:
         publish(options.run, facts, figures)
         print(f"renewed: {REPORT / 'README.md'}, {README}")
@@ -162,9 +162,8 @@ def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
     write_text(REPORT / "facts.json", json.dumps(facts, indent=2) + "\n")
     for name in WEIGHTS:
         copy(run / name, REPORT / name)
-    copy(ROOT / "data/demo/demo.png", REPORT / "demo.png")
     base = run / "demo/tiny_base"  # of lora.py
-    for path in filter(Path.is_file, base.rglob("*")):
+    for path in filter(Path.is_file, base.glob("knows-*/**/*")):
         copy(path, REPORT / "tiny_base" / path.relative_to(base))
     for path, text in texts.items():
         write_text(path, text)

@@ -28,10 +28,11 @@ ablation_0_flags := --seed 0
 ablation_1_flags := --seed 1
 COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.md unknown.md)
 $(RUN)/ablation_0.md $(RUN)/ablation_1.md: report/ablation.json
-# Trainings that are rows of two tables, or the run's own classifier: they are copied.
-seeds_copied := 0=.
-balance_copied := logit=.
-ablation_0_copied := no_balance=balance/none
+# A row whose settings are those of the run's own classifier, or of another table's row, is copied: row=folder.
+setting = $(shell sed -n 's/^$(1) = "\?\([^"]*\)"\?$$/\1/p' $(RUN)/stamps/classifier)
+seeds_copied = $(call setting,seed)=.
+balance_copied = $(addsuffix =.,$(filter-out resample,$(call setting,balance)))
+ablation_0_copied = $(if $(filter 0,$(call setting,seed)),no_balance=balance/none)
 $(RUN)/ablation_0.md: | $(RUN)/balance.md
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
@@ -87,12 +88,15 @@ backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_li
 # In the demo the same scene exists in every style, so repaintings can be compared with the true picture. There LoRA
 # learns each style in turn, on a small base that has seen four of the others; finished adapters are kept.
 # make report trains these bases as well; otherwise those of report/ are copied.
-$(RUN)/stamps/bases: common/tiny_diffusion.py common/painter.py | $(RUN)/report.txt
+$(RUN)/stamps/bases: FORCE
+	@$(PY) -m common.stamp $@ --code $(addprefix common/,tiny_diffusion.py painter.py diffusion.py optim.py)
+$(RUN)/bases.txt: $(RUN)/stamps/bases | $(RUN)/report.txt
 	rm -rf $(addprefix $(RUN)/demo/,tiny_base lora lora_compare.png)  # adapters are of their base
 	$(PY) -c 'from common.tiny_diffusion import train_bases; train_bases("$(RUN)/demo/tiny_base")'
 	touch $@
-$(RUN)/demo: $(RUN)/stamps/bases FORCE
+$(RUN)/demo: $(RUN)/bases.txt FORCE
 	+$(MAKE) --no-print-directory WIKIART= HIDE= RUN=$(RUN)/demo pipeline $(addprefix $(RUN)/demo/,lora_compare.png unknown.md)
+	@cp data/demo/demo.png $@ && cp data/demo.stamp $@/stamps/demo
 
 .PHONY: eight_styles
 eight_styles: $(VENV)/ready-lora

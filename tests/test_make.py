@@ -15,7 +15,8 @@ from common import stamp
 STUB = f"""#!/bin/bash
 case $1 in
   -m) exec {sys.executable} "$@";;  # common.stamp is run
-  -c) [[ $2 != *accelerator* ]]; exit;;  # there is none
+  -c) [[ $2 == *accelerator* ]] && exit 1  # there is none
+    echo "$2" >> calls; exit;;
 esac
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
@@ -30,11 +31,12 @@ case $script in
   style_transfer.py) mkdir -p $run/more; touch $run/${{name:+more/}}style_grid${{name:+_$name}}.png;;
   embed.py) case $backbone$shrunk in tf_efficientnet_lite0) backbone=tf_efficientnet_lite2;; esac
     touch $run/embed_${{backbone:-convnext}}$shrunk.pt;;
-  tune.py) mkdir -p $run/$name/none; touch $run/$name.md $run/$name/none/{{facts.json,report.txt,classifier.pt}};;
+  tune.py) mkdir -p $run/$name/none; cd $run/$name
+    echo $name | tee none/{{facts.json,report.txt,classifier.pt}} > ../$name.md;;
   lora.py) touch $run/lora_grid.png $run/lora_compare.png;;
   benchmark.py) touch $run/benchmark.md;;
   cluster.py) touch $run/clusters.md;;
-  demo.py) mkdir -p data/demo/train/Dots data/demo/train/Facets; touch data/demo/metadata.csv;;
+  demo.py) mkdir -p data/demo/train/Dots data/demo/train/Facets; touch data/demo/{{metadata.csv,demo.png}};;
 esac
 """
 REPAINT = 3 * ["style_transfer.py"]
@@ -43,6 +45,7 @@ STAGES = [
     *["train_style.py", "train.py", *REPAINT],
 ]
 BUILD = "report/build.py"
+BASES = "from common.tiny_diffusion import train_bases; train_bases"
 
 
 @pytest.fixture
@@ -329,15 +332,22 @@ def test_the_report_is_only_published_from_real_paintings(project):
     seeded, variants = 2 * ["train_autoencoder.py", "cluster.py"], 2 * ["train_style.py", "style_transfer.py"]
     rest = [*STAGES, BUILD, *5 * ["tune.py"], *seeded, *variants, "test.py", *2 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"], "tune.py"]
-    assert scripts == ["embed.py", "embed.py", *rest, *demo, "benchmark.py", BUILD]
+    assert scripts == ["embed.py", "embed.py", *rest, "from", *demo, "benchmark.py", BUILD]
+    assert calls(project, "from") == [f'{BASES}("runs/paintings/demo/tiny_base")']
     (unknown,) = [call for call in calls(project, "tune.py") if "/demo " in f"{call} " and "--name unknown" in call]
     assert unknown.startswith('tune.py {"holdout": ["Dots", "Facets"]}') and "--epochs" not in unknown
     assert (project / "runs/paintings/demo/lora_grid.png").exists()
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
     assert all("-c report/settings.json" in call for call in of_paintings)  # what no figure of the report shows
     assert (project / "runs/paintings/demo/stamps/test").read_text().count("report/hide.txt") == 0
-    for row in ("seeds/0", "balance/logit"):  # the run's own classifier, not trained again
-        assert (project / "runs/paintings" / row / "classifier.pt").read_text() == "runs/paintings\n"
+    assert "common/painter.py " in (project / "runs/paintings/stamps/bases").read_text()  # which report/build.py reads
+    assert "demo.py " in (project / "runs/paintings/demo/stamps/demo").read_text()
+    for row, made in (
+        ("seeds/0", "runs/paintings"),
+        ("balance/logit", "runs/paintings"),
+        ("ablation_0/no_balance", "balance"),
+    ):
+        assert (project / "runs/paintings" / row / "classifier.pt").read_text() == f"{made}\n"  # not trained again
     (project / "common/figures.py").touch()  # drawn again, not trained again
     assert not [script for script in make(project, *wanted)[0] if script.startswith("train")]
     old = project / "runs/paintings/seeds/1/classifier.pt"

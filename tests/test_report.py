@@ -143,14 +143,13 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     run, report = tmp_path / "run", tmp_path / "report"
     shutil.copytree(report, run)
-    (tmp_path / "data/demo").mkdir(parents=True)
-    shutil.copy(report / "demo.png", tmp_path / "data/demo")
     (run / "demo/stamps").mkdir(parents=True)
     code = code_hash(ast.parse((ROOT / "wikiart.py").read_text()))
     (run / "demo/stamps/mlp").write_text(f"train.py -c x\nepochs = 3\ncommon.optim {'0' * 12}\nwikiart {code}\n")
     shutil.copy(ROOT / "wikiart.py", tmp_path)
-    for name in ("style_truth.png", "lora_grid.png", "lora_compare.png"):
+    for name in ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png"):
         (run / name).rename(run / "demo" / name)
+    (run / "demo/demo.png").write_bytes(b"drawn anew")
     (run / "demo/tiny_base/knows-all/unet").mkdir(parents=True)
     (run / "demo/tiny_base/knows-all/unet/config.json").write_text("of this run")
     facts = json.loads((run / "facts.json").read_text())
@@ -173,6 +172,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     assert "98.8%" in (report / "README.md").read_text()
     assert "98.8%" in (tmp_path / "README.md").read_text()
     assert (report / "centroids_combined.txt").read_text().startswith("cluster 1")
+    assert (report / "demo.png").read_bytes() == b"drawn anew"
     assert (report / "tiny_base/knows-all/unet/config.json").read_text() == "of this run"
     check = script(tmp_path / "report/build.py", "--check")
     assert check.returncode == 0

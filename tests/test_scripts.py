@@ -300,6 +300,22 @@ def test_the_bootstrap_draws_artists_unless_they_are_few_or_the_classes():
     assert width(artists, "artist") == pytest.approx(single, rel=0.15)
     assert width(np.full(400, "")) == pytest.approx(single, rel=0.15)
     assert width(np.full(400, "img")) == pytest.approx(single, rel=0.15)
+    assert width((np.arange(400) % 9).astype(str)) == pytest.approx(single, rel=0.15)
+    assert width(artists, "genre") == width(artists)
+    ten = SimpleNamespace(labels=torch.from_numpy(truth), classes=["a", "b"], artists=(np.arange(400) % 10).astype(str))
+    ten.artists = np.sort(ten.artists)  # each with three quarters of 40 right
+    assert bootstrap_scores(ten, predictions, "style", seed=0)["accuracy_low"] == 0.75
+
+
+def test_scores_without_test_time_augmentation(trained, demo):
+    classifier = wikiart.Classifier.load(trained / "classifier.pt", "cpu")
+    data = wikiart.WikiArt(demo, "test", size=classifier.size, classes=classifier.classes)
+    facts, scales = evaluation.without_tta(classifier, data), classifier.tta_scales
+    assert scales != [1.0] and "without_tta_macro_f1" in facts
+    classifier.tta_scales = [1.0]
+    predictions = classifier.predict_dataset(data).argmax(1)
+    assert facts["without_tta_accuracy"] == (predictions == data.labels).float().mean()
+    assert evaluation.without_tta(classifier, data) == {}
 
 
 def test_unknown_artists_are_neither_seen_nor_unseen():
