@@ -260,6 +260,7 @@ def cell_size(pictures: np.ndarray, side: int) -> tuple[int, int]:
 
 
 def cell_of(picture, width: int, height: int) -> Image.Image:
+    """A picture, uint8 (3, H, W), at another size."""
     return Image.fromarray(np.asarray(picture).transpose(1, 2, 0)).resize((width, height), Image.Resampling.LANCZOS)
 
 

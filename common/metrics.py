@@ -25,6 +25,7 @@ def classification_scores(truth, predictions, classes: int) -> tuple[float, floa
 
 
 def scores_of_counts(counts) -> tuple[float, float, float]:
+    """The three METRICS of a confusion matrix (true class, predicted class)."""
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     present = true > 0
     recall = hits[present] / true[present]

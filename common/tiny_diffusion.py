@@ -167,6 +167,7 @@ def numbers_of_training() -> list:
 
 
 def train_base(folder: Path, known: list[str], device, processes: int = 0) -> None:
+    """Train a base on the scenes as they are and in the styles `known`, and save it in the folder."""
     start, pictures = time.process_time(), paint_scenes(processes)
     torch.manual_seed(SEED)
     fit(pipe := new_pipeline().to(device), {style: pictures[style] for style in ("", *known)})
