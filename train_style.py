@@ -3,7 +3,7 @@
     python train_style.py                                    # settings from config.json; needs <run>/classifier.pt
     python train_style.py -c settings/cpu.json --epochs 40   # smaller settings for a machine without a GPU
     python train_style.py --features tf_efficientnet_lite0 --weights lite0.pth    # features of timm, an extra
-    torchrun --nproc-per-node=2 -- train_style.py            # several GPUs: the same result
+    torchrun --nproc-per-node=2 -- train_style.py            # several GPUs: the same result, with an even share each
 
 In its own style a painting has to come back, in pixels and in the feature maps of a frozen network; in another, these
 maps have to look like those of real paintings of that style, to statistics and to a critic, while the composition
@@ -262,7 +262,7 @@ def train_step(parts: dict, features, images, style_images, sources, targets, pi
         critic.requires_grad_(False)
         scores = critic(seen, maps, target)
     statistics, style_statistics = losses.style_statistics(seen, maps), losses.style_statistics(style_seen, style_maps)
-    middle = len(maps) // 2  # an eighth of the side
+    middle = len(maps) // 2  # of our classifier a map of a quarter of the side, of a backbone of an eighth or so
     terms = {
         "mse": F.mse_loss(same, images[:half]) / PIXEL_VARIANCE,
         "feature": losses.feature_loss(same_maps, [values[:half] for values in original_maps]),

@@ -126,8 +126,8 @@ def resize(images, side: int) -> torch.Tensor:
 def views(images, crop: int, scale: float = 1.0) -> list[torch.Tensor]:
     """Evaluation: the whole image and its mirror image; or crops of `scale` times its side, evenly spaced.
 
-    images: uint8 (B, 3, S, S); returns a list of float (B, 3, crop, crop) in [0, 1]. Scale 1.5 is the whole image at
-    1.5 times the size, 0.7 a grid of 3 x 3 crops, and 0.5 of 4 x 4.
+    images: uint8 (B, 3, S, S); returns a list of float (B, 3, side, side) in [0, 1], of `crop` pixels a side. Scale 1.5
+    is the whole image at 1.5 times the size, and its mirror image; 0.7 a grid of 3 x 3 crops, and 0.5 of 4 x 4.
     """
     if scale >= 1:
         whole = resize(images.float() / 255, round(crop * scale))

@@ -3,7 +3,7 @@
     pipe = load("stable-diffusion-v1-5/stable-diffusion-v1-5", device)    # or a folder in diffusers' layout; SDXL too
     losses = denoising_loss(pipe, noise_schedule(pipe), latents, noise, timesteps, captions)    # (B,)
 
-Latents are float16 (N, channels, S / 8, S / 8) on the CPU until they are used.
+Latents are float16 (N, channels, S / 8, S / 8), S / 4 of the small base, on the CPU until they are used.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Repaint a picture of any size: what style_transfer.py and the page share.
 
-repainter = Repainter(model, classifier, device)
+repainter = Repainter(model, classes, classifier, device)
 painted = repainter.repaint(open_picture("my.jpg", 1024), {"Ukiyo_e": 0.7, "Fauvism": 0.3})    # a PIL image
 """
 

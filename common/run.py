@@ -263,7 +263,7 @@ def save_checkpoint(path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path, model: str = "") -> dict:
-    """Read a checkpoint onto the CPU, under today's names; of a certain `model`, if given. Raises UserError.
+    """Read a checkpoint onto the CPU; of a certain `model`, if given. Raises UserError.
 
     `weights_only` ensures that no code in the file can run.
     """
