@@ -179,8 +179,8 @@ def pixel_cache(folder: Path, caches: Path, size: int, resize: str, processes: i
     Returns the pixels, uint8 (N, 3, size, size), and an index: `files` (N paths), `hashes` (of each file's pixels),
     `broken` (path to reason) and `fingerprint`. The cache is named after the files' names, sizes and modification
     times, so that a changed folder gets a new one. It is built in a temporary folder under a lock, then renamed: a
-    second program waits for it, and what a killed build leaves is removed by the next.
-    Raises DataError where it cannot be written.
+    second program waits for it, and what a killed build leaves is removed by the next. Raises DataError where it cannot
+    be written.
 
     Scripts that run with one size share one cache. Sizes do not: 224 pixels reduced from 256 differ from decoded ones
     (by 1.6 of 255 on average, which moved predictions by 0.02), so results would depend on which caches are there.

@@ -171,7 +171,7 @@ def test_kill_9_during_a_save_leaves_the_old_checkpoint(tmp_path):
         deadline = time.monotonic() + 60
         while len(os.listdir(tmp_path)) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)  # until the temporary file is there
-        assert len(os.listdir(tmp_path)) == 2
+        assert time.monotonic() < deadline
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
