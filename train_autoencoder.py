@@ -6,10 +6,10 @@
     torchrun --nproc-per-node=2 -- train_autoencoder.py             # several GPUs: the same result, sooner
 
 The epoch with the lowest error on validation paintings is kept. Baselines are PCA with as many components as the code
-has numbers, each painting's mean colour, and the mean painting. A training that was interrupted resumes after its last
-finished epoch when the same command is run again; --restart starts anew. Writes into the run folder: autoencoder.pt
-(autoencoder.partial.pt until training has finished), autoencoder.jsonl with one line per epoch, reconstructions.png and
-more/autoencoder_curves.png (every few epochs) and facts.json.
+has numbers, the network's own linear path, each painting's mean colour, and the mean painting. A training that was
+interrupted resumes after its last finished epoch when the same command is run again; --restart starts anew. Writes into
+the run folder: autoencoder.pt (autoencoder.partial.pt until training has finished), autoencoder.jsonl with one line per
+epoch, reconstructions.png and more/autoencoder_curves.png (every few epochs) and facts.json.
 """
 
 import copy
@@ -73,7 +73,8 @@ CONTRASTIVE_MIN_AREA = 0.1  # of the smallest second crop of the contrastive los
 PATIENCE = 20  # epochs without a lower validation error after which training ends
 PCA_IMAGES = 5000  # training paintings that PCA is fitted to, at most
 PROJECTION_DIM = 128  # of the contrastive loss
-BASELINES = ("pca", "mean_colour", "mean_image")  # as facts.json names them
+BASELINES = ("pca", "linear", "mean_colour", "mean_image")  # as facts.json names them
+LINEAR = "the linear path alone"
 
 
 def main(argv=None):
@@ -101,7 +102,7 @@ def main(argv=None):
     state = resume(config, "autoencoder", state, parts)
     if rank() == 0:
         print(f"Autoencoder: {parameter_count(model) / 1e6:.2f} million parameters on {device}")
-        baselines = fit_baselines(config, training)
+        baselines = fit_baselines(config, training, model)
         baseline_mse = {
             label: mean_error(function, validation, config, device) for label, function in baselines.items()
         }
@@ -166,7 +167,7 @@ def pca_batches(config, data: WikiArt, crops: int):
             yield from (images, images.flip(3))
 
 
-def fit_baselines(config, training: WikiArt) -> dict:
+def fit_baselines(config, training: WikiArt, model) -> dict:
     """The BASELINES, {label: function(images, labels)}; each takes and returns float (B, 3, crop, crop)."""
     rows = torch.cat([images.flatten(1) for images in pca_batches(config, training, crops=0)]).numpy()
     pca = PCA(min(config.code, *rows.shape), svd_solver="randomized", random_state=config.seed).fit(rows)
@@ -178,6 +179,7 @@ def fit_baselines(config, training: WikiArt) -> dict:
 
     return {
         f"PCA, {pca.n_components_} numbers": from_components,
+        LINEAR: lambda images, _: model.reconstruct_linearly(images),
         "own mean colour": lambda images, _: images.mean((2, 3), keepdim=True).expand_as(images),
         "the mean painting": lambda images, _: mean_image.to(images).expand_as(images),
     }
@@ -237,11 +239,12 @@ def remaining_epochs(history: list[dict], epochs: int):
 def plot(model, state: dict, data: WikiArt, baselines: dict, baseline_mse: dict, config, device, caption: str) -> None:
     """Write more/autoencoder_curves.png, with the baselines' validation errors, and reconstructions.png."""
     pca = next(iter(baselines))
+    errors = {label: error for label, error in baseline_mse.items() if label != LINEAR}  # its line would hide PCA's
     panels = {
         "mean squared error": {"training crops": "mse", "validation": "val_mse"},
         "PSNR, dB": {"training crops": "psnr", "validation": "val_psnr"},
     }
-    lines = {"mean squared error": baseline_mse, "PSNR, dB": {pca: psnr(baseline_mse[pca])}}  # others are far below
+    lines = {"mean squared error": errors, "PSNR, dB": {pca: psnr(baseline_mse[pca])}}  # others are far below
     path = Path(config.run) / "more" / "autoencoder_curves.png"
     figures.curves(path, state["history"], panels, state["epoch"], lines, logarithmic=("mean squared error",))
 

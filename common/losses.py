@@ -37,7 +37,7 @@ class ReconstructionLoss(nn.Module):
             return mse / self.variance, mse
         reconstructions, projections = self.model(images, second_crops)
         mse = F.mse_loss(reconstructions.float(), images)
-        contrastive = nt_xent(projections.float().view(2, len(images), -1))
+        contrastive = nt_xent(projections.view(2, len(images), -1))
         return mse / self.variance + self.contrastive_weight * contrastive, mse
 
 
@@ -47,8 +47,9 @@ def nt_xent(projections, temperature: float = 0.2):
     Each crop's positive is the other crop of its image; all other crops, those of other processes included, are its
     negatives.
     """
-    projections = F.normalize(gather(projections, 1).flatten(0, 1), dim=1)
-    similarities = (projections @ projections.T / temperature).fill_diagonal_(-torch.inf)
+    projections = F.normalize(gather(projections, 1).flatten(0, 1).float(), dim=1)
+    with torch.autocast(projections.device.type, enabled=False):  # bfloat16 would round similarities near 1 alike
+        similarities = (projections @ projections.T / temperature).fill_diagonal_(-torch.inf)
     positives = torch.arange(len(projections), device=projections.device).roll(len(projections) // 2)
     return F.cross_entropy(similarities, positives)
 

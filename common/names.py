@@ -59,8 +59,9 @@ def fit_name(stem: str, ending: str) -> str:
 
 
 def artist_and_title(artist: str, path: str) -> tuple[str, str]:
-    """As captions write them: ("Claude Monet", "Water lilies"); "" for what is not known."""
-    return printable(artist).replace("-", " ").title(), printable(title_of(path)).capitalize()
+    """As captions write them: ("Claude Monet", "Water lilies"), ("Hokusai II", ""); "" for what is not known."""
+    name = printable(artist).replace("-", " ").title()
+    return re.sub(r"\bIii?\b", lambda number: number[0].upper(), name), printable(title_of(path)).capitalize()
 
 
 def caption_of(artist: str, path: str, style: str, year: str = "") -> str:

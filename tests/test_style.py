@@ -369,7 +369,7 @@ def test_losses_of_composition_ignore_style_and_notice_the_rest():
 
 def test_the_critic_tells_styles_apart_and_the_features_stay_as_they_are():
     torch.manual_seed(0)
-    network = wikiart.CNN(3, width=8, depth=1, pooling="mean_std", dropout=0.0)
+    network = wikiart.CNN(3, width=8, depth=1, dropout=0.0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     features = losses.FeatureMaps(network, torch.rand(4, 3, 64, 64))
     images = torch.rand(2, 3, 64, 64)
