@@ -99,12 +99,12 @@ $(RUN)/contrastive/autoencoder.pt: $(RUN)/stamps/contrastive $(RUN)/paintings.tx
 $(RUN)/style.pt: $(RUN)/stamps/style $(RUN)/classifier.pt
 	$(call train,style)
 
-$(RUN)/report.txt: $(RUN)/stamps/test common/figures.py common/metrics.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
+$(RUN)/report.txt: $(RUN)/stamps/test common/figures.py $(RUN)/classifier.pt $(RUN)/mlp/classifier.pt
 	$(call run,test)
 $(RUN)/clusters.md: $(RUN)/stamps/clusters common/figures.py $(RUN)/autoencoder.pt $(RUN)/contrastive/autoencoder.pt \
     $(RUN)/classifier.pt $(wildcard $(RUN)/embed_*.pt)
 	$(call run,clusters)
-$(RUN)/style_grid.png: $(RUN)/stamps/repaint common/figures.py common/metrics.py $(RUN)/style.pt \
+$(RUN)/style_grid.png: $(RUN)/stamps/repaint common/figures.py $(RUN)/style.pt \
     $(RUN)/judge/classifier.pt $(wildcard $(RUN)/embed_*_224.pt)
 	$(call run,repaint) --method adain --paintings 100
 	$(call run,repaint) --method wct --paintings 100

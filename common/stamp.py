@@ -1,12 +1,13 @@
 """Write what a stage of `make` depends on into a text file, the stage's stamp, but only if it has changed.
 
     python -m common.stamp runs/demo/stamps/mlp train.py -c settings/mlp.json --data data/demo --run runs/demo/mlp
-    python -m common.stamp runs/demo/stamps/bases --code common/painter.py    # of files, without settings
+    python -m common.stamp runs/demo/stamps/bases --code common.tiny_diffusion.train_bases    # of one function
 
 The arguments after the file are the stage's command. Its stamp lists the settings that the script uses, its flags, and
-hashes of the code that determines results. Comments, docstrings, help texts, and settings that do not change results
-are left out, so changing them repeats no training. Data and checkpoints are prerequisites of their own in the Makefile.
-This module does not import torch: `make` runs it for every stage.
+hashes of the code that determines results: of the script, and of each function, class and constant of wikiart.py and
+common/ that it uses, directly or through others. Comments, docstrings, help texts, and settings that do not change
+results are left out, so changing them repeats no training. Data and checkpoints are prerequisites of their own in the
+Makefile. This module does not import torch: `make` runs it for every stage.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import shlex
 import sys
 import time
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +27,11 @@ from common.errors import UserError
 from common.files import write_text
 
 CLOCKS_DIFFER = 60e9  # nanoseconds, at most, between this machine and a file server
-# The modules of common/ that determine results. Those OF_SOME scripts count only where a script itself imports them.
-# common/run.py is left out on purpose, although autocast and fit_batch_size are there: most of its changes are to
-# messages and checks, and each would repeat every training. After a change that counts, remove stamps/ of the run.
-SHARED_BY_ALL = ("crops", "images", "layers", "losses", "metrics", "names", "optim", "splits")
-OF_SOME = ("adapters", "backbones", "baselines", "benchmarks", "codes", "descriptors", "diffusion", "painter")
-OF_SOME += ("reconstruction", "repaint", "tiny_diffusion")
+# Modules of common/ that determine no results: common/figures.py is a prerequisite of what is drawn, in the Makefile.
+LEFT_OUT = ("config", "errors", "figures", "files", "packages", "stamp")
+# What counts of common/run.py; the rest is messages, checks, locks and files.
+OF_RUN = ("autocast", "average_gradients", "data_parallel", "fit_batch_size", "half_precision", "local_share")
+OF_RUN += ("sum_over_processes",)
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
         return mend_times(map(Path, argv[1:]))
     path = Path(argv[0])
     try:
-        text = stamp_of_files(argv[2:]) if argv[1] == "--code" else stamp(argv[1:])
+        text = listed(code_hashes(argv[2])) if argv[1] == "--code" else stamp(argv[1:])
         if not path.exists() or path.read_text() != text:
             write_text(path, text)
     except (UserError, OSError) as error:
@@ -74,15 +75,12 @@ def stamp(command: list[str]) -> str:
     free = FREE_SETTINGS if is_training else set(FREE_SETTINGS) - {"hide"}
     settings = {key: sections[key] for key in shared if key not in free}
     settings |= sections[Path(script).stem]
-    hashes = {script: code_hash(tree)} | module_hashes(tree)
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    lines += [f"{name} {hashes[name]}" for name in sorted(hashes)]
-    return "\n".join([shlex.join([script, *flags]), *lines]) + "\n"
+    return "\n".join([shlex.join([script, *flags]), *lines]) + "\n" + listed(code_hashes(script))
 
 
-def stamp_of_files(names: list[str]) -> str:
-    """The stamp of code that no script runs: hashes of these files alone, common/painter.py for example."""
-    return "".join(f"{name} {code_hash(ast.parse((ROOT / name).read_text()))}\n" for name in names)
+def listed(hashes: dict[str, str]) -> str:
+    return "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
 
 
 def shared_settings(tree) -> tuple[str, ...]:
@@ -91,35 +89,102 @@ def shared_settings(tree) -> tuple[str, ...]:
     return sum(map(ast.literal_eval, assigned), ())
 
 
-def module_hashes(tree, names: tuple[str, ...] = SHARED_BY_ALL + OF_SOME) -> dict[str, str]:
-    """Hashes of wikiart.py and of the modules of common/ with these names that a file imports, directly or not."""
-    hashes = {}
-    for module in imported_modules(tree):
-        if module == "wikiart" or module.removeprefix("common.") in names:
-            hashes |= hashes_of(module)
-    return hashes
+# Code -----------------------------------------------------------------------------------------------------------------
+
+
+class Module:
+    """The definitions of a Python file by name, and what it imports from this project.
+
+    definitions: {name: statements}; "" stands for statements that define nothing. imports: {name: (module, name)}, with
+    "" for a module as a whole.
+    """
+
+    def __init__(self, name: str):
+        tree = ast.parse(path_of(name).read_text())
+        self.definitions, self.imports = defaultdict(list), {}
+        for node in filter(lambda node: isinstance(node, ast.ImportFrom), ast.walk(tree)):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found = (submodule, "") if path_of(submodule).exists() else (node.module, alias.name)
+                self.imports[alias.asname or alias.name] = found
+        for node in stripped(tree).body:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                self.definitions[getattr(node, "name", "") or assigned_name(node)].append(node)
+
+    def uses(self, nodes: list, own: str):
+        """Yield (module, name) of all that statements of this module, whose name is `own`, refer to."""
+        for node in (part for statement in nodes for part in ast.walk(statement)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module, name = self.imports.get(node.value.id, ("", "-"))
+                if not name:
+                    yield module, node.attr
+            elif isinstance(node, ast.Name):
+                yield self.imports.get(node.id, (own, node.id))
 
 
 @cache
-def hashes_of(module: str) -> dict[str, str]:
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
-    return module_hashes(tree, SHARED_BY_ALL) | {module: code_hash(tree)}
+def module(name: str) -> Module:
+    return Module(name)
 
 
-def imported_modules(tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "common":
-            yield from (f"common.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+def path_of(name: str) -> Path:
+    """The file of a module, "common.names" for example."""
+    return ROOT / f"{name.replace('.', '/')}.py"
 
 
-def code_hash(tree) -> str:
-    """A hash of code without comments, docstrings and SETTINGS, whose values are in the stamp. Changes `tree`."""
+@cache
+def code_hashes(root: str) -> dict[str, str]:
+    """Hashes of all code that a script, "train.py", or a definition, "common.names.count", uses: {name: hash}.
+
+    Names are those of scripts and definitions; a script counts as a whole.
+    """
+    is_script = root.endswith(".py")
+    home, _, name = (root, "", "") if is_script else root.rpartition(".")
+    own = home.removesuffix(".py")
+    names = list(module(own).definitions) if is_script else [name, ""]
+    hashes, waiting = {root: current_hash(root)}, []
+    for name in names:
+        waiting += module(own).uses(module(own).definitions[name], own)
+    while waiting:
+        home, name = waiting.pop()
+        if (is_script and home == own) or f"{home}.{name}" in hashes or not counts(home, name):
+            continue
+        if name in module(home).imports:
+            waiting.append(module(home).imports[name])
+        elif nodes := module(home).definitions.get(name):
+            hashes[f"{home}.{name}"] = hash_of(nodes)
+            waiting += [*module(home).uses(nodes, home), (home, "")]
+    return hashes
+
+
+def counts(home: str, name: str) -> bool:
+    """Whether a definition of a module can change results, and is of this project."""
+    if not path_of(home).exists():
+        return False
+    return name in OF_RUN if home == "common.run" else home.removeprefix("common.") not in LEFT_OUT
+
+
+def current_hash(name: str) -> str:
+    """The hash of a script, or of a definition of a module; "" if there is none."""
+    home, _, definition = name.rpartition(".")
+    if not path_of(home).exists():
+        return ""
+    if definition == "py":
+        return hash_of([node for nodes in module(home).definitions.values() for node in nodes])
+    return hash_of(module(home).definitions[definition])
+
+
+def hash_of(nodes: list) -> str:
+    return hashlib.sha256("\n".join(map(ast.unparse, nodes)).encode()).hexdigest()[:12] if nodes else ""
+
+
+def stripped(tree):
+    """Code without docstrings and SETTINGS, whose values are in the stamp. Changes `tree`."""
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
-            node.body = [part for part in node.body if not is_string(part) and assigned_name(part) != "SETTINGS"]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+            kept = [part for part in node.body if not is_string(part) and assigned_name(part) != "SETTINGS"]
+            node.body = kept or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+    return tree
 
 
 def is_string(node) -> bool:

@@ -11,7 +11,6 @@ files in the run folder.
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import re
@@ -24,7 +23,7 @@ ROOT = REPORT.parent
 sys.path.insert(0, str(ROOT))
 
 from common.files import atomic_write, write_text  # noqa: E402
-from common.stamp import code_hash  # noqa: E402
+from common.stamp import current_hash  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -133,7 +132,7 @@ def check_checkpoints(facts: dict, weights: Path) -> None:
 
 
 def code_of(run: Path) -> dict[str, dict[str, str]]:
-    """{stage: {file: hash}}: the code that made each stage of a run, as its stamps have it (common/stamp.py)."""
+    """{stage: {name: hash}}: the code that made each stage of a run, as its stamps have it (common/stamp.py)."""
     stages = {str(path.relative_to(run)).replace("stamps/", ""): path for path in sorted(run.rglob("stamps/*"))}
     return {
         stage: dict(re.findall(r"^(\S+) ([0-9a-f]{12})$", path.read_text(), re.M)) for stage, path in stages.items()
@@ -141,17 +140,13 @@ def code_of(run: Path) -> dict[str, dict[str, str]]:
 
 
 def changed_code(stages: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each file that has changed since it made results, comments aside: those may be older than the code."""
+    """A line for each script or definition that has changed since it made results: those may be older than the code."""
     made_by = {}
     for stage, hashes in stages.items():
         for name, hashed in hashes.items():
-            made_by.setdefault((name, hashed), []).append(stage)
-    lines = []
-    for (name, hashed), made in sorted(made_by.items()):
-        path = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
-        if not path.exists() or code_hash(ast.parse(path.read_text())) != hashed:
-            lines.append(f"{path.relative_to(ROOT)} has changed since it made the results of {', '.join(made)}")
-    return lines
+            if hashed != current_hash(name):
+                made_by.setdefault(name, []).append(stage)
+    return [f"{name} has changed since it made the results of {', '.join(made_by[name])}" for name in sorted(made_by)]
 
 
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:

@@ -22,18 +22,15 @@ balance_flags := --per-class 0
 # Expanded in the recipe, by a shell, because the demo is drawn after make has read this.
 unknown = {"holdout": [$(shell cd $(DATA)/train 2>/dev/null || cd $(DATA); printf '"%s", ' */ | sed 's,/",",g; s/, $$//')]}
 unknown_flags := $(if $(WIKIART),--epochs 8 --crop 96 --tta-scales 2.0 1.5)
-ablation_0 := report/ablation.json
-ablation_1 := $(ablation_0)
-ablation_0_flags := --seed 0
-ablation_1_flags := --seed 1
-COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.md unknown.md)
-$(RUN)/ablation_0.md $(RUN)/ablation_1.md: report/ablation.json
+ablation := report/ablation.json
+COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md unknown.md)
+$(RUN)/ablation.md: report/ablation.json
 # A row whose settings are those of the run's own classifier, or of another table's row, is copied: row=folder.
 setting = $(shell sed -n 's/^$(1) = "\?\([^"]*\)"\?$$/\1/p' $(RUN)/stamps/classifier)
 seeds_copied = $(call setting,seed)=.
 balance_copied = $(addsuffix =.,$(filter-out resample,$(call setting,balance)))
-ablation_0_copied = $(if $(filter 0,$(call setting,seed)),no_balance=balance/none)
-$(RUN)/ablation_0.md: | $(RUN)/balance.md
+ablation_copied = no_balance=balance/none
+$(RUN)/ablation.md: | $(RUN)/balance.md
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $(filter-out %.json,$^); do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
@@ -89,7 +86,7 @@ backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_li
 # learns each style in turn, on a small base that has seen four of the others; finished adapters are kept.
 # make report trains these bases as well; otherwise those of report/ are copied.
 $(RUN)/stamps/bases: FORCE
-	@$(PY) -m common.stamp $@ --code $(addprefix common/,tiny_diffusion.py painter.py diffusion.py optim.py)
+	@$(PY) -m common.stamp $@ --code common.tiny_diffusion.train_bases
 $(RUN)/bases.txt: $(RUN)/stamps/bases | $(RUN)/report.txt
 	rm -rf $(addprefix $(RUN)/demo/,tiny_base lora lora_compare.png)  # adapters are of their base
 	$(PY) -c 'from common.tiny_diffusion import train_bases; train_bases("$(RUN)/demo/tiny_base")'

@@ -166,7 +166,7 @@ def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
 
 def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
     errors = [0.5, 0.4, 0.45, 0.45, 0.45]  # after the third without progress it ends
-    values = iter([0.2] * 3 + errors + [0.1] * 4)  # three baselines before, and after it on test paintings
+    values = iter([0.2] * 4 + errors + [0.1] * 5)  # four baselines before, and after it on test paintings
     monkeypatch.setattr(train_autoencoder, "mean_error", lambda *_: next(values))
     monkeypatch.setattr(train_autoencoder, "PATIENCE", 3)
     train_autoencoder.main([*TINY_CODES, "--data", str(demo), "--run", str(tmp_path), "--epochs", "9"])
