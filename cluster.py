@@ -7,8 +7,8 @@
 Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images),
 colours, textures and words (see common/descriptors.py); descriptors, which are these three together, and combined,
 which are contrastive, textures and words; each backbone that embed.py has run. Codes are computed once, and again when
-their checkpoint or the paintings have changed. They are reduced to whitened principal components, scaled to length 1,
-and clustered by k-means.
+their checkpoint, their code or the paintings have changed. They are reduced to whitened principal components, scaled to
+length 1, and clustered by k-means, five times: the run with the smallest inertia counts.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; of the
 autoencoder and the combined codes map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of
@@ -40,6 +40,8 @@ from common.codes import SPLITS, code_files, codes_path, read_codes, write_codes
 from common.config import Setting, configure
 from common.crops import FEATURE_SCALES, mean_over_views, views
 from common.errors import UserError
+from common.metrics import bootstrap_samples
+from common.names import display_name
 from common.run import (
     add_facts,
     autocast,
@@ -51,6 +53,7 @@ from common.run import (
     run_script,
     write_text,
 )
+from common.stamp import code_key
 from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
@@ -72,6 +75,7 @@ JOINED = {"descriptors": DESCRIPTORS, "combined": ("contrastive", "textures", "w
 SHOWN = ("autoencoder", "combined")  # whose t-SNE and map are at the top of the run folder
 TSNE_IMAGES, MAP_IMAGES = 5000, 480  # paintings in a t-SNE figure and in a map, at most
 BATCH_SIZE = 256
+RUNS = 5  # of k-means, each the best of ten starts
 AGREEMENT = {
     "nmi": metrics.normalized_mutual_info_score,
     "ami": metrics.adjusted_mutual_info_score,
@@ -132,7 +136,7 @@ def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
 def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
     """The codes of one source, or of one part of it, and the paintings to cluster.
 
-    Computes codes that are missing, or were made from another checkpoint or other paintings. Raises UserError.
+    Computes codes that are missing, or were made from another checkpoint, code or paintings. Raises UserError.
     """
     run, path = Path(config.run), codes_path(config.run, source)
     settings = {key: getattr(config, key) for key in ("size", "resize", "split_seed")}
@@ -148,7 +152,8 @@ def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
         raise UserError(f"no codes {path}: give {', '.join((*COMPUTED, *JOINED))}, or run embed.py first")
 
     sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in SPLITS}
-    made_from = " ".join([identity, *(data.fingerprint for data in sets.values())])
+    code = code_key("cluster.make_encoder", "cluster.encode_dataset")
+    made_from = " ".join([identity, code, *(data.fingerprint for data in sets.values())])
     table = read_codes(path) if path.exists() else {}
     if source in COMPUTED and table.get("made_from") != made_from:
         encode = make_encoder(source, checkpoint, sets["train"], config.seed, device)
@@ -216,14 +221,17 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
         raise UserError(f"--clusters {count} is more than the {len(labels)} paintings: lower it")
     reduce = fit_reduction(table, config.seed)
     codes = reduce.transform(table[config.split])
-    clusters = kmeans(codes, count, config.seed)
+    clusters, *others = kmeans(codes, count, config.seed)
+    nmi = [AGREEMENT["nmi"](labels, found) for found in (clusters, *others)]
     facts = {
         "setting": f"KMeans, {count} clusters requested, {len(labels)} {config.split} paintings, "
         f"up to {COMPONENTS} components, seed {config.seed}",
         "clusters": len(np.unique(clusters)),
         "numbers": table["train"].shape[1],
         **scores(labels, clusters, codes, config.seed),
-        **uncertainty(labels, clusters, codes, config.seed),
+        **dict(zip(("nmi_low", "nmi_high"), nmi_interval(labels, clusters, data.artists, config.seed), strict=True)),
+        "nmi_runs_low": min(nmi),
+        "nmi_runs_high": max(nmi),
     }
     if config.split == "test":
         facts |= probes(table, reduce)
@@ -248,9 +256,10 @@ def fit_reduction(table: dict, seed: int):
     return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
 
 
-def kmeans(codes, count: int, seed: int) -> np.ndarray:
-    """A cluster number for each of the codes (N, D)."""
-    return KMeans(count, n_init=10, random_state=seed).fit_predict(codes)
+def kmeans(codes, count: int, seed: int) -> list[np.ndarray]:
+    """A cluster number for each of the codes (N, D), by RUNS runs, the one with the smallest inertia first."""
+    runs = [KMeans(count, n_init=10, random_state=seed + start).fit(codes) for start in range(RUNS)]
+    return [run.labels_ for run in sorted(runs, key=lambda run: run.inertia_)]
 
 
 def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
@@ -266,18 +275,16 @@ def scores(labels, clusters, codes, seed: int) -> dict[str, float]:
     return facts | {"silhouette": silhouette}
 
 
-def uncertainty(labels, clusters, codes, seed: int) -> dict[str, float]:
-    """The NMI's 95 % interval by a bootstrap over paintings; its mean and range over five k-means with other starts.
+def nmi_interval(labels, clusters, artists, seed: int) -> tuple[float, float]:
+    """The NMI's 95 % interval by a bootstrap over artists.
 
     NMI is higher in samples with repetitions, so the interval is around the estimate, as wide as the bootstrap's.
     """
-    random, nmi = np.random.default_rng(seed), AGREEMENT["nmi"]
-    drawn = random.integers(len(labels), size=(1000, len(labels)))
-    margin = 1.96 * np.std([nmi(labels[rows], clusters[rows]) for rows in drawn])
-    others = [kmeans(codes, clusters.max() + 1, seed + start) for start in range(1, 5)]
-    first, *_ = starts = [nmi(labels, found) for found in (clusters, *others)]
-    facts = {"nmi_low": first - margin, "nmi_high": first + margin}
-    return facts | {"nmi_mean": np.mean(starts), "nmi_starts_low": min(starts), "nmi_starts_high": max(starts)}
+    score, every = AGREEMENT["nmi"], np.arange(len(labels))
+    samples = (np.repeat(every, drawn) for drawn in bootstrap_samples(artists, seed))
+    margin = 1.96 * np.std([score(labels[rows], clusters[rows]) for rows in samples])
+    nmi = score(labels, clusters)
+    return nmi - margin, nmi + margin
 
 
 def agreement(labels, clusters) -> dict[str, float]:
@@ -316,7 +323,8 @@ def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt
     top = Path(config.run) if source in SHOWN else more
     order = diagonal_order(counts)
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
-    names = [f"cluster {number + 1}" for number in range(len(order))]
+    most = [display_name(classes[label]) for label in counts[:, order].argmax(0)]
+    names = [f"cluster {number} ({style})" for number, style in enumerate(most, 1)]
 
     rows = np.arange(len(codes))
     if len(rows) > TSNE_IMAGES:

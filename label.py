@@ -75,7 +75,7 @@ TOP = 3  # likeliest classes in a row of the table
 BACKBONE = "tf_efficientnet_lite0"
 COMMITTED = ROOT / "report" / "classifier.pt"
 HEAD = ROOT / "report" / f"head_{BACKBONE}.pt"  # of embed.py: more often right, and in need of the backbone
-SHEET, COLUMNS, SIDE = 48, 6, 256  # pictures on the contact sheet, at most; in a row; pixels of their longer sides
+SHEET, COLUMNS, SIDE = 48, 6, 224  # pictures on the contact sheet, at most; in a row; pixels of their longer sides
 
 
 def main(argv=None):

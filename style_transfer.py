@@ -7,6 +7,7 @@
     python style_transfer.py --image holiday/ --style Pointillism --from-style Impressionism
     python style_transfer.py                                               # test paintings x styles, and the scores
     python style_transfer.py --method adain                                # a method to compare with
+    python style_transfer.py --split validation                            # scores on paintings held out of training
 
 Needs style.pt of train_style.py and classifier.pt of train.py. With --image, <name>_<style>.png go to --out, at the
 picture's own size up to --longest pixels; styles with weights are mixed, others are painted one by one. Without, test
@@ -30,15 +31,15 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import figures
-from common.baselines import Magenta, Transplant
+from common.baselines import CodeShift, Magenta, Transplant
 from common.config import ROOT, Setting, configure
 from common.errors import UserError
 from common.images import files_below, named_errors, reason_of
 from common.metrics import (
     balanced_accuracy,
-    bootstrap_interval,
     frechet_distance,
     layout,
+    mean_interval,
     position_deviation,
     principal_directions,
     psnr,
@@ -46,7 +47,16 @@ from common.metrics import (
 )
 from common.names import count, display_name, file_part, find_style, fit_name, listed, printable
 from common.repaint import Repainter, check_model, common_scenes, open_picture, read_mixture, read_picture, true_pairs
-from common.run import add_facts, atomic_write, checkpoint_path, claim, load_checkpoint, pick_device, run_script
+from common.run import (
+    add_facts,
+    atomic_write,
+    checkpoint_path,
+    claim,
+    file_hash,
+    load_checkpoint,
+    pick_device,
+    run_script,
+)
 from wikiart import Classifier, WikiArt, build_model
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
@@ -54,7 +64,9 @@ SETTINGS = {
     "checkpoint": Setting(
         str, None, "the model of train_style.py, with classifier.pt beside it: a file of the run folder, or a path"
     ),
-    "method": Setting(str, ("model", "adain", "wct", "magenta"), "the trained model, or one to compare it with"),
+    "method": Setting(
+        str, ("model", "adain", "wct", "magenta", "autoencoder"), "the trained model, or one to compare it with"
+    ),
     "image": Setting(str, None, "a picture, or a folder of them, to repaint; none: the test paintings, with scores"),
     "style": Setting(list[str], None, "target styles, or one mixture: Ukiyo_e=0.7 Fauvism=0.3; none: all"),
     "from_style": Setting(str, None, "the style that the pictures are in; none: what the classifier says"),
@@ -63,8 +75,11 @@ SETTINGS = {
     "longest": Setting(int, "[32, inf)", "pixels of the longer side of the results, at most"),
     "out": Setting(str, None, "folder for the results of --image"),
     "judges": Setting(list[str], None, "one or two classifiers for the scores, which had no part in training"),
-    "paintings": Setting(int, "[2, inf)", "test paintings to repaint and score, at most"),
-    "name": Setting(str, None, "name of these scores in facts and figures; none: the method"),
+    "split": Setting(str, ("test", "validation"), "paintings to repaint and score"),
+    "paintings": Setting(int, "[2, inf)", "paintings to repaint and score, at most"),
+    "name": Setting(
+        str, None, "name of these scores in facts and figures; none: method and split, as far as they are others"
+    ),
 }
 BATCH_SIZE = 16
 GALLERY = 500  # test paintings among which `source_found` looks for the source
@@ -94,8 +109,10 @@ def main(argv=None):
     if config.image:
         repaint_files(repainter, classifier_path, config)
     else:
-        lock = claim(config.run, f"style_transfer_{config.name or config.method}")
-        evaluate(repainter, checkpoint["data"], config)
+        parts = ("" if config.method == "model" else config.method, "" if config.split == "test" else config.split)
+        config.name = config.name or "_".join(filter(None, parts))
+        lock = claim(config.run, f"style_transfer_{config.name or 'model'}")
+        evaluate(repainter, checkpoint, path, config)
         lock.close()
 
 
@@ -186,12 +203,11 @@ def target_styles(config, classes: list[str]) -> dict[str, dict[str, float]]:
 
 
 @torch.inference_mode()
-def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
-    """Repaint test paintings in every style; score and plot the results."""
+def evaluate(repainter: Repainter, checkpoint: dict, path: Path, config) -> None:
+    """Repaint test or validation paintings in every style; score and plot the results."""
     run, classes = Path(config.run), repainter.classes
-    settings = data_settings | {"classes": classes, "processes": config.processes}
-    training, test = (WikiArt(config.data, split, **settings) for split in ("train", "test"))
     judges = load_judges(config, classes, repainter.device)
+    training, test = load_paintings(checkpoint, judges, config)
     if any("=" in style for style in config.style):
         raise UserError("mixtures of styles need --image")
     config.style = [find_style(style, classes) for style in config.style] or classes[:8]
@@ -207,28 +223,42 @@ def evaluate(repainter: Repainter, data_settings: dict, config) -> None:
     started = time.perf_counter()
     repainted = [repaint(row.expand_as(source)) for row in tqdm(eye, "styles", leave=False)]
     megapixels = len(classes) * len(data) * originals.shape[-1] * originals.shape[-2] / 1e6
-    facts = {"paintings": len(data), "seconds_per_megapixel": (time.perf_counter() - started) / megapixels}
+    facts = {"checkpoint": file_hash(path)[:12], "paintings": len(data)}
+    facts["seconds_per_megapixel"] = (time.perf_counter() - started) / megapixels
     reconstructed, labels = repaint(source), data.labels
 
     def predict(images):
         return judges[0].predict(to_bytes(images), calibrated=False).argmax(1)
 
-    facts |= judge_facts(predict, "", labels, originals, reconstructed, repainted, classes)
+    facts |= judge_facts(predict, "", data, originals, reconstructed, repainted)
     facts |= picture_facts(test, data, originals, reconstructed, repainted)
     pairs = true_pairs(data)
     facts |= true_image_facts(pairs, originals, repainted)
     if len(judges) > 1:
         before, own, *after = (features_of(judges[1], images) for images in (originals, reconstructed, *repainted))
-        facts |= judge_facts(partial(predict_from, judges[1]), "second_", labels, before, own, after, classes)
+        facts |= judge_facts(partial(predict_from, judges[1]), "second_", data, before, own, after)
         facts |= distance_facts(features_of(judges[1], all_images(test)), test.labels, before, after, labels, classes)
     if config.method == "model":
         facts |= source_facts(repainter.classifier, repaint, predict, originals, labels, eye)
     rows = rows_to_show(data, config.hide)
     facts["shown"] = data.captions(rows)
-    name = config.name or ("" if config.method == "model" else config.method)
-    add_facts(run, "style_transfer", {name: facts} if name else facts, merge=True)
-    plot(run, f"_{name}" if name else "", data, rows, originals, repainted, pairs, repainter, config)
+    add_facts(run, "style_transfer", {config.name: facts} if config.name else facts, merge=True)
+    plot(run, f"_{config.name}" if config.name else "", data, rows, originals, repainted, pairs, repainter, config)
     print(", ".join(f"{name} {facts[name]:.3f}" for name in PRINTED if name in facts))
+
+
+def load_paintings(checkpoint: dict, judges: list[Classifier], config) -> tuple[WikiArt, WikiArt]:
+    """The paintings that the model was trained on, and those of --split. Raises UserError."""
+    settings = checkpoint["data"] | {"classes": checkpoint["classes"], "processes": config.processes}
+    training = WikiArt(config.data, "train", **settings)
+    if config.split == "test":
+        return training, WikiArt(config.data, "test", **settings)
+    split = {key: checkpoint["config"][key] for key in ("validation", "split_seed")}
+    for judge, name in zip(judges, config.judges, strict=True):
+        same = all(judge.checkpoint["config"].get(key) == value for key, value in split.items())
+        if not same or judge.checkpoint["model"] == "Pretrained":  # embed.py fits to validation paintings, too
+            raise UserError(f"{name} may have seen validation paintings: give --judges of train.py with the same split")
+    return training.split_off(split["validation"], split["split_seed"])
 
 
 def choose(data: WikiArt, count: int) -> np.ndarray:
@@ -259,6 +289,10 @@ def load_method(repainter: Repainter, training: WikiArt, config):
         return repainter
     if config.method == "magenta":
         return Magenta(training, config.seed)
+    if config.method == "autoencoder":
+        path = Path(config.run) / "autoencoder.pt"
+        saved = load_checkpoint(path, "Autoencoder")
+        return CodeShift(build_model(saved, path), saved["crop"], training, repainter.device)
     return Transplant(repainter.model, training, config.method, repainter.device)
 
 
@@ -288,16 +322,16 @@ def mean_over_pairs(values, labels) -> float:
     return float(torch.cat([row[labels != style] for style, row in enumerate(values)]).float().mean())
 
 
-def judge_facts(predict, prefix: str, labels, originals, reconstructed, repainted, classes: list[str]) -> dict:
+def judge_facts(predict, prefix: str, data: WikiArt, originals, reconstructed, repainted) -> dict:
     """How often a judge predicts the target style for repainted images, and the own style for the others.
 
-    predict: images, or features of them, to styles (N,).
+    predict: images, or features of them, to styles (N,). The 95 % interval is over artists.
     """
-    before = predict(originals)
+    before, labels = predict(originals), data.labels
     hits = [predict(images) == style for style, images in enumerate(repainted)]
     other = F.one_hot(labels, len(hits)).T == 0
-    low, high = bootstrap_interval((torch.stack(hits) & other).sum(0) / other.sum(0))
-    triples = zip(classes, hits, other, strict=True)
+    low, high = mean_interval((torch.stack(hits) & other).sum(0) / other.sum(0), data.artists)
+    triples = zip(data.classes, hits, other, strict=True)
     return {
         f"{prefix}hit_rate": mean_over_pairs(hits, labels),
         f"{prefix}hit_rate_low": low,
@@ -306,7 +340,6 @@ def judge_facts(predict, prefix: str, labels, originals, reconstructed, repainte
         f"{prefix}judge_accuracy": (before == labels).float().mean(),
         f"{prefix}originals_rate": mean_over_pairs([before == style for style in range(len(hits))], labels),
         f"{prefix}own_kept": (predict(reconstructed) == labels).float().mean(),
-        f"{prefix}hits": [[row[labels == source].float().mean() for row in hits] for source in labels.unique()],
     }
 
 
@@ -336,11 +369,10 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
         distances[style] = [frechet_distance((x - mean) @ directions, target) for x in pair]
         if len(target) >= 4:
             halves.append(frechet_distance(target[::2], target[1::2]))
-    facts = {"perceptual": mean_over_pairs([1 - F.cosine_similarity(before, features) for features in after], labels)}
     if not distances:
-        return facts
+        return {}
     fid, fid_originals = np.mean(list(distances.values()), 0)
-    facts |= {
+    facts = {
         "directions": DIRECTIONS,
         "fid": fid,
         "fid_originals": fid_originals,
@@ -399,13 +431,13 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
     columns = [data.classes.index(style) for style in config.style]
     cells = to_bytes(torch.stack([originals[rows], *(repainted[column][rows] for column in columns)], 1)).numpy()
     titles, row_titles = ["original", *(names[column] for column in columns)], [names[label] for label in labels]
-    title = "Test paintings, repainted in each style"
+    title = f"{config.split.capitalize()} paintings, repainted in each style"
     more = run / "more"
     figures.painting_grid((more if suffix else run) / f"style_grid{suffix}.png", cells, titles, row_titles, title)
     row, title = (len(rows) - 1) // 2, f"One painting in {len(columns)} styles"
     path = more / f"style_row{suffix}.png"
     captions = [f"{row_titles[row]} (original)", *titles[1:]]
-    figures.painting_sheet(path, cells[row], captions, min(5, -(-len(captions) // 2)), title)
+    figures.contact_sheet(path, cells[row], captions, min(5, -(-len(captions) // 2)), title)
     if not suffix:
         plot_strengths(more / "style_strength.png", names, labels[:5], originals[rows[:5]], repainter)
         with named_errors(data.root / data.paths[rows[row]]):
@@ -417,9 +449,10 @@ def plot(run: Path, suffix: str, data: WikiArt, rows, originals, repainted, pair
 
 
 def plot_truth(path, pairs, originals, repainted, names: list[str], labels) -> None:
-    """For each style, of another scene each: the source, the repainting and the true image."""
+    """For each style, the source, the repainting and the true image of the scene in which its marks show most."""
+    detail = (originals - F.avg_pool2d(originals, 5, 1, 2)).square().mean((1, 2, 3))  # of marks, not of the scene
     chosen = [[pair for pair in pairs if pair[2] == style] for style in range(len(names))]
-    chosen = [of_style[len(of_style) * style // len(names)] for style, of_style in enumerate(chosen)]
+    chosen = [max(of_style, key=lambda pair: detail[pair[1]].item()) for of_style in chosen]
     cells = [torch.stack([originals[row], repainted[style][row], originals[true]]) for row, true, style in chosen]
     rows = [f"{names[labels[row]]} to {names[style]}" for row, _, style in chosen]
     columns = ["source", "repainted", "true"]

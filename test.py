@@ -14,7 +14,6 @@ With --split train or all the names end in _train or _all.
 
 import copy
 import csv
-import textwrap
 from pathlib import Path
 
 import common.packages  # noqa: F401
@@ -31,12 +30,14 @@ from common.images import highlight
 from common.metrics import (
     LOW_CONFIDENCE,
     METRICS,
+    artist_groups,
     bootstrap_scores,
     calibrate,
     calibration_error,
     classification_scores,
     confusion_counts,
     low_confidence,
+    mean_interval,
     seen_unseen_accuracy,
 )
 from common.names import artist_and_title, count, display_name, match_style, printable, safe_cell, stem_of
@@ -76,6 +77,7 @@ def main(argv=None):
     facts["ece_before"] = calibration_error(truth, raw.numpy())
     facts["ece_after"] = calibration_error(truth, probabilities)
     facts |= seen_unseen_accuracy(classifier.checkpoint["artists"], data, predictions)
+    facts |= artist_intervals(classifier.checkpoint["artists"], data, predictions, config.seed)
     facts |= without_tta(classifier, data)
     unsure = low_confidence(torch.from_numpy(probabilities)).numpy()
     facts |= confidence_facts(predictions == truth, probabilities.max(1))
@@ -134,6 +136,15 @@ def predict_baseline(baseline: Classifier, classifier: Classifier, data: WikiArt
         if list(data.paths) != list(paths):
             raise UserError("the baseline was trained with another split than the classifier: train it again")
     return baseline.predict_dataset(data)
+
+
+def artist_intervals(known_artists, data: WikiArt, predictions, seed: int) -> dict:
+    """95 % intervals of the accuracies that seen_unseen_accuracy() returns, as <name>_low and <name>_high."""
+    right, facts = predictions == data.labels.numpy(), {}
+    for name, mask in artist_groups(known_artists, data.artists).items():
+        low, high = mean_interval(right[mask], data.artists[mask], seed)
+        facts |= {f"{name}_artists_accuracy_low": low, f"{name}_artists_accuracy_high": high}
+    return facts
 
 
 def without_tta(classifier: Classifier, data: WikiArt) -> dict:
@@ -281,7 +292,7 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
 def artist_over_title(data: WikiArt, row: int) -> str:
     artist, title = artist_and_title(data.artists[row], data.paths[row])
     names = (artist, title or printable(stem_of(data.paths[row])))
-    return "\n".join(line for name in names for line in textwrap.wrap(name, 28, max_lines=3, placeholder="…"))
+    return "\n".join(name if len(name) < 60 else name[:59] + "…" for name in names if name)
 
 
 def print_summary(facts: dict, run, suffix: str, split: str) -> None:

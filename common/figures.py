@@ -1,6 +1,6 @@
 """The plots that scripts share, and their matplotlib style and class colours."""
 
-import textwrap
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -33,10 +33,9 @@ plt.rcParams.update(
 )
 
 # Nine hues of the schemes of Tol, and of Okabe and Ito, which colour-blind readers distinguish: tests/test_figures.py.
-# Those nearest to each other have different markers. Past nine classes the same hues come back with another marker and
-# line, so that 27 classes are 9 colours x 3 markers.
+# Past nine classes the same hues come back with another marker and line, so that all of 27 classes differ.
 HUES = ["#4477AA", "#E69F00", "#1B1B1B", "#EE6677", "#332288", "#88CCEE", "#997700", "#882255", "#DDCC77"]
-MARKERS = ["o", "^", "s"]
+MARKERS = ["o", "^", "s", "D", "v", "P"]
 LINES = ["-", "--", ":"]
 
 
@@ -119,12 +118,12 @@ def heat(path, table: np.ndarray, rows: list[str], columns: list[str], title: st
 
 def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], title: str) -> None:
     """Points in the plane, in panels: {name: (places (N, 2), numbers (N,), names of the numbers)}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 5.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 6.8), squeeze=False, layout="constrained")
     for axis, (name, (places, numbers, names)) in zip(axes.flat, panels.items(), strict=True):
         for number, label in enumerate(names):
             members = places[numbers == number]
             style = class_style(number)
-            size = max(3, min(14, 2e4 / len(places)))
+            size = max(4, min(24, 3e4 / len(places)))
             looks = {"color": style["color"], "marker": style["marker"], "linewidths": 0, "alpha": 0.75}
             axis.scatter(*members.T, s=size, label=display_name(label), **looks)
         axis.set(title=name, xticks=[], yticks=[])
@@ -132,7 +131,7 @@ def scatter(path, panels: dict[str, tuple[np.ndarray, np.ndarray, list[str]]], t
         axis.grid(False)
         columns = 2 if len(names) < 12 else 3
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns, "columnspacing": 0.8}
-        legend = axis.legend(**place, markerscale=1.8, fontsize=9 if columns == 2 else 6.5, handletextpad=0.2)
+        legend = axis.legend(**place, markerscale=1.6, fontsize=11 if columns == 2 else 8, handletextpad=0.2)
         for handle in legend.legend_handles:
             handle.set_alpha(1)
     figure.suptitle(title)
@@ -173,21 +172,6 @@ def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values:
     axis.margins(x=0.01, y=0.18 if values else 0.05)
     axis.grid(False, axis="x")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=9, columnspacing=1.2)
-    save(figure, path)
-
-
-def contact_sheet(path, images, captions: list[str], columns: int, title: str) -> None:
-    """N pictures, uint8 (3, H, W) each, in rows, a caption of a few lines below each."""
-    rows = max(1, -(-len(images) // columns))
-    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    size = 2.1 * columns, (2.1 + 0.19 * lines) * rows + 0.4
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        axis.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="lanczos")
-        axis.set_title(caption, y=0, va="top", fontsize=8, pad=-4)
-    figure.suptitle(title)
     save(figure, path)
 
 
@@ -236,26 +220,26 @@ def painting_grid(path, pictures: np.ndarray, columns: list[str], rows: list[str
     save_picture(canvas, path)
 
 
-def painting_sheet(path, pictures, captions: list[str], columns: int, title: str, side: int = 224) -> None:
-    """Pictures uint8 (N, 3, H, W) in true colours and real pixels, in rows of `columns`, each under its caption."""
-    width, height = cell_size(pictures, side)
-    size = text_size(columns * width, width)
-    captions = [fit_lines(caption, width, size) for caption in captions]
-    gap, line = 4, round(1.25 * size)
-    top, above = 2 * line, line * lines_of(captions) + gap
-    rows, step = -(-len(pictures) // columns), above + height + gap
-    canvas = Image.new("RGB", (columns * (width + gap) - gap, top + rows * step), "white")
-    write(canvas, (canvas.width / 2, line), title, size)
+def contact_sheet(path, pictures, captions: list[str], columns: int, title: str, side: int = 224) -> None:
+    """Pictures, uint8 (3, H, W) each, in rows of `columns` square cells, each above its caption of a few lines."""
+    size = min(20, text_size(columns * side, side))
+    captions = [fit_lines(caption, side, size) for caption in captions]
+    title = fit_lines(title, columns * side, size)
+    gap, line = 8, round(1.25 * size)
+    top, step = line * (lines_of([title]) + 1), side + line * lines_of(captions) + 2 * gap
+    canvas = Image.new("RGB", (columns * (side + gap) - gap, top + -(-len(pictures) // columns) * step), "white")
+    write(canvas, (canvas.width / 2, top / 2), title, size)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = number % columns * (width + gap), top + number // columns * step
-        write(canvas, (x + width / 2, y + (above - gap) / 2), caption, size)
-        canvas.paste(cell_of(picture, width, height), (x, y + above))
+        x, y = number % columns * (side + gap), top + number // columns * step
+        cell = cell_of(picture, *cell_size(picture, side))
+        canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
+        write(canvas, (x + side / 2, y + side + gap / 2), caption, size, "ma")
     save_picture(canvas, path)
 
 
-def cell_size(pictures: np.ndarray, side: int) -> tuple[int, int]:
+def cell_size(pictures, side: int) -> tuple[int, int]:
     """Width and height of pictures (..., H, W), the longer one `side`."""
-    height, width = pictures.shape[-2:]
+    height, width = np.shape(pictures)[-2:]
     return max(1, round(width * side / max(height, width))), max(1, round(height * side / max(height, width)))
 
 
@@ -270,18 +254,39 @@ def text_size(width: int, cell: int) -> int:
 
 
 def fit_lines(text: str, width: int, size: int) -> str:
-    """Text in lines that fit into `width` pixels."""
-    return textwrap.fill(text, max(1, int(width / (0.52 * size))))
+    """Text in lines that fit into `width` pixels; its own line breaks stay."""
+    return "\n".join(part for line in text.split("\n") for part in break_line(line.split(" "), width, size))
+
+
+def break_line(words: list[str], width: int, size: int) -> list[str]:
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if font(size).getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and font(size).getlength(lines[-1] + letter) > width:  # a word longer than a line
+                lines.append("")
+            lines[-1] += letter
+    return lines
 
 
 def lines_of(texts: list[str]) -> int:
-    return max(text.count("\n") + 1 for text in texts)
+    return max((text.count("\n") + 1 for text in texts), default=0)
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own, which has the letters of more scripts than Pillow's."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def write(
     canvas: Image.Image, place: tuple[float, float], text: str, size: int, anchor: str = "mm", fill="black"
 ) -> None:
-    ImageDraw.Draw(canvas).text(place, text, fill, ImageFont.load_default(size), anchor=anchor, align="center")
+    ImageDraw.Draw(canvas).text(place, text, fill, font(size), anchor=anchor, align="center")
 
 
 def thumbnails(path, pictures, cells, columns: int, labels, classes: list[str], title: str, side: int = 48) -> None:

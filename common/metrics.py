@@ -45,49 +45,62 @@ def class_balanced_mean(values, labels) -> float:
     return float(np.mean([values[labels == label].mean() for label in np.unique(labels)]))
 
 
+def bootstrap_samples(artists, seed: int):
+    """Yield BOOTSTRAP times how often each painting is drawn, int64 (N,), for 95 % intervals.
+
+    Paintings by one artist are alike, so whole artists (N,) are drawn (cluster bootstrap, Davison and Hinkley 1997);
+    but single paintings where artists are unknown, "", or fewer than FEW_ARTISTS.
+    """
+    _, group = np.unique(connected_groups(artists), return_inverse=True)
+    if group.max() + 1 < FEW_ARTISTS:
+        group = np.arange(len(group))
+    groups = group.max() + 1
+    for drawn in np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), BOOTSTRAP):
+        yield drawn[group]
+
+
 def bootstrap_scores(data, predictions, target: str, seed: int) -> dict:
     """The three METRICS, each with its 95 % bootstrap interval as <metric>_low and <metric>_high (percentiles).
 
-    Paintings by one artist are alike, so whole artists are drawn (cluster bootstrap, Davison and Hinkley 1997); but
-    single paintings where artists are unknown, "", or fewer than FEW_ARTISTS, or are the classes, the `target`. Where a
-    class has one or two artists, it is missing from many samples, and the intervals of means over classes say little.
+    Single paintings are drawn where artists are the classes, the `target`. Where a class has one or two artists, it is
+    missing from many samples, and the intervals of means over classes say little.
     """
     truth, classes = data.labels.numpy(), len(data.classes)
-    _, group = np.unique(connected_groups(data.artists), return_inverse=True)
-    if target == "artist" or group.max() + 1 < FEW_ARTISTS:
-        group = np.arange(len(truth))
-    groups = group.max() + 1
+    artists = np.full(len(truth), "") if target == "artist" else data.artists
     facts = dict(zip(METRICS, classification_scores(truth, predictions, classes), strict=True))
-    draws = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), BOOTSTRAP)
     cells, scores = truth * classes + predictions, []
-    for drawn in draws:  # how often each artist is drawn
-        counts = np.bincount(cells, drawn[group], classes**2).reshape(classes, classes)
+    for drawn in bootstrap_samples(artists, seed):
+        counts = np.bincount(cells, drawn, classes**2).reshape(classes, classes)
         scores.append(scores_of_counts(counts))
     for name, low, high in zip(METRICS, *np.percentile(scores, (2.5, 97.5), axis=0), strict=True):
         facts |= {f"{name}_low": low, f"{name}_high": high}
     return facts
 
 
-def bootstrap_interval(values, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval (percentiles) of the mean of `values` (N,)."""
-    values = np.asarray(values)
-    resamples = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP, len(values)))
-    return tuple(np.percentile(values[resamples].mean(1), (2.5, 97.5)))
+def mean_interval(values, artists, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval (percentiles) of the mean of `values` (N,) of paintings by `artists` (N,)."""
+    means = [np.average(values, weights=drawn) for drawn in bootstrap_samples(artists, seed)]
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def artist_groups(known_artists, artists) -> dict[str, np.ndarray]:
+    """Masks of paintings by artists (N,) who are in the training set, "seen", and by artists who are not, "unseen".
+
+    The first may be recognised by their hand, the second cannot be. Unknown artists, "", are in neither; a group
+    without paintings is left out.
+    """
+    seen, known = np.isin(artists, known_artists), artists != ""
+    groups = {"seen": seen & known, "unseen": ~seen & known}
+    return {name: mask for name, mask in groups.items() if mask.any()}
 
 
 def seen_unseen_accuracy(known_artists, data, predictions) -> dict:
-    """Accuracy on paintings by artists who are in the training set (`known_artists`), and by artists who are not.
-
-    The first may be artist recognition in part, the second cannot be. The two groups hold different paintings. Unknown
-    artists, "", are in neither.
-    """
+    """Accuracy on paintings of either of the artist_groups."""
     truth, facts = data.labels.numpy(), {}
-    seen, known = np.isin(data.artists, known_artists), data.artists != ""
-    for name, mask in (("seen", seen & known), ("unseen", ~seen & known)):
-        if mask.any():
-            facts[f"{name}_artists_images"] = int(mask.sum())
-            facts[f"{name}_artists_accuracy"] = (predictions == truth)[mask].mean()
-            facts[f"{name}_artists_balanced_accuracy"] = balanced_accuracy(truth[mask], predictions[mask])
+    for name, mask in artist_groups(known_artists, data.artists).items():
+        facts[f"{name}_artists_images"] = int(mask.sum())
+        facts[f"{name}_artists_accuracy"] = (predictions == truth)[mask].mean()
+        facts[f"{name}_artists_balanced_accuracy"] = balanced_accuracy(truth[mask], predictions[mask])
     return facts
 
 

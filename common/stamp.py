@@ -157,6 +157,11 @@ def code_hashes(root: str) -> dict[str, str]:
     return hashes
 
 
+def code_key(*roots: str) -> str:
+    """One hash of all code that scripts or definitions use, for the keys of caches."""
+    return hashlib.sha256("".join(listed(code_hashes(root)) for root in roots).encode()).hexdigest()[:12]
+
+
 def counts(home: str, name: str) -> bool:
     """Whether a definition of a module can change results, and is of this project."""
     if not path_of(home).exists():

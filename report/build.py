@@ -120,15 +120,16 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
 
 
 def check_checkpoints(facts: dict, weights: Path) -> None:
-    """Exit where facts are of other classifiers than those in the folder."""
+    """Exit where facts are of other networks than those in the folder."""
     names = {"test.checkpoint": WEIGHTS[0], "style_transfer.classifier": WEIGHTS[0], "head.test.checkpoint": WEIGHTS[3]}
+    names["style_transfer.checkpoint"] = WEIGHTS[2]
     for fact, name in names.items():
         try:
             used = look_up(facts, fact)
         except LookupError:
             sys.exit(f"build.py: no fact {fact}: run make report")
         if not hashlib.sha256((weights / name).read_bytes()).hexdigest().startswith(used):
-            sys.exit(f"build.py: {fact} is of another classifier than {weights / name}: run make report")
+            sys.exit(f"build.py: {fact} is of another network than {weights / name}: run make report")
 
 
 def code_of(run: Path) -> dict[str, dict[str, str]]:

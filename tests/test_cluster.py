@@ -28,7 +28,7 @@ def planted(classes=5, each=30, seed=0):
 
 def test_planted_clusters_are_found():
     codes, labels = planted()
-    facts = cluster.scores(labels, cluster.kmeans(codes, 5, seed=0), codes, seed=0)
+    facts = cluster.scores(labels, cluster.kmeans(codes, 5, seed=0)[0], codes, seed=0)
     for key in ("nmi", "ami", "ari", "purity"):
         assert facts[key] == pytest.approx(1, abs=0.02), key
     assert facts["silhouette"] > 0.5
@@ -46,18 +46,48 @@ def test_scores_of_random_clusters_are_near_zero():
 
 def test_the_interval_covers_the_nmi_of_other_samples():
     """Of clusters of which a fifth are others than the labels."""
-    random, codes = np.random.default_rng(0), planted(3, 80)[0]
+    random = np.random.default_rng(0)
 
     def draw(paintings):
         labels = np.repeat(np.arange(3), paintings // 3)
         return labels, np.where(random.random(paintings) < 0.2, random.integers(0, 3, paintings), labels)
 
-    few, many = (cluster.uncertainty(*draw(paintings), codes[:paintings], seed=0) for paintings in (60, 240))
+    few, many = (cluster.nmi_interval(*draw(size), np.full(size, ""), seed=0) for size in (60, 240))
     found = [cluster.AGREEMENT["nmi"](*draw(240)) for _ in range(20)]
-    inside = [many["nmi_low"] <= nmi <= many["nmi_high"] for nmi in found]
+    inside = [many[0] <= nmi <= many[1] for nmi in found]
     assert np.mean(inside) >= 0.6  # the interval's centre varies, too
-    widths = [facts["nmi_high"] - facts["nmi_low"] for facts in (few, many)]
+    widths = [high - low for low, high in (few, many)]
     assert 1.4 < widths[0] / widths[1] < 2.8  # about the root of the ratio of the numbers
+
+
+def test_paintings_by_one_artist_widen_the_interval_of_the_nmi():
+    labels, clusters = np.repeat(np.arange(4), 60), np.repeat(np.arange(48) % 4 * (np.arange(48) % 5 > 0), 5)
+    clusters = np.where(np.repeat(np.arange(48) % 3 > 0, 5), labels, clusters)
+    by_artist, single = (
+        np.ptp(cluster.nmi_interval(labels, clusters, artists, seed=0))
+        for artists in (np.repeat(np.arange(48), 5).astype(str), np.full(240, ""))
+    )
+    assert by_artist > 1.5 * single
+
+
+def test_the_run_of_kmeans_with_the_smallest_inertia_comes_first():
+    codes = np.random.default_rng(0).normal(size=(60, 4))
+    inertias = [
+        sum(((codes[found == k] - codes[found == k].mean(0)) ** 2).sum() for k in range(9))
+        for found in cluster.kmeans(codes, 9, seed=0)
+    ]
+    assert len(inertias) == cluster.RUNS and inertias == pytest.approx(sorted(inertias), rel=1e-9)
+
+
+def test_codes_are_computed_again_when_their_code_has_changed(clustered, demo, monkeypatch):
+    computed, encode = [], cluster.encode_dataset
+    monkeypatch.setattr(cluster, "encode_dataset", lambda *arguments: computed.append(1) or encode(*arguments))
+    command = [*TINY, "--size", "32", "--data", str(demo), "--run", str(clustered), "--codes", "colours"]
+    cluster.main(command)
+    assert not computed
+    monkeypatch.setattr(cluster, "code_key", lambda *_: "other")
+    cluster.main(command)
+    assert computed
 
 
 def test_the_table_counts_paintings_of_each_style_in_each_cluster():
@@ -143,7 +173,7 @@ def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered)
     assert sources == set(facts["cluster"])
     for source, scores in facts["cluster"].items():
         assert scores["nmi_low"] < scores["nmi"] < scores["nmi_high"]
-        assert scores["nmi_starts_low"] <= scores["nmi"] <= scores["nmi_starts_high"]
+        assert scores["nmi_runs_low"] <= scores["nmi"] <= scores["nmi_runs_high"]
         assert -1 <= scores["ari"] <= 1
         assert 0 <= scores["probe"] <= 1
         for kind in ("map", "tsne", "clusters", "centroids"):

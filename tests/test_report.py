@@ -165,7 +165,7 @@ def test_publishing_renews_everything_or_nothing(tmp_path):
     (run / "away.png").rename(run / "more/regions.png")
     (run / "classifier.pt").rename(run / "away.pt")
     (run / "classifier.pt").write_bytes(b"of another training")
-    assert "of another classifier than" in clear_line(script(*publish))
+    assert "of another network than" in clear_line(script(*publish))
     assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
     (run / "away.pt").replace(run / "classifier.pt")
     assert script(*publish).returncode == 0

@@ -22,7 +22,7 @@ import train
 import wikiart
 from common import crops, figures, names, packages, run
 from common.errors import UserError
-from common.metrics import METRICS, bootstrap_scores, classification_scores, seen_unseen_accuracy
+from common.metrics import METRICS, bootstrap_scores, classification_scores, mean_interval, seen_unseen_accuracy
 from common.names import title_of
 
 
@@ -305,6 +305,15 @@ def test_the_bootstrap_draws_artists_unless_they_are_few_or_the_classes():
     ten = SimpleNamespace(labels=torch.from_numpy(truth), classes=["a", "b"], artists=(np.arange(400) % 10).astype(str))
     ten.artists = np.sort(ten.artists)  # each with three quarters of 40 right
     assert bootstrap_scores(ten, predictions, "style", seed=0)["accuracy_low"] == 0.75
+
+
+def test_the_interval_of_a_mean_is_over_artists():
+    right = np.repeat(np.arange(40) % 4 > 0, 10)
+    (low, high), (near, far) = (
+        mean_interval(right, artists) for artists in (np.repeat(np.arange(40), 10).astype(str), np.full(400, ""))
+    )
+    assert low < near < 0.75 < far < high
+    assert (high - low) / (far - near) == pytest.approx(np.sqrt(10), rel=0.15)
 
 
 def test_scores_without_test_time_augmentation(trained, demo):
