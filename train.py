@@ -84,6 +84,9 @@ SETTINGS = {
         ("patch", "convolution"),
         "how the CNN quarters the image's size: in patches, or by overlapping convolutions",
     ),
+    "pooling": Setting(
+        str, ("mean", "mean_std", "covariance"), "statistics of the feature maps that the CNN's last layer sees"
+    ),
     "dropout": Setting(float, "[0, 1)", "probability of dropping each feature before the CNN's last layer"),
     "optimizer": Setting(str, ("muon", "adamw"), "Muon for convolutions and AdamW for the rest, or AdamW for all"),
     "weight_decay": Setting(float, "[0, inf)", "weight decay of both optimizers"),
@@ -113,7 +116,7 @@ SETTINGS = {
     ),
 }
 DATA_SETTINGS = ("size", "resize", "split_seed", "target", "min_images", "holdout")  # that the data set depends on
-CNN_SETTINGS = ("width", "depth", "stem", "dropout")  # that its constructor takes
+CNN_SETTINGS = ("width", "depth", "stem", "pooling", "dropout")  # that its constructor takes
 TAU = 0.9  # strength of the logit adjustment; 1 in theory
 CURVE_EPOCHS = 4  # between two drawings of the curves
 

@@ -41,6 +41,7 @@ from common.layers import (
     Normalise,
     Upsample,
     backbone,
+    covariances,
     map_evidence,
     mean_std,
     occlusion_evidence,
@@ -347,25 +348,35 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """The classifier: a small residual network. Images (B, 3, any, any) in [0, 1] to logits (B, classes).
 
-    The last layer sees the mean and the standard deviation of each map of features: statistics of texture. In training,
-    logits of `aux_classes` follow: of artists and genres, which the network predicts as auxiliary tasks.
+    The last layer sees the mean of each map of features, with pooling="mean_std" also its standard deviation, and with
+    "covariance" also the covariances of PROJECTED mixtures of maps. In training, logits of `aux_classes` follow: of
+    artists and genres, which the network predicts as auxiliary tasks.
     """
 
-    def __init__(self, classes, width, depth, dropout, aux_classes=0, stem="patch", **normalisation):
+    PROJECTED = 32
+
+    def __init__(self, classes, width, depth, pooling, dropout, aux_classes=0, stem="patch", **normalisation):
         super().__init__()
-        self.classes = classes
+        self.classes, self.std, self.project = classes, pooling != "mean", None
         self.normalise = Normalise(**normalisation)
         self.body = backbone(width, depth, stem)
-        self.norm = BatchNorm(8 * width)
+        features = 8 * width if self.std else 4 * width
+        if pooling == "covariance":
+            self.project = nn.Conv2d(4 * width, self.PROJECTED, 1, bias=False)
+            features += self.PROJECTED * (self.PROJECTED + 1) // 2
+        self.norm = BatchNorm(features)
         self.dropout = Dropout(dropout)
-        self.out = nn.Linear(8 * width, classes + aux_classes)
+        self.out = nn.Linear(features, classes + aux_classes)
 
     def features(self, images):
         """The input of the last layer, (B, features)."""
         return self.pool(self.body(self.normalise(images)))
 
     def pool(self, maps):
-        return self.norm(mean_std(maps)).flatten(1)
+        statistics = [mean_std(maps, self.std)]
+        if self.project:
+            statistics.append(covariances(self.project(maps)))
+        return self.norm(torch.cat(statistics, 1)).flatten(1)
 
     def classify(self, features):
         """Logits of features."""
@@ -379,21 +390,26 @@ class CNN(nn.Module):
     def evidence(self, image, label: int):
         """How much each region of one image (1, 3, any, any) in [0, 1] contributed to a class's logit, float (h, w).
 
-        A class activation map (Zhou et al. 2016), relative to the mean of all classes and to the average painting. A
-        standard deviation is distributed over positions by the squared deviations that it is the root mean of, so that
-        regions sum to the logit minus its bias.
+        A class activation map (Zhou et al. 2016), relative to the mean of all classes and to the average painting.
+        Standard deviations and covariances are distributed over positions by the squared deviations and products that
+        they are means of, so that regions sum to the logit minus its bias.
         """
         maps = self.body(self.normalise(image))[0]  # (C, h, w)
         weights = self.out.weight[: self.classes]
         slopes = (weights[label] - weights.mean(0)) * self.norm.weight
         slopes = (slopes / (self.norm.running_var + self.norm.eps).sqrt())[:, None, None]
-        squares = (maps - maps.mean((1, 2), keepdim=True)).square()
-        deviations = squares / (squares.mean((1, 2), keepdim=True) + 1e-5).sqrt()
-        return (
-            ((torch.cat([maps, deviations]) - self.norm.running_mean[:, None, None]) * slopes)
-            .sum(0)
-            .div(maps[0].numel())
-        )
+        parts = [maps]
+        if self.std:
+            squares = (maps - maps.mean((1, 2), keepdim=True)).square()
+            parts.append(squares / (squares.mean((1, 2), keepdim=True) + 1e-5).sqrt())
+        if self.project:
+            mixed = self.project(maps[None])[0]
+            mixed = mixed - mixed.mean((1, 2), keepdim=True)
+            first, second = torch.triu_indices(len(mixed), len(mixed))
+            products = mixed[first] * mixed[second]
+            parts.append(products / (products.mean((1, 2), keepdim=True).abs() + 1e-3).sqrt())
+        parts = torch.cat(parts)
+        return ((parts - self.norm.running_mean[:, None, None]) * slopes).sum(0).div(maps[0].numel())
 
 
 class Autoencoder(nn.Module):

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import resize
 
 from common.crops import predict_probabilities, random_crops
 from common.errors import UserError
+from common.losses import class_log_prior
 from common.metrics import balanced_accuracy
 from common.run import autocast, reuse_freed_memory
 
@@ -140,18 +141,21 @@ def load_as_floats(paths: list[str], side: int) -> None:
         images.append(resize(read_image(path).float(), [side, side], antialias=True))
 
 
-def train_reference(model, training, validation, crop: int, batch_size: int, epochs: int) -> tuple[float, float]:
-    """Train by torchvision's references/classification; returns balanced accuracy on `validation`, and CPU seconds.
+def train_reference(model, training, validation, crop: int, batch_size: int, epochs: int) -> list[tuple[float, float]]:
+    """Train by torchvision's references/classification, but with the logit-adjusted loss, as our network is.
 
     SGD with momentum, a learning rate of 0.1 per 256 images that falls to a tenth after each third of the epochs,
-    crops of at least 8 % of the image, flipped half of the time.
+    crops of at least 8 % of the image, flipped half of the time. Returns the balanced accuracy on `validation` after
+    each epoch, and the CPU seconds until then, without those of validation.
     """
+    prior, records, seconds = class_log_prior(training.labels, len(training.classes)), [], 0.0
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1 * batch_size / 256, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, epochs // 3), 0.1)
     images_per_epoch = len(training) // batch_size * batch_size
-    start = cpu_time()
     for _ in range(epochs):
+        start = cpu_time()
+        model.train()
         for items in torch.randperm(len(training))[:images_per_epoch].split(batch_size):
             pixels, labels = training.batch(items, CPU)
             random = torch.rand(7, len(items))
@@ -159,13 +163,19 @@ def train_reference(model, training, validation, crop: int, batch_size: int, epo
             images = random_crops(pixels, crop, random, 0.08)
             with autocast(CPU, cpu=True):  # as train.py
                 logits = model(images.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float() + prior, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-    seconds = cpu_time() - start
+        seconds += cpu_time() - start
+        records.append((reference_score(model, validation, crop, batch_size), seconds))
+    return records
+
+
+def reference_score(model, validation, crop: int, batch_size: int) -> float:
+    """Balanced accuracy on whole images and their mirror images."""
     model.eval()
     batches = (validation.batch(items, CPU)[0] for items in torch.arange(len(validation)).split(batch_size))
     predictions = torch.cat([predict_probabilities(model, images, crop).argmax(1) for images in batches])
-    return balanced_accuracy(validation.labels, predictions), seconds
+    return balanced_accuracy(validation.labels, predictions)

@@ -151,10 +151,10 @@ def roc(path, lines: dict[str, tuple[np.ndarray, np.ndarray, float]], title: str
     save(figure, path)
 
 
-def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values: bool = False, level=None) -> None:
+def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values: bool = False) -> None:
     """Bars side by side: for each label one of every group, {"before": (labels,), "after": (labels,)}.
 
-    With their `values` written above them, and a dashed line at a `level`, where these are given.
+    With their `values` written above them, where that is asked for.
     """
     figure, axis = plt.subplots(figsize=(max(7.5, 0.3 * len(labels) * min(len(groups), 4)), 4))
     width = 0.8 / len(groups)
@@ -163,8 +163,6 @@ def bars(path, groups: dict, labels: list[str], title: str, ylabel: str, values:
         drawn = axis.bar(places, heights, width, label=display_name(name), color=HUES[number % len(HUES)])
         if values:
             axis.bar_label(drawn, fmt="%d", fontsize=8, rotation=90, padding=2)
-    if level is not None:
-        axis.axhline(level, color="0.3", lw=1.2, ls="--")
     axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axis.set(ylabel=ylabel)
     columns = min(5, len(groups))

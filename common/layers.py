@@ -125,12 +125,29 @@ def backbone(width: int, depth: int = 1, stem: str = "patch") -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def mean_std(maps):
-    """Mean and standard deviation of each map over its positions: (B, C, H, W) to (B, 2 * C, 1, 1)."""
+def mean_std(maps, std: bool = True):
+    """Mean and standard deviation of each map over its positions: (B, C, H, W) to (B, 2 * C, 1, 1).
+
+    Without `std`, the means alone: (B, C, 1, 1).
+    """
     values = maps.movedim(1, 3).flatten(1, 2)  # the memory order of channels_last: four times as fast as var()
-    means = values.mean(1)
-    deviations = ((values - means[:, None]).square().mean(1) + 1e-5).sqrt()
-    return torch.cat([means, deviations], 1)[:, :, None, None]
+    statistics = values.mean(1)
+    if std:
+        deviations = ((values - statistics[:, None]).square().mean(1) + 1e-5).sqrt()
+        statistics = torch.cat([statistics, deviations], 1)
+    return statistics[:, :, None, None]
+
+
+def covariances(maps):
+    """Covariances of all pairs of maps over positions, over the roots of their sizes: (B, C, H, W) to (B, pairs, 1, 1).
+
+    Which features occur together shows the style (Gatys et al. 2016). Without the root, a few large covariances
+    outweigh the others (Lin et al. 2015, "Bilinear CNNs").
+    """
+    values = (maps - maps.mean((2, 3), keepdim=True)).flatten(2).float()
+    first, second = torch.triu_indices(maps.shape[1], maps.shape[1], device=maps.device)
+    values = (values @ values.mT / values.shape[2])[:, first, second]
+    return (values / (values.abs() + 1e-3).sqrt())[:, :, None, None]
 
 
 class Upsample(nn.Upsample):

@@ -22,15 +22,18 @@ balance_flags := --per-class 0
 # Expanded in the recipe, by a shell, because the demo is drawn after make has read this.
 unknown = {"holdout": [$(shell cd $(DATA)/train 2>/dev/null || cd $(DATA); printf '"%s", ' */ | sed 's,/",",g; s/, $$//')]}
 unknown_flags := $(if $(WIKIART),--epochs 8 --crop 96 --tta-scales 2.0 1.5)
-ablation := report/ablation.json
-COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation.md unknown.md)
-$(RUN)/ablation.md: report/ablation.json
+ablation_0 := report/ablation.json
+ablation_1 := $(ablation_0)
+ablation_0_flags := --seed 0
+ablation_1_flags := --seed 1
+COMPARISONS := $(addprefix $(RUN)/,seeds.md balance.md ablation_0.md ablation_1.md unknown.md)
+$(RUN)/ablation_0.md $(RUN)/ablation_1.md: report/ablation.json
 # A row whose settings are those of the run's own classifier, or of another table's row, is copied: row=folder.
 setting = $(shell sed -n 's/^$(1) = "\?\([^"]*\)"\?$$/\1/p' $(RUN)/stamps/classifier)
 seeds_copied = $(call setting,seed)=.
 balance_copied = $(addsuffix =.,$(filter-out resample,$(call setting,balance)))
-ablation_copied = no_balance=balance/none
-$(RUN)/ablation.md: | $(RUN)/balance.md
+ablation_0_copied = $(if $(filter 0,$(call setting,seed)),no_balance=balance/none)
+$(RUN)/ablation_0.md: | $(RUN)/balance.md
 $(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
 	@for file in $(filter-out %.json,$^); do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
@@ -74,10 +77,14 @@ $(RUN)/embed_tf_efficientnet_lite2_224.pt: $(RUN)/stamps/embed_224 $(RUN)/embed_
 $(RUN)/head/report.txt: $(RUN)/stamps/test $(RUN)/embed_tf_efficientnet_lite2.pt
 	@mkdir -p $(@D)
 	$(PY) test.py $(FLAGS) --run $(@D) --checkpoint $(RUN)/head_tf_efficientnet_lite0.pt
-$(RUN)/more/style_grid_magenta.png: $(RUN)/style_grid.png
-	$(call run,repaint) --method magenta --paintings 100
-$(RUN)/more/style_grid_fewer.png: $(RUN)/style_grid.png
-	$(call run,repaint) --name fewer --paintings 100
+# More rows of the table of style transfer: other methods, and the model itself on fewer or on validation paintings.
+autoencoder_row := --method autoencoder --paintings 100
+magenta_row := --method magenta --paintings 100
+fewer_row := --name fewer --paintings 100
+validation_row := --split validation --judges judge
+ROWS := $(patsubst %,$(RUN)/more/style_grid_%.png,autoencoder magenta fewer validation)
+$(ROWS): $(RUN)/more/style_grid_%.png: $(RUN)/style_grid.png $(RUN)/autoencoder.pt
+	$(call run,repaint) $($*_row)
 
 # The codes that clusters.md compares, and the second judge: made first, so that $(wildcard ...) finds them.
 backbones: $(RUN)/embed_tf_efficientnet_lite2.pt $(RUN)/embed_tf_efficientnet_lite2_224.pt
@@ -108,6 +115,6 @@ $(RUN)/lora_compare.png: $(RUN)/stamps/each_style $(RUN)/paintings.txt common/fi
 	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 
 # Speed is measured last, when nothing else of this runs.
-publish: pipeline $(COMPARISONS) $(SEEDED) $(VARIANTS) $(RUN)/head/report.txt $(RUN)/more/style_grid_magenta.png $(RUN)/more/style_grid_fewer.png $(RUN)/demo
+publish: pipeline $(COMPARISONS) $(SEEDED) $(VARIANTS) $(RUN)/head/report.txt $(ROWS) $(RUN)/demo
 	@$(MAKE) --no-print-directory -j1 $(RUN)/benchmark.md
 	$(PY) report/build.py --run $(RUN) --publish

@@ -80,7 +80,6 @@ def test_every_measure_gives_a_number_and_a_row(run):
             assert facts[key] > 0
         assert facts.get(f"{name}_low", 0) <= facts.get(f"{name}_high", 0)
         assert any(benchmark.MEASURES[name].ours in line for line in lines)
-    assert (run / "benchmark.png").stat().st_size > 5000
     assert not list(run.glob(".benchmark.*/"))  # the images are gone
 
 
@@ -135,12 +134,12 @@ def test_cpu_time_counts_children():
 
 
 def test_the_time_until_resnet18_is_reached(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "train_reference", lambda *_: (0.0, 100.0))
+    monkeypatch.setattr(benchmarks, "train_reference", lambda *_: [(0.1, 30.0), (0.0, 100.0)])
     facts = benchmark.resnet18_time(bench)
-    assert 0 < facts["resnet18_time"] == pytest.approx(100 / (facts["resnet18_time_ours"] * 60))
+    assert 0 < facts["resnet18_time"] == pytest.approx(30 / (facts["resnet18_time_ours"] * 60))
     assert 0 <= facts["resnet18_our_balanced_accuracy"] <= 1
     benchmark.merge_facts(tmp_path, facts, 1)
-    monkeypatch.setattr(benchmarks, "train_reference", lambda *_: (1.1, 100.0))
+    monkeypatch.setattr(benchmarks, "train_reference", lambda *_: [(1.1, 100.0)])
     monkeypatch.setattr(benchmark, "train_cnn", lambda *_: [{"cpu_seconds": 1.0, "val_balanced_accuracy": 0.5}])
     facts = benchmark.merge_facts(tmp_path, benchmark.resnet18_time(bench), 1)
     assert facts["resnet18_time"] is None  # the old one is not left
@@ -150,9 +149,9 @@ def test_the_time_until_resnet18_is_reached(bench, tmp_path, monkeypatch):
 def test_resnet18_trains(demo):
     parts = WikiArt(demo, "train", size=32, processes=1).split_off(0.3, 0)
     model = make_model("resnet18", {"classes": 8, "mean": [0.5] * 3, "std": [0.25] * 3})
-    accuracy, seconds = benchmarks.train_reference(model, *parts, crop=32, batch_size=16, epochs=1)
-    assert 0 <= accuracy <= 1
-    assert seconds > 0
+    records = benchmarks.train_reference(model, *parts, crop=32, batch_size=16, epochs=2)
+    assert all(0 <= accuracy <= 1 for accuracy, _ in records)
+    assert 0 < records[0][1] < records[1][1]
 
 
 def test_labelling(bench):

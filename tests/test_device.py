@@ -134,7 +134,7 @@ def test_a_step_of_the_autoencoder_does_not_wait(paintings, weight):
 
 def test_a_step_of_the_style_model_does_not_wait(paintings):
     config = settings(train_style, *flags(crop=64, width=8, per_class=10))
-    network = wikiart.CNN(8, width=8, depth=1, dropout=0.0).to(META)
+    network = wikiart.CNN(8, width=8, depth=1, pooling="covariance", dropout=0.0).to(META)
     features = FeatureMaps(network, torch.rand(4, 3, 64, 64, device=META))
     _, parts = train_style.new_networks(features, paintings, 5, config, META)
     sampler = wikiart.BalancedSampler(paintings.labels, "resample", 10)
@@ -255,7 +255,7 @@ def test_latents_of_the_small_base_are_on_the_device_before_the_loss(cuda, monke
 
 
 NETWORKS = {
-    "CNN": {"classes": 8, "width": 8, "depth": 1, "dropout": 0.5, "aux_classes": 3},
+    "CNN": {"classes": 8, "width": 8, "depth": 1, "pooling": "covariance", "dropout": 0.5, "aux_classes": 3},
     "MLP": {"classes": 8, "width": 8, "crop": 64},
     "Autoencoder": {"crop": 64, "code": 4, "width": 8, "projection_dim": 16},
     "StyleAutoencoder": {"styles": 8, "width": 8},

@@ -48,7 +48,7 @@ def classification(network, images):
 
 
 NETWORKS = {
-    "CNN": ({"classes": 8, "width": 16, "depth": 2, "dropout": 0.5, "aux_classes": 3}, None),
+    "CNN": ({"classes": 8, "width": 16, "depth": 2, "pooling": "covariance", "dropout": 0.5, "aux_classes": 3}, None),
     "MLP": ({"classes": 8, "width": 16, "crop": 64}, None),
     "resnet18": ({"classes": 8, "mean": [0.5] * 3, "std": [0.2] * 3}, None),
     "Autoencoder": ({"crop": 64, "code": 16, "width": 16, "projection_dim": 16}, ReconstructionLoss),
@@ -162,7 +162,7 @@ train.main()
 
 def test_one_process_under_nccl_trains_like_none(demo, tmp_path):
     (tmp_path / "train.py").write_text(ONE_PROCESS.format(root=str(ROOT)))
-    plain = [*TINY_TRAIN, *ON_GPU, *flags(ema_decay=0, optimizer="adamw", data=demo)]
+    plain = [*TINY_TRAIN, *ON_GPU, *flags(ema_decay=0, optimizer="adamw", pooling="mean_std", data=demo)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--"]
     command = [*torchrun, tmp_path / "train.py", *plain, "--run", tmp_path / "nccl"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

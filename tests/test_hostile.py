@@ -29,7 +29,7 @@ from common.images import read_image
 from serve.corrections import Corrections, export
 
 STYLES = ["Baroque", "Cubism", "Fauvism"]
-SHAPE = {"classes": 3, "width": 8, "depth": 1, "dropout": 0.0, "mean": [0.5] * 3, "std": [0.25] * 3}
+SHAPE = {"classes": 3, "width": 8, "depth": 1, "pooling": "mean", "dropout": 0.0, "mean": [0.5] * 3, "std": [0.25] * 3}
 ODD = ['qu"o,te.png', "line\nbreak.png", "esc\x1b[2J\a.png", "turned\u202egnp.png", "caf\udce9.png", "é" * 122 + ".png"]
 
 

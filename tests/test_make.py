@@ -311,8 +311,10 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
         assert all(call.endswith(f"--seed {seed}") for call in ours)
         assert f"/clusters_{seed}/contrastive --contrastive-weight 0.15" in ours[0]
     assert scripts.count("cluster.py") == 3
-    assert scripts.count("style_transfer.py") == 3 + 2 + 2
+    assert scripts.count("style_transfer.py") == 3 + 2 + 4
     scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
+    (validation,) = [call for call in scored if "--split validation" in call]
+    assert validation.endswith("--judges judge")  # the second one has seen these paintings
     assert all("embed_tf_efficientnet_lite2_224.pt" in call for call in scored)
 
 
@@ -343,7 +345,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
     seeded, variants = 2 * ["train_autoencoder.py", "cluster.py"], 2 * ["train_style.py", "style_transfer.py"]
-    rest = [*STAGES, BUILD, *4 * ["tune.py"], *seeded, *variants, "test.py", *2 * ["style_transfer.py"]]
+    rest = [*STAGES, BUILD, *5 * ["tune.py"], *seeded, *variants, "test.py", *4 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"], "tune.py"]
     assert scripts == ["embed.py", "embed.py", *rest, "from", *demo, "benchmark.py", BUILD]
     assert calls(project, "from") == [f'{BASES}("runs/paintings/demo/tiny_base")']
@@ -360,7 +362,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     for row, made in (
         ("seeds/0", "runs/paintings"),
         ("balance/logit", "runs/paintings"),
-        ("ablation/no_balance", "balance"),
+        ("ablation_0/no_balance", "balance"),
     ):
         assert (project / "runs/paintings" / row / "classifier.pt").read_text() == f"{made}\n"  # not trained again
     (project / "common/figures.py").touch()  # drawn again, not trained again
@@ -371,5 +373,5 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert make(project, *wanted)[0] == 3 * [BUILD]  # the run's, the demo's, and the published one
     assert old.exists()
     (project / "paintings/train/B").mkdir()  # other paintings: the comparisons' trainings are out of date too
-    assert make(project, *wanted)[0].count("tune.py") == 4
+    assert make(project, *wanted)[0].count("tune.py") == 5
     assert not old.exists()

@@ -47,7 +47,8 @@ def styled(demo, tmp_path_factory):
     run = tmp_path_factory.mktemp("styled")
     shared = ["--data", str(demo), "--run", str(run)]
     train.main([*TINY_TRAIN, *shared, "--epochs", "15", "--ema-decay", "0.9"])
-    train.main([*TINY_TRAIN, *shared[:2], "--run", str(run / "judge"), "--seed", "1", "--epochs", "1"])
+    judge = ["--run", str(run / "judge"), "--seed", "1", "--epochs", "1", "--validation", "0.2"]
+    train.main([*TINY_TRAIN, *shared[:2], *judge])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_style, "EMA_DECAY", 0.5)  # or the average would hardly differ from the beginning
         train_style.main([*TINY_STYLE, *shared, "--epochs", "4"])
@@ -370,7 +371,7 @@ def test_losses_of_composition_ignore_style_and_notice_the_rest():
 
 def test_the_critic_tells_styles_apart_and_the_features_stay_as_they_are():
     torch.manual_seed(0)
-    network = wikiart.CNN(3, width=8, depth=1, dropout=0.0)
+    network = wikiart.CNN(3, width=8, depth=1, pooling="mean_std", dropout=0.0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     features = losses.FeatureMaps(network, torch.rand(4, 3, 64, 64))
     images = torch.rand(2, 3, 64, 64)
