@@ -355,9 +355,8 @@ def test_the_report_is_only_published_from_real_paintings(project):
     of_paintings = [call for call in calls(project, "test.py") if "demo" not in call]
     assert all("-c report/settings.json" in call for call in of_paintings)  # what no figure of the report shows
     assert (project / "runs/paintings/demo/stamps/test").read_text().count("report/hide.txt") == 0
-    assert (
-        "common.painter.Scene " in (project / "runs/paintings/stamps/bases").read_text()
-    )  # which report/build.py reads
+    bases = (project / "runs/paintings/stamps/bases").read_text()  # which report/build.py reads
+    assert "common.painter.Scene " in bases
     assert "demo.py " in (project / "runs/paintings/demo/stamps/demo").read_text()
     for row, made in (
         ("seeds/0", "runs/paintings"),
