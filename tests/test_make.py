@@ -20,7 +20,7 @@ case $1 in
 esac
 echo "$@" >> calls
 while [ $# -gt 0 ]; do
-  case $1 in --run) run=$2;; --name|--method) name=$2;; --shrink) shrunk=_$2;; --backbone) backbone=$2;; esac
+  case $1 in --run) run=$2;; --name|--method|--split) name=$2;; --shrink) shrunk=_$2;; --backbone) backbone=$2;; esac
   script=${{script:-$1}}; shift
 done
 case $script in

@@ -623,9 +623,7 @@ def test_styles_without_test_paintings_and_few_paintings_are_fine(styled, demo, 
     shared = ["--data", str(data), "--run", str(run), "--judges", "classifier.pt", "classifier.pt"]
     style_transfer.main([*TINY, *shared, "--paintings", "6"])
     facts = facts_of(run, "style_transfer")
-    assert np.isfinite(
-        [facts[name] for name in ("hit_rate", "fid", "fid_ratio", "position", "ssim", "perceptual")]
-    ).all()
+    assert np.isfinite([facts[name] for name in ("hit_rate", "fid", "fid_ratio", "position", "ssim")]).all()
     assert len(facts["fid_ratios"]) == 6
 
 
@@ -642,7 +640,7 @@ def test_without_two_real_paintings_of_a_style_there_is_no_frechet_distance(styl
     style_transfer.main([*TINY, *shared])
     facts = facts_of(run, "style_transfer")
     assert not [name for name in facts if name.startswith("fid") or name == "directions"]
-    assert np.isfinite([facts["hit_rate"], facts["perceptual"]]).all()
+    assert np.isfinite(facts["hit_rate"])
 
 
 def test_of_many_paintings_whole_scenes_are_chosen(demo):
