@@ -305,12 +305,11 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
     assert scripts[:2] == ["embed.py", "embed.py"]
     of_paintings = [call for call in calls(project) if "/demo" not in call and "data/demo" not in call]
     scripts = [call.split()[0] for call in of_paintings]
-    for seed in (1, 2):
-        ours = [call for call in of_paintings if f"/clusters_{seed}" in call]
-        assert [call.split()[0] for call in ours] == ["train_autoencoder.py", "cluster.py"]
-        assert all(call.endswith(f"--seed {seed}") for call in ours)
-        assert f"/clusters_{seed}/contrastive --contrastive-weight 0.15" in ours[0]
-    assert scripts.count("cluster.py") == 3
+    other = [call for call in of_paintings if "/clusters_1" in call]
+    assert [call.split()[0] for call in other] == ["train_autoencoder.py", "cluster.py"]
+    assert all(call.endswith("--seed 1") for call in other)
+    assert "/clusters_1/contrastive --contrastive-weight 0.15" in other[0]
+    assert scripts.count("cluster.py") == 2
     assert scripts.count("style_transfer.py") == 3 + 2 + 4
     scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
     (validation,) = [call for call in scored if "--split validation" in call]
@@ -344,7 +343,7 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
-    seeded, variants = 2 * ["train_autoencoder.py", "cluster.py"], 2 * ["train_style.py", "style_transfer.py"]
+    seeded, variants = ["train_autoencoder.py", "cluster.py"], 2 * ["train_style.py", "style_transfer.py"]
     rest = [*STAGES, BUILD, *5 * ["tune.py"], *seeded, *variants, "test.py", *4 * ["style_transfer.py"]]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"], "tune.py"]
     assert scripts == ["embed.py", "embed.py", *rest, "from", *demo, "benchmark.py", BUILD]
