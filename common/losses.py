@@ -7,7 +7,7 @@ from torch import nn
 
 from common.layers import Block, SumOverProcesses, mean_std
 from common.metrics import layout
-from common.run import to_device
+from common.run import full_precision, to_device
 
 
 def class_log_prior(labels, classes: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def nt_xent(projections, temperature: float = 0.2):
     negatives.
     """
     projections = F.normalize(gather(projections, 1).flatten(0, 1).float(), dim=1)
-    with torch.autocast(projections.device.type, enabled=False):  # bfloat16 would round similarities near 1 alike
+    with full_precision(projections.device):  # bfloat16 would round similarities near 1 alike
         similarities = (projections @ projections.T / temperature).fill_diagonal_(-torch.inf)
     positives = torch.arange(len(projections), device=projections.device).roll(len(projections) // 2)
     return F.cross_entropy(similarities, positives)

@@ -141,6 +141,12 @@ def autocast(device: torch.device, cpu: bool = False):
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 
+def full_precision(device: torch.device):
+    """Within autocast(), no autocast; on a device without autocast, such as "meta", nothing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -30,8 +30,8 @@ CLOCKS_DIFFER = 60e9  # nanoseconds, at most, between this machine and a file se
 # Modules of common/ that determine no results: common/figures.py is a prerequisite of what is drawn, in the Makefile.
 LEFT_OUT = ("config", "errors", "figures", "files", "packages", "stamp")
 # What counts of common/run.py; the rest is messages, checks, locks and files.
-OF_RUN = ("autocast", "average_gradients", "data_parallel", "fit_batch_size", "half_precision", "local_share")
-OF_RUN += ("sum_over_processes",)
+OF_RUN = ("autocast", "average_gradients", "data_parallel", "fit_batch_size", "full_precision", "half_precision")
+OF_RUN += ("local_share", "sum_over_processes")
 
 
 def main(argv: list[str]) -> None:

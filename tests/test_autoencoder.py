@@ -164,6 +164,16 @@ def test_two_processes_train_like_one(demo, tmp_path, monkeypatch):
         assert one[key] == pytest.approx(two[key], rel=2e-3), key
 
 
+def test_nt_xent_is_in_float32_under_autocast():
+    """In bfloat16 the similarities of these projections, all near 1, would be one number."""
+    projections = 1 + 0.02 * torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses.nt_xent(projections)
+    assert loss.item() == pytest.approx(losses.nt_xent(projections).item(), abs=1e-6)
+    low = F.normalize(projections.flatten(0, 1).bfloat16(), dim=1)
+    assert (low @ low.T).unique().numel() < 5
+
+
 def test_training_ends_when_nothing_improves(demo, tmp_path, monkeypatch):
     errors = [0.5, 0.4, 0.45, 0.45, 0.45]  # after the third without progress it ends
     values = iter([0.2] * 4 + errors + [0.1] * 5)  # four baselines before, and after it on test paintings
