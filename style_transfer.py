@@ -78,7 +78,7 @@ SETTINGS = {
     "split": Setting(str, ("test", "validation"), "paintings to repaint and score"),
     "paintings": Setting(int, "[2, inf)", "paintings to repaint and score, at most"),
     "name": Setting(
-        str, None, "name of these scores in facts and figures; none: method and split, as far as they are others"
+        str, None, "name of these scores in facts and figures; none: method and split, where they are not the defaults"
     ),
 }
 BATCH_SIZE = 16
@@ -248,17 +248,21 @@ def evaluate(repainter: Repainter, checkpoint: dict, path: Path, config) -> None
 
 
 def load_paintings(checkpoint: dict, judges: list[Classifier], config) -> tuple[WikiArt, WikiArt]:
-    """The paintings that the model was trained on, and those of --split. Raises UserError."""
+    """The paintings in train/, without those of --split validation, and the paintings of --split. Raises UserError."""
     settings = checkpoint["data"] | {"classes": checkpoint["classes"], "processes": config.processes}
     training = WikiArt(config.data, "train", **settings)
     if config.split == "test":
         return training, WikiArt(config.data, "test", **settings)
-    split = {key: checkpoint["config"][key] for key in ("validation", "split_seed")}
+    training, held_out = training.split_off(checkpoint["config"]["validation"], checkpoint["data"]["split_seed"])
     for judge, name in zip(judges, config.judges, strict=True):
-        same = all(judge.checkpoint["config"].get(key) == value for key, value in split.items())
-        if not same or judge.checkpoint["model"] == "Pretrained":  # embed.py fits to validation paintings, too
-            raise UserError(f"{name} may have seen validation paintings: give --judges of train.py with the same split")
-    return training.split_off(split["validation"], split["split_seed"])
+        known, split = judge.checkpoint, judge.checkpoint["config"]
+        data = WikiArt(config.data, "train", processes=config.processes, **known["data"])
+        seen, _ = data.split_off(split["validation"], split["split_seed"])
+        if (
+            known["model"] == "Pretrained" or np.isin(held_out.paths, seen.paths).any()
+        ):  # embed.py fits to all of train/
+            raise UserError(f"{name} has seen validation paintings: give --judges of train.py with the same split")
+    return training, held_out
 
 
 def choose(data: WikiArt, count: int) -> np.ndarray:

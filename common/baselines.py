@@ -85,7 +85,7 @@ class CodeShift:
             for items in torch.arange(len(data)).split(batch_size):
                 pixels, labels = data.batch(items, device)
                 sums.index_add_(0, labels, model.encode(resize(pixels.float() / 255, crop)))
-        self.means = sums / torch.bincount(data.labels, minlength=styles).to(device)[:, None]
+        self.means = sums / torch.bincount(data.labels, minlength=styles).clamp(1).to(device)[:, None]
 
     @torch.no_grad()
     def paint(self, images, target, source) -> torch.Tensor:

@@ -142,7 +142,7 @@ def load_as_floats(paths: list[str], side: int) -> None:
 
 
 def train_reference(model, training, validation, crop: int, batch_size: int, epochs: int) -> list[tuple[float, float]]:
-    """Train by torchvision's references/classification, but with the logit-adjusted loss, as our network is.
+    """Train by torchvision's references/classification, but with the logit-adjusted loss (Menon et al. 2021).
 
     SGD with momentum, a learning rate of 0.1 per 256 images that falls to a tenth after each third of the epochs,
     crops of at least 8 % of the image, flipped half of the time. Returns the balanced accuracy on `validation` after

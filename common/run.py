@@ -142,7 +142,7 @@ def autocast(device: torch.device, cpu: bool = False):
 
 
 def full_precision(device: torch.device):
-    """Within autocast(), no autocast; on a device without autocast, such as "meta", nothing."""
+    """Within autocast(), no bf16; on a device without autocast, such as "meta", nothing."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 

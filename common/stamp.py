@@ -29,7 +29,7 @@ from common.files import write_text
 CLOCKS_DIFFER = 60e9  # nanoseconds, at most, between this machine and a file server
 # Modules of common/ that determine no results: common/figures.py is a prerequisite of what is drawn, in the Makefile.
 LEFT_OUT = ("config", "errors", "figures", "files", "packages", "stamp")
-# What counts of common/run.py; the rest is messages, checks, locks and files.
+# What counts of common/run.py, with what these use; the rest is devices, progress, checks, locks and files.
 OF_RUN = ("autocast", "average_gradients", "data_parallel", "fit_batch_size", "full_precision", "half_precision")
 OF_RUN += ("local_share", "sum_over_processes")
 
@@ -96,7 +96,7 @@ class Module:
     """The definitions of a Python file by name, and what it imports from this project.
 
     definitions: {name: statements}; "" stands for statements that define nothing. imports: {name: (module, name)}, with
-    "" for a module as a whole.
+    "" for a module as a whole. All imports are `from ... import ...`: tests/test_make.py.
     """
 
     def __init__(self, name: str):
@@ -107,9 +107,10 @@ class Module:
                 submodule = f"{node.module}.{alias.name}"
                 found = (submodule, "") if path_of(submodule).exists() else (node.module, alias.name)
                 self.imports[alias.asname or alias.name] = found
-        for node in stripped(tree).body:
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                self.definitions[getattr(node, "name", "") or assigned_name(node)].append(node)
+        self.body = [node for node in stripped(tree).body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in self.body:
+            for defined in defined_names(node):
+                self.definitions[defined].append(node)
 
     def uses(self, nodes: list, own: str):
         """Yield (module, name) of all that statements of this module, whose name is `own`, refer to."""
@@ -118,8 +119,18 @@ class Module:
                 module, name = self.imports.get(node.value.id, ("", "-"))
                 if not name:
                     yield module, node.attr
-            elif isinstance(node, ast.Name):
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 yield self.imports.get(node.id, (own, node.id))
+
+
+def defined_names(node) -> list[str]:
+    """The names that a statement at the top level of a file defines, in its branches and loops too; or [""]."""
+    if hasattr(node, "name"):
+        return [node.name]
+    parts = list(ast.walk(node))
+    names = [part.name for part in parts if isinstance(part, ast.FunctionDef | ast.ClassDef)]
+    names += [part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+    return names or [""]
 
 
 @cache
@@ -138,22 +149,25 @@ def code_hashes(root: str) -> dict[str, str]:
 
     Names are those of scripts and definitions; a script counts as a whole.
     """
-    is_script = root.endswith(".py")
-    home, _, name = (root, "", "") if is_script else root.rpartition(".")
-    own = home.removesuffix(".py")
-    names = list(module(own).definitions) if is_script else [name, ""]
-    hashes, waiting = {root: current_hash(root)}, []
-    for name in names:
-        waiting += module(own).uses(module(own).definitions[name], own)
+    own, _, name = root.rpartition(".")
+    is_script = name == "py"
+    hashes = {root: current_hash(root)} if is_script else {}
+    waiting = (
+        [used for used in module(own).uses(module(own).body, own) if counts(*used)] if is_script else [(own, name)]
+    )
     while waiting:
         home, name = waiting.pop()
-        if (is_script and home == own) or f"{home}.{name}" in hashes or not counts(home, name):
+        if f"{home}.{name}" in hashes or (is_script and home == own):
             continue
         if name in module(home).imports:
-            waiting.append(module(home).imports[name])
-        elif nodes := module(home).definitions.get(name):
+            used = [module(home).imports[name]]
+        elif name in module(home).definitions:
+            nodes = module(home).definitions[name]
             hashes[f"{home}.{name}"] = hash_of(nodes)
-            waiting += [*module(home).uses(nodes, home), (home, "")]
+            used = module(home).uses(nodes, home)
+        else:  # a local variable, or a name of Python
+            continue
+        waiting += [other for other in (*used, (home, "")) if counts(*other) or other[0] == home == "common.run"]
     return hashes
 
 
@@ -174,9 +188,8 @@ def current_hash(name: str) -> str:
     home, _, definition = name.rpartition(".")
     if not path_of(home).exists():
         return ""
-    if definition == "py":
-        return hash_of([node for nodes in module(home).definitions.values() for node in nodes])
-    return hash_of(module(home).definitions[definition])
+    nodes = module(home).body if definition == "py" else module(home).definitions.get(definition, [])
+    return hash_of(nodes)
 
 
 def hash_of(nodes: list) -> str:
@@ -184,12 +197,17 @@ def hash_of(nodes: list) -> str:
 
 
 def stripped(tree):
-    """Code without docstrings and SETTINGS, whose values are in the stamp. Changes `tree`."""
+    """Code without docstrings, SETTINGS, whose values are in the stamp, and the guard of main(). Changes `tree`."""
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
-            kept = [part for part in node.body if not is_string(part) and assigned_name(part) != "SETTINGS"]
+            kept = [part for part in node.body if not (is_string(part) or is_guard(part))]
+            kept = [part for part in kept if assigned_name(part) != "SETTINGS"]
             node.body = kept or ([] if isinstance(node, ast.Module) else [ast.Pass()])
     return tree
+
+
+def is_guard(node) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
 def is_string(node) -> bool:

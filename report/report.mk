@@ -34,9 +34,10 @@ seeds_copied = $(call setting,seed)=.
 balance_copied = $(addsuffix =.,$(filter-out resample,$(call setting,balance)))
 ablation_0_copied = $(if $(filter 0,$(call setting,seed)),no_balance=balance/none)
 $(RUN)/ablation_0.md: | $(RUN)/balance.md
-$(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/paintings.txt | $(RUN)/report.txt
+$(COMPARISONS): $(RUN)/%.md: $(RUN)/stamps/classifier $(RUN)/stamps/test $(RUN)/paintings.txt | $(RUN)/report.txt
 	@mkdir -p $(RUN)/$*
-	@for file in $(filter-out %.json,$^); do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
+	@find $(RUN)/$* -name report.txt ! -newer $(RUN)/stamps/test -delete  # tested again
+	@for file in $(filter-out %.json %/test,$^); do find $(RUN)/$* \( -name 'classifier*.pt' -o -name flags.json \) ! -newer $$file -delete; done
 	@for pair in $($*_copied); do row=$(RUN)/$*/$${pair%=*}; [ -e $$row/classifier.pt ] || \
 	    { mkdir -p $$row && cp $(addprefix $(RUN)/$${pair#*=}/,facts.json report.txt classifier.pt) $$row; } || exit; done
 	$(PY) tune.py '$($*)' --name $* $(FLAGS) -- $($*_flags)
@@ -79,7 +80,8 @@ magenta_row := --method magenta --paintings 100
 fewer_row := --name fewer --paintings 100
 validation_row := --split validation --judges judge
 ROWS := $(patsubst %,$(RUN)/more/style_grid_%.png,autoencoder magenta fewer validation)
-$(ROWS): $(RUN)/more/style_grid_%.png: $(RUN)/style_grid.png $(RUN)/autoencoder.pt
+$(RUN)/more/style_grid_autoencoder.png: $(RUN)/autoencoder.pt
+$(ROWS): $(RUN)/more/style_grid_%.png: $(RUN)/style_grid.png
 	$(call run,repaint) $($*_row)
 
 # The codes that clusters.md compares, and the second judge: made first, so that $(wildcard ...) finds them.

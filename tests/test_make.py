@@ -1,5 +1,6 @@
 """The pipeline: what is up to date is not made again, what is outdated is. Python is a stub that records its calls."""
 
+import ast
 import json
 import os
 import shutil
@@ -175,6 +176,46 @@ def test_what_the_stamps_leave_out():
     assert all(name in run.definitions for name in stamp.OF_RUN)
 
 
+def test_all_that_common_run_computes_with_is_in_the_stamps_of_trainings():
+    hashes = stamp.code_hashes("train.py")
+    assert {f"common.run.{name}" for name in ("autocast", "fit_batch_size", "MIN_STEPS", "world_size")} <= set(hashes)
+    assert not {"common.run.claim", "common.run.save_checkpoint"} & set(hashes)
+
+
+def test_a_definition_brings_what_it_uses_however_that_is_defined(tmp_path, monkeypatch):
+    monkeypatch.setattr(stamp, "ROOT", tmp_path)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common/a.py").write_text(
+        "import os\nfrom common.b import late as early\nA, B = 1, 2\nC = D = 4\nE: int = 5\nE += 1\n"
+        "try:\n    def f(x=A):\n        return early.g(x)\nexcept OSError:\n    f = None\n"
+        "for number in (1, 2):\n    H = number\nos.nice(0)\nUNUSED = 3\n"
+        "if __name__ == '__main__':\n    print(UNUSED)\n"
+    )
+    (tmp_path / "common/b.py").write_text("from common.c import K\nlate = K\ndef other():\n    return late\n")
+    (tmp_path / "common/c.py").write_text("K = 1\n")
+    stamp.module.cache_clear(), stamp.code_hashes.cache_clear()
+    (tmp_path / "s.py").write_text("from common import a\nprint(a.f, a.D, a.H, a.E)\n")
+    try:
+        found = set(stamp.code_hashes("s.py"))
+        assert found == {
+            "s.py",
+            *(f"common.{name}" for name in ("a.f", "a.A", "a.D", "a.H", "a.number", "a.E", "a.", "b.late", "c.K")),
+        }
+        assert stamp.code_hashes("common.a.B").keys() == {"common.a.B", "common.a."}
+    finally:
+        stamp.module.cache_clear(), stamp.code_hashes.cache_clear()
+
+
+def test_imports_are_of_the_kind_that_stamps_follow():
+    for path in (*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.names[0].name != "*", path
+            elif isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names} - {"common.packages"}
+                assert not [name for name in names if name.startswith(("common", "wikiart"))], path
+
+
 def test_only_code_that_a_stage_uses_repeats_it(project):
     make(project)
     with open(project / "common/metrics.py", "a") as file:
@@ -182,6 +223,7 @@ def test_only_code_that_a_stage_uses_repeats_it(project):
     assert make(project)[0] == [BUILD]
     edit(project / "common/metrics.py", "0.299, 0.587", "0.3, 0.587")  # layout() is in the losses of the style model
     assert make(project)[0] == ["train_style.py", *REPAINT, BUILD]
+    assert "cluster.kmeans" not in stamp.code_hashes("cluster.make_encoder")  # which is in the key of cached codes
     edit(project / "common/descriptors.py", "EPSILON = ", "EPSILON = 2 * ")
     assert make(project)[0] == ["cluster.py", BUILD]
     edit(project / "common/run.py", "else contextlib.nullcontext()", "else contextlib.ExitStack()")  # autocast

@@ -496,7 +496,7 @@ def test_scores_on_validation_paintings(styled, demo, monkeypatch):
     assert facts["hit_rate"] == before["hit_rate"]  # the scores on test paintings stay
     saved = load_checkpoint(styled / "judge/classifier.pt")
     save_checkpoint(styled / "other.pt", saved | {"config": saved["config"] | {"split_seed": 7}})
-    with pytest.raises(UserError, match="other.pt may have seen validation paintings"):
+    with pytest.raises(UserError, match="other.pt has seen validation paintings"):
         style_transfer.main([*command, "--judges", "other.pt"])
 
 
