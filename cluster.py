@@ -7,8 +7,9 @@
 Sources: autoencoder, contrastive and classifier, with checkpoints in the run folder; pixels (PCA of the images),
 colours, textures and words (see common/descriptors.py); descriptors, which are these three together, and combined,
 which are contrastive, textures and words; each backbone that embed.py has run. Codes are computed once, and again when
-their checkpoint, their code or the paintings have changed. They are reduced to whitened principal components, scaled to
-length 1, and clustered by k-means, five times: the run with the smallest inertia counts.
+their checkpoint, their code or the paintings have changed. They are reduced to principal components, and clustered by
+k-means, five times: the run with the smallest inertia counts. Components of features and descriptors are whitened and
+scaled to length 1; those of pixels and of the autoencoder, whose distances are about those of images, are not.
 
 Writes into the run folder: codes/<source>.npz (see common/codes.py), clusters.md (the table) and facts.json; of the
 autoencoder and the combined codes map_<source>.png (paintings by likeness) and tsne_<source>.png; and in more/ these of
@@ -54,7 +55,7 @@ from common.run import (
     write_text,
 )
 from common.stamp import code_key
-from wikiart import Classifier, WikiArt, build_model
+from wikiart import Classifier, WikiArt, build_model, check_split
 
 SHARED = ("data", "run", "size", "resize", "device", "seed", "split_seed", "processes", "hide")
 SETTINGS = {
@@ -71,6 +72,7 @@ DESCRIPTORS = ("colours", "textures", "words")
 COMPUTED = (*CHECKPOINTS, "pixels", *DESCRIPTORS)  # other sources are written by embed.py
 THUMBNAIL = 64  # side of the images behind pixels and colours
 COMPONENTS = 40  # principal components of each source, and of all together, at most
+IMAGE_CODES = ("autoencoder", "pixels")  # in the units of images, so that distances between codes have a meaning
 JOINED = {"descriptors": DESCRIPTORS, "combined": ("contrastive", "textures", "words")}  # sources of several parts
 SHOWN = ("autoencoder", "combined")  # whose t-SNE and map are at the top of the run folder
 TSNE_IMAGES, MAP_IMAGES = 5000, 480  # paintings in a t-SNE figure and in a map, at most
@@ -123,14 +125,15 @@ def find_sources(run: Path) -> list[str]:
 def codes_of(source: str, config, device) -> tuple[dict, WikiArt]:
     """The codes of one source, see common/codes.py, and the paintings to cluster. Raises UserError.
 
-    The table has one more entry, `parts`: how many numbers each part of the source has.
+    The table has one more entry, `parts`: {name: how many numbers it has} of the source's parts.
     """
     names = JOINED.get(source, (source,))
     tables, data = zip(*(codes_of_part(name, config, device) for name in names), strict=True)
     if any(list(part.paths) != list(data[0].paths) for part in data):
         raise UserError(f"the codes of {', '.join(names)} are of other paintings: train with the same settings")
     joined = {split: np.concatenate([table[split] for table in tables], 1) for split in SPLITS}
-    return tables[0] | joined | {"parts": [table["train"].shape[1] for table in tables]}, data[0]
+    parts = {name: table["train"].shape[1] for name, table in zip(names, tables, strict=True)}
+    return tables[0] | joined | {"parts": parts}, data[0]
 
 
 def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
@@ -152,6 +155,8 @@ def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
         raise UserError(f"no codes {path}: give {', '.join((*COMPUTED, *JOINED))}, or run embed.py first")
 
     sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in SPLITS}
+    if checkpoint and sets["test"].pooled:
+        check_split(sets["test"], checkpoint, weights)
     code = code_key("cluster.make_encoder", "cluster.encode_dataset")
     made_from = " ".join([identity, code, *(data.fingerprint for data in sets.values())])
     table = read_codes(path) if path.exists() else {}
@@ -187,8 +192,8 @@ def make_encoder(source: str, checkpoint, training: WikiArt, seed: int, device):
     crop = checkpoint["crop"]
     if source == "contrastive":
         return lambda images: mean_over_views(model.features, images.to(device), crop, FEATURE_SCALES)
-    # Codes of one view: the mean of two codes is the code of no image.
-    return lambda images: model.encode(views(images.to(device), crop)[0])
+    # Codes of one view: the mean of two codes is the code of no image. Times the scales, they are in units of pixels.
+    return lambda images: model.encode(views(images.to(device), crop)[0]) * model.scales
 
 
 @torch.no_grad()
@@ -240,19 +245,22 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
 
 
 def fit_reduction(table: dict, seed: int):
-    """Codes (N, D) to unit vectors (N, at most COMPONENTS).
+    """Codes (N, D) to principal components (N, at most COMPONENTS), fitted to the training codes.
 
-    Each part is reduced and whitened by itself, so that no part and no direction drowns the others, which matters where
-    clusters are found by distances; then PCA keeps what the parts have in common. Fitted to the training codes.
+    IMAGE_CODES keep their distances. Of others each part is reduced and whitened by itself, so that no part and no
+    direction drowns the others; PCA then keeps what the parts have in common, and codes are scaled to length 1.
     """
     parts, end, most = [], 0, min(COMPONENTS, len(table["train"]) - 1)
-    for width in table["parts"]:
+    for name, width in table["parts"].items():
         part, end = slice(end, end + width), end + width
-        values = np.linalg.svd(StandardScaler().fit_transform(table["train"][:, part]), compute_uv=False)
-        count = int((values > 1e-3 * values[0]).sum())  # the other directions hold rounding errors only
-        pca = PCA(max(1, min(most, count)), whiten=True, random_state=seed)
-        parts.append((str(end), make_pipeline(StandardScaler(), pca), part))
-    joint = PCA(min(most, sum(pipeline[-1].n_components for _, pipeline, _ in parts)), random_state=seed)
+        codes = table["train"][:, part]
+        values = np.linalg.svd(codes - codes.mean(0), compute_uv=False)
+        count = int((values > 1e-5 * values[0]).sum())  # the other directions hold rounding errors only
+        pca = PCA(max(1, min(most, count)), whiten=name not in IMAGE_CODES, random_state=seed)
+        parts.append((name, pca, part))
+    if set(table["parts"]) <= set(IMAGE_CODES):
+        return ColumnTransformer(parts).fit(table["train"])
+    joint = PCA(min(most, sum(pca.n_components for _, pca, _ in parts)), random_state=seed)
     return make_pipeline(ColumnTransformer(parts), joint, Normalizer()).fit(table["train"])
 
 

@@ -31,8 +31,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import figures
-from common.baselines import CodeShift, Magenta, Transplant
+from common.baselines import Conditional, Magenta, Transplant
 from common.config import ROOT, Setting, configure
+from common.crops import views
 from common.errors import UserError
 from common.images import files_below, named_errors, reason_of
 from common.metrics import (
@@ -57,7 +58,7 @@ from common.run import (
     pick_device,
     run_script,
 )
-from wikiart import Classifier, WikiArt, build_model
+from wikiart import Classifier, WikiArt, build_model, check_split
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 SETTINGS = {
@@ -207,7 +208,7 @@ def evaluate(repainter: Repainter, checkpoint: dict, path: Path, config) -> None
     """Repaint test or validation paintings in every style; score and plot the results."""
     run, classes = Path(config.run), repainter.classes
     judges = load_judges(config, classes, repainter.device)
-    training, test = load_paintings(checkpoint, judges, config)
+    training, test = load_paintings(checkpoint, path, judges, config)
     if any("=" in style for style in config.style):
         raise UserError("mixtures of styles need --image")
     config.style = [find_style(style, classes) for style in config.style] or classes[:8]
@@ -247,10 +248,12 @@ def evaluate(repainter: Repainter, checkpoint: dict, path: Path, config) -> None
     print(", ".join(f"{name} {facts[name]:.3f}" for name in PRINTED if name in facts))
 
 
-def load_paintings(checkpoint: dict, judges: list[Classifier], config) -> tuple[WikiArt, WikiArt]:
+def load_paintings(checkpoint: dict, path: Path, judges: list[Classifier], config) -> tuple[WikiArt, WikiArt]:
     """The paintings in train/, without those of --split validation, and the paintings of --split. Raises UserError."""
     settings = checkpoint["data"] | {"classes": checkpoint["classes"], "processes": config.processes}
     training = WikiArt(config.data, "train", **settings)
+    if training.pooled or config.split != "test":
+        check_split(training, checkpoint, path)
     if config.split == "test":
         return training, WikiArt(config.data, "test", **settings)
     training, held_out = training.split_off(checkpoint["config"]["validation"], checkpoint["data"]["split_seed"])
@@ -258,9 +261,8 @@ def load_paintings(checkpoint: dict, judges: list[Classifier], config) -> tuple[
         known, split = judge.checkpoint, judge.checkpoint["config"]
         data = WikiArt(config.data, "train", processes=config.processes, **known["data"])
         seen, _ = data.split_off(split["validation"], split["split_seed"])
-        if (
-            known["model"] == "Pretrained" or np.isin(held_out.paths, seen.paths).any()
-        ):  # embed.py fits to all of train/
+        # embed.py fits to all of train/.
+        if known["model"] == "Pretrained" or np.isin(held_out.paths, seen.paths).any():
             raise UserError(f"{name} has seen validation paintings: give --judges of train.py with the same split")
     return training, held_out
 
@@ -294,9 +296,11 @@ def load_method(repainter: Repainter, training: WikiArt, config):
     if config.method == "magenta":
         return Magenta(training, config.seed)
     if config.method == "autoencoder":
-        path = Path(config.run) / "autoencoder.pt"
+        path = Path(config.run) / "conditional" / "autoencoder.pt"
         saved = load_checkpoint(path, "Autoencoder")
-        return CodeShift(build_model(saved, path), saved["crop"], training, repainter.device)
+        if not saved["arguments"].get("styles") or saved["classes"] != repainter.classes:
+            raise UserError(f"{path} has no embeddings of these styles: train it with --conditional")
+        return Conditional(build_model(saved, path), saved["crop"], repainter.device)
     return Transplant(repainter.model, training, config.method, repainter.device)
 
 
@@ -354,7 +358,7 @@ def predict_from(judge: Classifier, features):
 
 def features_of(judge: Classifier, images):
     """The judge's features (N, D) of float images (N, 3, S, S) in [0, 1]."""
-    batches = (judge.prepare(to_bytes(batch)).float() / 255 for batch in images.split(BATCH_SIZE))
+    batches = (views(judge.prepare(to_bytes(batch)), judge.crop)[0] for batch in images.split(BATCH_SIZE))
     return torch.cat([judge.model.features(batch).float().cpu() for batch in batches])
 
 
@@ -381,7 +385,7 @@ def distance_facts(real, real_labels, before, after, labels, classes: list[str])
         "fid": fid,
         "fid_originals": fid_originals,
         "fid_ratio": fid / fid_originals,
-        "fid_ratios": {classes[style]: fid / before for style, (fid, before) in distances.items()},
+        "fid_ratios": {classes[style]: pair[0] / pair[1] for style, pair in distances.items()},
     }
     if halves:  # of real paintings of the style
         facts["fid_halves_ratio"] = np.mean(halves) / fid_originals
@@ -471,8 +475,9 @@ def plot_strengths(path, names: list[str], labels, originals, repainter) -> None
     targets = (labels + 1) % len(names)
     source = eye[labels]
     steps = [repainter.paint(originals, source + strength * (eye[targets] - source), source) for strength in strengths]
+    steps.insert(0, originals)
     rows = [f"{names[start]} to {names[end]}" for start, end in zip(labels, targets, strict=True)]
-    columns = [f"strength {strength:.0%}" for strength in strengths]
+    columns = ["original", *(f"strength {strength:.0%}" for strength in strengths)]
     figures.painting_grid(
         path, to_bytes(torch.stack(steps, 1)).numpy(), columns, rows, "From one style to another", 224
     )

@@ -3,6 +3,7 @@
     python train_autoencoder.py                                     # settings from config.json
     python train_autoencoder.py -c settings/cpu.json --code 64      # a shorter code, on a machine without a GPU
     python train_autoencoder.py --contrastive-weight 0.15 --run runs/demo/contrastive    # a source of cluster.py
+    python train_autoencoder.py --conditional --run runs/demo/conditional    # styles have embeddings: style_transfer.py
     torchrun --nproc-per-node=2 -- train_autoencoder.py             # several GPUs: the same result, sooner
 
 The epoch with the lowest error on validation paintings is kept. Baselines are PCA with as many components as the code
@@ -19,6 +20,7 @@ import common.packages  # noqa: F401
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
 from common import figures
@@ -26,7 +28,7 @@ from common.config import Setting, configure
 from common.crops import batch_crop, random_crops, views
 from common.errors import UserError
 from common.layers import parameter_count
-from common.losses import ReconstructionLoss
+from common.losses import ReconstructionLoss, class_log_prior
 from common.metrics import psnr
 from common.names import count
 from common.optim import Optimizers
@@ -68,6 +70,7 @@ SETTINGS = {
     "lr": Setting(float, "(0, inf)", "peak learning rate of AdamW; Muon's is ten times as high"),
     "min_crop_area": Setting(float, "(0, 1]", "area of the smallest training crop, as a fraction of the image"),
     "contrastive_weight": Setting(float, "[0, inf)", "weight of the contrastive loss; 0: off"),
+    "conditional": Setting(bool, None, "add a trained embedding of the style to the code before it is decoded"),
 }
 CONTRASTIVE_MIN_AREA = 0.1  # of the smallest second crop of the contrastive loss, as a fraction of the image
 PATIENCE = 20  # epochs without a lower validation error after which training ends
@@ -93,7 +96,9 @@ def main(argv=None):
 
     # Model, loss and optimizers
     model, arguments = new_model(config, training, device)
-    criterion = ReconstructionLoss(model, config.contrastive_weight, float(np.mean(np.square(arguments["std"]))))
+    log_prior = class_log_prior(training.labels, len(data.classes)).to(device)
+    variance = float(np.mean(np.square(arguments["std"])))
+    criterion = ReconstructionLoss(model, config.contrastive_weight, variance, log_prior)
     steps = config.epochs * (len(training) // config.batch_size)
     optimizers = Optimizers(model, config.lr, weight_decay=0.0, steps=steps)
     state = {"model": "Autoencoder", "arguments": arguments, "classes": data.classes, "data": data_settings}
@@ -114,7 +119,7 @@ def main(argv=None):
             timer = Timer()
             record = train_epoch(parallel, training, optimizers, epoch, config, device) | timer.seconds()
             if rank() == 0:
-                val_mse = mean_error(reconstruction(model), validation, config, device)
+                val_mse = mean_error(reconstruction(model, config, data.classes), validation, config, device)
                 record |= {"val_mse": val_mse, "val_psnr": psnr(val_mse)}
                 if all(val_mse < earlier["val_mse"] for earlier in state["history"]):
                     state |= {"epoch": epoch, "weights": copy.deepcopy(model).cpu().state_dict()}
@@ -150,6 +155,7 @@ def new_model(config, training: WikiArt, device):
     mean, std = channel_statistics(training)
     arguments = {"crop": config.crop, "code": config.code, "width": config.width, "mean": mean, "std": std}
     arguments["projection_dim"] = PROJECTION_DIM if config.contrastive_weight else 0
+    arguments["styles"] = len(training.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
     model = make_model("Autoencoder", arguments)
     model.start_as_pca(pca_batches(config, training, crops=3))
@@ -196,13 +202,15 @@ def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, device
     batches = torch.randperm(len(data))[: count * config.batch_size].split(config.batch_size)
     batches = [batch[local_share()] for batch in batches]
     steps, errors = Steps(data.batches(batches, device), count, epoch, config.epochs), []
-    for _, pixels, _ in steps:
+    for _, pixels, labels in steps:
         random, second_random = torch.rand(5), torch.rand(7, config.batch_size)[:, local_share()]
         crops = [batch_crop(pixels, config.crop, random, config.min_crop_area)]
         if config.contrastive_weight:
             crops.append(random_crops(pixels, config.crop, second_random, CONTRASTIVE_MIN_AREA))
+        crops = [images.contiguous(memory_format=torch.channels_last) for images in crops]
+        styles = F.one_hot(labels, len(data.classes)).float() if config.conditional else None
         with autocast(device, cpu=True):
-            loss, mse = criterion(*(images.contiguous(memory_format=torch.channels_last) for images in crops))
+            loss, mse = criterion(*crops, styles=styles)
         steps.record(loss)
         optimizers.zero_grad()
         loss.backward()
@@ -212,9 +220,11 @@ def train_epoch(criterion, data: WikiArt, optimizers, epoch: int, config, device
     return {"mse": mse, "psnr": psnr(mse)}
 
 
-def reconstruction(model):
+def reconstruction(model, config, classes: list[str]):
     """The model in evaluation mode, as a function of images and labels."""
     model.eval()
+    if config.conditional:
+        return lambda images, labels: model(images, F.one_hot(labels, len(classes)).float())
     return lambda images, _: model(images)
 
 
@@ -248,7 +258,7 @@ def plot(model, state: dict, data: WikiArt, baselines: dict, baseline_mse: dict,
     path = Path(config.run) / "more" / "autoencoder_curves.png"
     figures.curves(path, state["history"], panels, state["epoch"], lines, logarithmic=("mean squared error",))
 
-    rows = {f"from {config.code} numbers": reconstruction(model), "PCA, as many": baselines[pca]}
+    rows = {f"from {config.code} numbers": reconstruction(model, config, data.classes), pca: baselines[pca]}
     path = Path(config.run) / "reconstructions.png"
     plot_reconstructions(path, rows, data, config.hide, config.crop, device, f"Reconstructions {caption}")
 
@@ -256,7 +266,7 @@ def plot(model, state: dict, data: WikiArt, baselines: dict, baseline_mse: dict,
 def report(model, state: dict, training, validation, test, baselines: dict, config, device) -> None:
     """Evaluate the model and the baselines on test paintings; print the scores and write facts.json."""
     history, best = state["history"], state["history"][state["epoch"] - 1]
-    mse = mean_error(reconstruction(model), test, config, device)
+    mse = mean_error(reconstruction(model, config, test.classes), test, config, device)
     scores = {label: psnr(mean_error(function, test, config, device)) for label, function in baselines.items()}
     facts = {
         "epochs": len(history),

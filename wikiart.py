@@ -182,7 +182,8 @@ class WikiArt(Dataset):
         return part
 
     def split_off(self, fraction: float, seed: int) -> tuple["WikiArt", "WikiArt"]:
-        """Training and validation set; the second has about `fraction` of each class. Duplicates stay together.
+        """Training and validation set; the second has about `fraction` of each class, or half of it in a class whose
+        artists are all too large to be held out. Duplicates stay together.
 
         Where artists are known, half of the validation paintings are by artists who are not in the training set:
         other paintings of an artist show less of how a network does on artists that it never saw.
@@ -245,6 +246,16 @@ def hash_of_files(fingerprint: str) -> str:
     """The part of a fingerprint that tells a folder's files apart, without size and metadata.csv."""
     found = re.fullmatch(r".*-([0-9a-f]{16})(-[0-9a-f]{8})?", fingerprint, re.DOTALL)
     return found[1] if found else fingerprint
+
+
+def check_split(data: WikiArt, checkpoint: dict, path) -> None:
+    """Raise UserError where the paintings may be split otherwise than when a checkpoint was trained.
+
+    The split depends on the files alone. metadata.csv may differ: it adds genres and years.
+    """
+    if hash_of_files(data.fingerprint) != hash_of_files(checkpoint["fingerprint"]):
+        reason = "so it may have seen those that are held out now: train again"
+        raise UserError(f"the paintings have changed since {path} was trained, {reason}")
 
 
 def match_styles(names, classes: list[str]) -> np.ndarray:
@@ -416,10 +427,11 @@ class Autoencoder(nn.Module):
     """Images (B, 3, crop, crop) in [0, 1] to codes (B, code), and back; `crop` is a multiple of 16.
 
     A linear path through the code is PCA of images at half the size; networks beside it add what is not linear. So
-    training starts where PCA ends.
+    training starts where PCA ends. With `styles`, a trained embedding of the style is added to the code before it is
+    decoded.
     """
 
-    def __init__(self, crop: int, code: int, width: int, projection_dim: int = 0, **normalisation):
+    def __init__(self, crop: int, code: int, width: int, projection_dim: int = 0, styles: int = 0, **normalisation):
         super().__init__()
         deep, side, self.half = 4 * width, crop // 16, crop // 2
         self.normalise = Normalise(**normalisation)
@@ -437,6 +449,10 @@ class Autoencoder(nn.Module):
         if projection_dim:  # only for the contrastive loss in training
             layers = [BatchNorm(2 * deep), nn.Conv2d(2 * deep, 256, 1, bias=False), BatchNorm(256), nn.ReLU()]
             self.projection_head = nn.Sequential(*layers, nn.Conv2d(256, projection_dim, 1))
+        if styles:
+            self.embedding = nn.Linear(styles, code, bias=False)
+            # The adversary is for training only: it predicts the style from the code.
+            self.adversary = nn.Sequential(nn.Linear(code, 256), nn.ReLU(), nn.Linear(256, styles))
         for layer in (self.add, to_pixels):  # the nonlinear paths start at zero
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -462,8 +478,10 @@ class Autoencoder(nn.Module):
         maps = self.body(images)
         return self.reduce(images) @ self.components.T / self.scales + self.add(maps.flatten(1)), maps
 
-    def decode(self, codes):
-        """Images (B, 3, crop, crop) of codes (B, code)."""
+    def decode(self, codes, styles=None):
+        """Images (B, 3, crop, crop) of codes (B, code), in styles (B, styles), one-hot or mixtures."""
+        if styles is not None:
+            codes = codes + self.embedding(styles)
         linear = self.linear(codes)
         fine = self.fine(linear)
         maps = fine + self.join(self.coarse(fine) + self.expand(codes))
@@ -479,13 +497,13 @@ class Autoencoder(nn.Module):
         codes = self.reduce(self.normalise(images)) @ self.components.T / self.scales
         return self.normalise.inverse(self.linear(codes))
 
-    def forward(self, images, second_views=None):
-        """Reconstructions; with other crops of the same paintings, also the projections (2 * B, projection_dim)."""
-        codes, maps = self.encode_with_maps(images)
-        if second_views is None:
-            return self.decode(codes)
-        statistics = [mean_std(maps), mean_std(self.body(self.normalise(second_views)))]
-        return self.decode(codes), self.projection_head(torch.cat(statistics)).flatten(1)
+    def forward(self, images, styles=None):
+        return self.decode(self.encode(images), styles)
+
+    def project(self, maps, second_crops):
+        """Projections (2 * B, projection_dim) of the encoder's maps, and of other crops of the same paintings."""
+        statistics = [mean_std(maps), mean_std(self.body(self.normalise(second_crops)))]
+        return self.projection_head(torch.cat(statistics)).flatten(1)
 
     def features(self, images):
         """The contrastive code, (B, 8 * width): mean and standard deviation of the encoder's maps, without layout."""

@@ -1,10 +1,10 @@
-"""Style transfer without training on styles, to compare the model of style_transfer.py with.
+"""Simpler ways of style transfer, to compare the model of style_transfer.py with.
 
 All have the method `paint` of common.repaint.Repainter.
 
     Transplant(model, data, "adain", device)    # gives code maps of a StyleAutoencoder the mean statistics of a style
     Magenta(data, seed)                         # a pre-trained network that imitates one painting
-    CodeShift(autoencoder, crop, data, device)  # moves the code of an Autoencoder from one style's mean to another's
+    Conditional(autoencoder, crop, device)      # an Autoencoder whose decoder is given another style
 """
 
 import numpy as np
@@ -72,27 +72,17 @@ def power(matrices, exponent: float):
     return (vectors * values.clamp(min=1e-4).pow(exponent)[:, None]) @ vectors.mT
 
 
-class CodeShift:
-    """Adds the difference of two styles' mean codes to the code of an Autoencoder for images of `crop` pixels.
+class Conditional:
+    """An Autoencoder with styles, for images of `crop` pixels: their codes, decoded with the embedding of a style."""
 
-    The mean codes are those of each style's training paintings `data`.
-    """
-
-    def __init__(self, model, crop: int, data, device, batch_size: int = 256):
-        self.model, self.crop, self.device, styles = model.to(device), crop, device, len(data.classes)
-        sums = torch.zeros(styles, len(model.scales), device=device)
-        with torch.no_grad():
-            for items in torch.arange(len(data)).split(batch_size):
-                pixels, labels = data.batch(items, device)
-                sums.index_add_(0, labels, model.encode(resize(pixels.float() / 255, crop)))
-        self.means = sums / torch.bincount(data.labels, minlength=styles).clamp(1).to(device)[:, None]
+    def __init__(self, model, crop: int, device):
+        self.model, self.crop, self.device = model.to(device), crop, device
 
     @torch.no_grad()
     def paint(self, images, target, source) -> torch.Tensor:
-        """Images float (B, 3, S, S) in [0, 1] in the target instead of the source styles (B, styles), on the CPU."""
+        """Images float (B, 3, S, S) in [0, 1] in styles, weights (B, styles), on the CPU; the source is not used."""
         codes = self.model.encode(resize(images.to(self.device), self.crop))
-        codes = codes + (target - source).to(self.device) @ self.means
-        return resize(self.model.decode(codes), images.shape[-1]).clamp(0, 1).cpu()
+        return resize(self.model.decode(codes, target.to(self.device)), images.shape[-1]).clamp(0, 1).cpu()
 
 
 class Magenta:

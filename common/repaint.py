@@ -118,7 +118,7 @@ class Repainter:
         return self.classifier.predict(to_tensor(image))[0]
 
     def repaint(self, image, target: dict, source: dict | None = None, strength: float = 1.0) -> Image.Image:
-        """A picture in the mixture of styles `target`, at its own size; strength 0 gives it back.
+        """A picture in the mixture of styles `target`, at its own size; strength 0: in its own style.
 
         The own style is `source`, or what the classifier says.
         """

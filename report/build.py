@@ -122,6 +122,7 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
 def check_checkpoints(facts: dict, weights: Path) -> None:
     """Exit where facts are of other networks than those in the folder."""
     names = {"test.checkpoint": WEIGHTS[0], "style_transfer.classifier": WEIGHTS[0], "head.test.checkpoint": WEIGHTS[3]}
+    names["style_transfer.checkpoint"] = WEIGHTS[2]
     for fact, name in names.items():
         try:
             used = look_up(facts, fact)

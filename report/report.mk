@@ -51,17 +51,16 @@ $(other)/contrastive/autoencoder.pt: $(RUN)/stamps/contrastive_1 $(RUN)/painting
 $(other)/clusters.md: $(RUN)/stamps/clusters_1 $(other)/contrastive/autoencoder.pt
 	$(call run,clusters_1)
 
-# The assignment's textbook recipe, and the style model with a pre-trained feature network, to compare with.
-variant = train_style.py --run $(RUN)/style_$(1)
-style_textbook := $(call variant,textbook) --condition style --style-weight 0 --epochs 20
-style_backbone := $(call variant,backbone) --epochs 24 --features $(word 1,$(lites)) $(addprefix --weights ,$(word 1,$(LITES)))
-VARIANTS := $(RUN)/more/style_grid_textbook.png $(RUN)/more/style_grid_backbone.png
-$(RUN)/style_textbook/style.pt $(RUN)/style_backbone/style.pt: $(RUN)/style_%/style.pt: $(RUN)/stamps/style_% \
-    $(RUN)/classifier.pt
+# The assignment's recipe, an autoencoder with embeddings of styles; and the style model with a pre-trained feature
+# network. To compare with.
+conditional := train_autoencoder.py --run $(RUN)/conditional --conditional
+$(RUN)/conditional/autoencoder.pt: $(RUN)/stamps/conditional $(RUN)/paintings.txt
+	$(call train,conditional)
+style_backbone := train_style.py --run $(RUN)/style_backbone --epochs 24 --features $(word 1,$(lites)) \
+    $(addprefix --weights ,$(word 1,$(LITES)))
+$(RUN)/style_backbone/style.pt: $(RUN)/stamps/style_backbone $(RUN)/classifier.pt
 	mkdir -p $(@D) && cp $(RUN)/classifier.pt $(@D)
-	$(call train,style_$*)
-$(VARIANTS): $(RUN)/more/style_grid_%.png: $(RUN)/style_%/style.pt $(RUN)/style_grid.png
-	$(call run,repaint) --checkpoint $(RUN)/style_$*/style.pt --name $* --paintings 100
+	$(call train,style_backbone)
 
 embed := embed.py --backbone $(lites) $(if $(LITES),--weights $(LITES))
 embed_224 := embed.py --backbone $(word 3,$(lites)) $(addprefix --weights ,$(word 3,$(LITES))) --target style \
@@ -76,11 +75,13 @@ $(RUN)/head/report.txt: $(RUN)/stamps/test $(RUN)/embed_tf_efficientnet_lite2.pt
 	$(PY) test.py $(FLAGS) --run $(@D) --checkpoint $(RUN)/head_tf_efficientnet_lite0.pt
 # More rows of the table of style transfer: other methods, and the model itself on fewer or on validation paintings.
 autoencoder_row := --method autoencoder --paintings 100
+backbone_row := --checkpoint $(RUN)/style_backbone/style.pt --name backbone --paintings 100
 magenta_row := --method magenta --paintings 100
 fewer_row := --name fewer --paintings 100
 validation_row := --split validation --judges judge
-ROWS := $(patsubst %,$(RUN)/more/style_grid_%.png,autoencoder magenta fewer validation)
-$(RUN)/more/style_grid_autoencoder.png: $(RUN)/autoencoder.pt
+ROWS := $(patsubst %,$(RUN)/more/style_grid_%.png,autoencoder backbone magenta fewer validation)
+$(RUN)/more/style_grid_autoencoder.png: $(RUN)/conditional/autoencoder.pt
+$(RUN)/more/style_grid_backbone.png: $(RUN)/style_backbone/style.pt
 $(ROWS): $(RUN)/more/style_grid_%.png: $(RUN)/style_grid.png
 	$(call run,repaint) $($*_row)
 
@@ -113,6 +114,6 @@ $(RUN)/lora_compare.png: $(RUN)/stamps/each_style $(RUN)/paintings.txt common/fi
 	$(PY) lora.py compare $(FLAGS) -c settings/tiny.json
 
 # Speed is measured last, when nothing else of this runs.
-publish: pipeline $(COMPARISONS) $(other)/clusters.md $(VARIANTS) $(RUN)/head/report.txt $(ROWS) $(RUN)/demo
+publish: pipeline $(COMPARISONS) $(other)/clusters.md $(RUN)/head/report.txt $(ROWS) $(RUN)/demo
 	@$(MAKE) --no-print-directory -j1 $(RUN)/benchmark.md
 	$(PY) report/build.py --run $(RUN) --publish

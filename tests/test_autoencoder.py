@@ -87,14 +87,14 @@ def test_the_inverse_undoes_the_normalisation():
 
 
 def test_every_weight_gets_a_gradient():
-    model = wikiart.Autoencoder(crop=32, code=8, width=8, projection_dim=16, **GREY)
+    model = wikiart.Autoencoder(crop=32, code=8, width=8, projection_dim=16, styles=3, **GREY)
     images = torch.rand(40, 3, 32, 32)
     model.start_as_pca([images])
     for layer in (model.add, model.paint[-2]):  # zero to begin with, which stops gradients
         torch.nn.init.normal_(layer.weight)
-    reconstructions, projections = model(images[:4], images[4:8])
-    assert projections.shape == (8, 16)
-    (reconstructions.square().mean() + projections.square().mean()).backward()
+    assert model.project(model.encode_with_maps(images[:4])[1], images[4:8]).shape == (8, 16)
+    criterion = losses.ReconstructionLoss(model, 0.15, 0.06, torch.zeros(3))
+    criterion(images[:4], images[4:8], torch.eye(3)[[0, 1, 2, 0]])[0].backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
 
 
@@ -125,12 +125,41 @@ def test_the_loss_is_the_error_over_the_variance_and_the_weighted_contrastive_lo
         wikiart.Autoencoder(32, 8, 8, projection_dim=16, **GREY).eval(),
         *torch.rand(2, 4, 3, 32, 32),
     )
-    reconstructions, projections = model(images, others)
-    error, contrastive = F.mse_loss(reconstructions, images), losses.nt_xent(projections.view(2, 4, -1))
+    projections = model.project(model.encode_with_maps(images)[1], others)
+    error, contrastive = F.mse_loss(model(images), images), losses.nt_xent(projections.view(2, 4, -1))
     loss, mse = losses.ReconstructionLoss(model, 0.5, 0.1)(images, others)
     assert mse.item() == pytest.approx(error.item())
     assert loss.item() == pytest.approx((error / 0.1 + 0.5 * contrastive).item(), rel=1e-5)
     assert losses.ReconstructionLoss(model, 0.0, 0.1)(images)[0].item() == pytest.approx(error.item() / 0.1, rel=1e-5)
+
+
+def test_the_adversary_learns_the_style_and_the_encoder_to_hide_it():
+    torch.manual_seed(0)
+    model = wikiart.Autoencoder(32, 8, 8, styles=2, **GREY)
+    images, styles = torch.rand(8, 3, 32, 32), torch.eye(2)[[0, 1] * 4]
+    model.start_as_pca([images])
+    criterion = losses.ReconstructionLoss(model, 0.0, 0.06, torch.zeros(2))
+    monitored = {"adversary": model.adversary[2].weight, "encoder": model.add.weight}
+
+    def cross_entropy():
+        return F.cross_entropy(model.adversary(model.encode(images)), styles)
+
+    expected = dict(zip(monitored, torch.autograd.grad(cross_entropy(), monitored.values()), strict=True))
+    loss, mse = criterion(images, styles=styles)
+    assert loss.item() == pytest.approx((mse / 0.06 + criterion.ADVERSARY_WEIGHT * cross_entropy()).item(), rel=1e-5)
+    adversarial = loss - F.mse_loss(model(images, styles), images) / 0.06
+    found = dict(zip(monitored, torch.autograd.grad(adversarial, monitored.values()), strict=True))
+    for name, sign in (("adversary", 1), ("encoder", -1)):
+        assert torch.allclose(found[name], sign * criterion.ADVERSARY_WEIGHT * expected[name], atol=1e-6)
+
+
+def test_the_embedding_of_a_style_changes_what_is_decoded():
+    model = wikiart.Autoencoder(32, 8, 8, styles=2, **GREY).eval()
+    model.start_as_pca([torch.rand(20, 3, 32, 32)])
+    codes, eye = torch.randn(1, 8), torch.eye(2)
+    assert not torch.allclose(model.decode(codes, eye[[0]]), model.decode(codes, eye[[1]]))
+    shifted = codes + model.embedding.weight.T[[1]]
+    assert torch.allclose(model.decode(codes, eye[[1]]), model.decode(shifted))
 
 
 def test_resuming_ends_with_the_weights_of_an_uninterrupted_run(demo, tmp_path, monkeypatch, capsys):

@@ -121,11 +121,12 @@ def test_a_step_of_the_classifier_does_not_wait(paintings, model, balance):
     assert syncs.sites == [*THREE_READS, "train_epoch"]  # the last one is for the means, after the steps
 
 
-@pytest.mark.parametrize("weight", [0, 0.15])
-def test_a_step_of_the_autoencoder_does_not_wait(paintings, weight):
+@pytest.mark.parametrize(("weight", "conditional"), [(0, False), (0.15, False), (0, True)])
+def test_a_step_of_the_autoencoder_does_not_wait(paintings, weight, conditional):
     config = settings(train_autoencoder, *flags(contrastive_weight=weight, crop=32, width=8, code=4))
+    config.conditional = conditional
     network, _ = train_autoencoder.new_model(config, paintings, META)
-    criterion = ReconstructionLoss(network, weight, 0.06)
+    criterion = ReconstructionLoss(network, weight, 0.06, torch.zeros(8, device=META))
     optimizers = train.Optimizers(network, 0.01, 0.0, 5)
     with Syncs() as syncs:
         train_autoencoder.train_epoch(criterion, paintings, optimizers, 1, config, META)

@@ -352,7 +352,7 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
     assert all(call.endswith("--seed 1") for call in other)
     assert "/clusters_1/contrastive --contrastive-weight 0.15" in other[0]
     assert scripts.count("cluster.py") == 2
-    assert scripts.count("style_transfer.py") == 3 + 2 + 4
+    assert scripts.count("style_transfer.py") == 3 + 5  # of the pipeline, and rows
     scored = [call for call in of_paintings if call.startswith("style_transfer.py")]
     (validation,) = [call for call in scored if "--split validation" in call]
     assert validation.endswith("--judges judge")  # the second one has seen these paintings
@@ -361,16 +361,13 @@ def test_a_report_after_other_stages_has_the_codes_and_judges_that_it_speaks_of(
 
 def test_the_style_models_to_compare_with_have_a_classifier_beside_them(project):
     make(project, "report", f"WIKIART={project}/paintings", "LITES=0.pth 1.pth 2.pth")
-    textbook, backbone = (
-        next(call for call in calls(project, "train_style.py") if f"style_{name}" in call)
-        for name in ("textbook", "backbone")
-    )
-    assert "--condition style --style-weight 0" in textbook and "--features" not in textbook
-    assert "--features tf_efficientnet_lite0 --weights 0.pth" in backbone and "--style-weight" not in backbone
-    for name in ("textbook", "backbone"):
-        assert (project / f"runs/paintings/style_{name}/classifier.pt").exists()
-        scored = [call for call in calls(project, "style_transfer.py") if f"--name {name}" in call]
-        assert len(scored) == 1 and f"--checkpoint runs/paintings/style_{name}/style.pt" in scored[0]
+    (backbone,) = (call for call in calls(project, "train_style.py") if "style_backbone" in call)
+    assert "--features tf_efficientnet_lite0 --weights 0.pth" in backbone
+    assert (project / "runs/paintings/style_backbone/classifier.pt").exists()
+    (scored,) = (call for call in calls(project, "style_transfer.py") if "--name backbone" in call)
+    assert "--checkpoint runs/paintings/style_backbone/style.pt" in scored
+    (conditional,) = (call for call in calls(project, "train_autoencoder.py") if "--conditional" in call)
+    assert "--run runs/paintings/conditional" in conditional
     judge = [call for call in calls(project, "embed.py") if "--shrink 224" in call]
     assert len(judge) == 1 and "--backbone tf_efficientnet_lite2 --weights 2.pth" in judge[0]
 

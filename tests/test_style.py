@@ -500,35 +500,18 @@ def test_scores_on_validation_paintings(styled, demo, monkeypatch):
         style_transfer.main([*command, "--judges", "other.pt"])
 
 
-def test_the_code_of_an_autoencoder_moves_between_the_means_of_styles(demo):
-    class Mean(torch.nn.Module):
-        """Its code is the mean colour."""
-
-        scales = torch.ones(3)
-
-        def encode(self, images):
-            return images.mean((2, 3))
-
-        def decode(self, codes):
-            return codes[:, :, None, None].expand(-1, -1, 16, 16)
-
-    data = wikiart.WikiArt(demo, "train", size=32, processes=1)
-    shift, eye = baselines.CodeShift(Mean(), 16, data, CPU), torch.eye(len(data.classes))
-    means = [torch.from_numpy(data.pixels[data.rows[data.labels.numpy() == k]] / 255).mean((0, 2, 3)) for k in (0, 1)]
-    image = torch.full((1, 3, 32, 32), 0.5)
-    painted = shift.paint(image, eye[[1]], eye[[0]])
-    expected = (0.5 + means[1] - means[0]).clamp(0, 1).float()
-    assert torch.allclose(painted, expected.view(1, 3, 1, 1).expand_as(painted), atol=0.02)
-    assert torch.allclose(shift.paint(image, eye[[1]], eye[[1]]), image, atol=1e-5)
-
-
-def test_the_codes_of_the_runs_autoencoder_as_a_method(styled, demo):
-    shared = ["--data", str(demo), "--run", str(styled)]
+def test_an_autoencoder_with_styles_as_a_method(styled, demo):
+    shared, folder = ["--data", str(demo), "--run", str(styled)], styled / "conditional"
     sizes = ["--size", "32", "--crop", "32", "--width", "8", "--code", "16", "--epochs", "1", "--batch-size", "16"]
-    train_autoencoder.main([*TINY, *shared, *sizes])
     judges = ["--judges", "judge", "classifier.pt", "--paintings", "16"]
-    style_transfer.main([*TINY, *shared, *judges, "--method", "autoencoder"])
+    command = [*TINY, *shared, *judges, "--method", "autoencoder"]
+    train_autoencoder.main([*TINY, *shared, *sizes, "--run", str(folder)])
+    with pytest.raises(UserError, match="no embeddings of these styles: train it with --conditional"):
+        style_transfer.main(command)
+    train_autoencoder.main([*TINY, *shared, *sizes, "--run", str(folder), "--conditional"])
+    style_transfer.main(command)
     assert 0 < facts_of(styled, "style_transfer")["autoencoder"]["ssim"] < 1
+    assert facts_of(folder, "train_autoencoder")["conditional"]
 
 
 def test_the_true_pictures_are_those_with_the_most_visible_marks(monkeypatch):
