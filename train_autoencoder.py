@@ -28,7 +28,7 @@ from common.config import Setting, configure
 from common.crops import batch_crop, random_crops, views
 from common.errors import UserError
 from common.layers import parameter_count
-from common.losses import ReconstructionLoss, class_log_prior
+from common.losses import ReconstructionLoss
 from common.metrics import psnr
 from common.names import count
 from common.optim import Optimizers
@@ -96,9 +96,7 @@ def main(argv=None):
 
     # Model, loss and optimizers
     model, arguments = new_model(config, training, device)
-    log_prior = class_log_prior(training.labels, len(data.classes)).to(device)
-    variance = float(np.mean(np.square(arguments["std"])))
-    criterion = ReconstructionLoss(model, config.contrastive_weight, variance, log_prior)
+    criterion = ReconstructionLoss(model, config.contrastive_weight, float(np.mean(np.square(arguments["std"]))))
     steps = config.epochs * (len(training) // config.batch_size)
     optimizers = Optimizers(model, config.lr, weight_decay=0.0, steps=steps)
     state = {"model": "Autoencoder", "arguments": arguments, "classes": data.classes, "data": data_settings}

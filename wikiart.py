@@ -451,8 +451,6 @@ class Autoencoder(nn.Module):
             self.projection_head = nn.Sequential(*layers, nn.Conv2d(256, projection_dim, 1))
         if styles:
             self.embedding = nn.Linear(styles, code, bias=False)
-            # The adversary is for training only: it predicts the style from the code.
-            self.adversary = nn.Sequential(nn.Linear(code, 256), nn.ReLU(), nn.Linear(256, styles))
         for layer in (self.add, to_pixels):  # the nonlinear paths start at zero
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

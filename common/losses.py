@@ -24,30 +24,24 @@ def gather(values, dim: int = 0):
 
 
 class ReconstructionLoss(nn.Module):
-    """Trains an Autoencoder: mean squared error over the `variance` of pixels, and what its other parts need.
+    """Trains an Autoencoder: mean squared error over the `variance` of pixels, and NT-Xent of two crops of an image."""
 
-    These are NT-Xent of two crops of an image, and for an autoencoder with styles the adversary's cross-entropy with
-    the gradient to the encoder reversed (Lample et al. 2017), so that the decoder has the style from its embedding.
-    """
-
-    ADVERSARY_WEIGHT = 0.03
-
-    def __init__(self, model, contrastive_weight: float, variance: float, log_prior=None):
+    def __init__(self, model, contrastive_weight: float, variance: float):
         super().__init__()
         self.model, self.contrastive_weight, self.variance = model, contrastive_weight, variance
-        self.register_buffer("log_prior", log_prior)
 
     def forward(self, images, second_crops=None, styles=None):
-        """The loss and the mean squared error; images and second crops are float (B, 3, crop, crop), styles one-hot."""
+        """The loss and the mean squared error.
+
+        images, and other crops of them: float (B, 3, crop, crop); styles, for an autoencoder with embeddings of them:
+        one-hot (B, styles).
+        """
         codes, maps = self.model.encode_with_maps(images)
         mse = F.mse_loss(self.model.decode(codes, styles).float(), images)
         loss = mse / self.variance
         if second_crops is not None:
             projections = self.model.project(maps, second_crops).view(2, len(images), -1)
             loss = loss + self.contrastive_weight * nt_xent(projections)
-        if styles is not None:
-            logits = self.model.adversary(2 * codes.detach() - codes)  # the codes, with the gradient reversed
-            loss = loss + self.ADVERSARY_WEIGHT * F.cross_entropy(logits.float() + self.log_prior, styles)
         return loss, mse
 
 

@@ -126,7 +126,7 @@ def test_a_step_of_the_autoencoder_does_not_wait(paintings, weight, conditional)
     config = settings(train_autoencoder, *flags(contrastive_weight=weight, crop=32, width=8, code=4))
     config.conditional = conditional
     network, _ = train_autoencoder.new_model(config, paintings, META)
-    criterion = ReconstructionLoss(network, weight, 0.06, torch.zeros(8, device=META))
+    criterion = ReconstructionLoss(network, weight, 0.06)
     optimizers = train.Optimizers(network, 0.01, 0.0, 5)
     with Syncs() as syncs:
         train_autoencoder.train_epoch(criterion, paintings, optimizers, 1, config, META)
