@@ -77,7 +77,7 @@ $(RUN)/paintings.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
 	    -printf '%P %T@\n' 2>/dev/null | sort > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # A training resumes from its partial checkpoint, unless something that it depends on is newer.
-restart = $(if $(wildcard $(1)),$$(ls -t $^ $(1) | head -1 | grep -q partial || echo --restart))
+restart = $(if $(wildcard $(1)),$$(ls -t $^ $(1) | head -1 | grep -q '\.partial\.pt$$' || echo --restart))
 train = $(call run,$(1)) $(call restart,$(@:.pt=.partial.pt))
 # The stages -----------------------------------------------------------------------------------------------------------
 pipeline: $(RUN)/report.txt $(RUN)/clusters.md $(RUN)/style_grid.png
@@ -128,7 +128,7 @@ $(RUN)/lora/trained: $(RUN)/stamps/lora $(RUN)/paintings.txt
 $(RUN)/lora_grid.png: common/figures.py $(RUN)/lora/trained $(addprefix $(RUN)/judge_,style/classifier.pt genre/classifier.pt)
 	$(PY) lora.py grid --run $(RUN) $(patsubst %.json,-c %.json,$(filter %.json,$(LORA)))
 
-benchmark: $(VENV)/ready $(if $(WIKIART),,data/demo/metadata.csv)
+benchmark: $(VENV)/ready-embed $(if $(WIKIART),,data/demo/metadata.csv)
 	$(call with_settings,$(RUN)/benchmark.md)
 $(RUN)/benchmark.md: $(RUN)/stamps/benchmark $(RUN)/stamps/classifier $(RUN)/paintings.txt
 	$(call run,benchmark)

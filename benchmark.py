@@ -6,8 +6,8 @@
 
 Everything runs on the CPU, on synthetic JPEGs except for resnet18_time, which uses --data. Times are CPU times of this
 process and its children, so that other programs matter little; both sides take turns, after an uncounted round, and
-medians are compared (memory and ResNet-18 are measured once). Needs 4 GB of memory and 2 GB of disk. Writes into the
-run folder: benchmark.md (a table) and facts.json.
+medians are compared (memory and ResNet-18 are measured once). Needs 4 GB of memory, 2 GB of disk, and timm
+(requirements/embed.txt). Writes into the run folder: benchmark.md (a table) and facts.json.
 """
 
 import mmap
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from common import benchmarks
+from common.backbones import append_features
 from common.benchmarks import CPU, compare, in_turns, peak_memory
 from common.config import ROOT, Setting, configure, read_settings
 from common.crops import batch_crop, random_crops
@@ -49,7 +50,7 @@ SETTINGS = {
     "turns": Setting(int, "[1, inf)", "times that everything is measured; the median counts"),
 }
 SIDE, BATCH_SIZE = 128, 32  # of the images in batches
-NETWORK, NETWORK_SIDE = "regnet_x_400mf", 224  # whose features are extracted, of images of this size
+BACKBONE, BACKBONE_SIDE = "tf_efficientnet_lite0", 224  # of timm, whose features are extracted; side of its images
 IMAGES, WIDTH, HEIGHT = 300, 1095, 822  # JPEGs to measure on, about as large as WikiArt's
 MEMORY_IMAGES = 20_000  # kept as floats, 200 KB each
 FEW, MANY = 1000, 32_000  # images of the small and the large data set of `growth`
@@ -178,20 +179,19 @@ def open_and_batch(root: Path) -> None:
 
 
 def extraction(bench: Bench) -> dict:
-    """Features of a frozen network, decoding included: ours from the cache and in batches, as in embed.py."""
-    root, cache = bench.large_images(), bench.scratch / "cache"
-    normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    model = make_model(NETWORK, {"classes": 27} | normalisation).eval().to(memory_format=torch.channels_last)
+    """Features of a frozen network, decoding included: ours by the function of embed.py."""
+    root = bench.large_images()
+    arguments = {"classes": 1, "backbone": BACKBONE, "size": BACKBONE_SIDE, "features": 1, "stages": 0}
+    model = make_model("Pretrained", arguments | {"mean": [0.5] * 3, "std": [0.25] * 3}).eval()
+    model = model.to(memory_format=torch.channels_last)
+    files = sorted((root / "train").rglob("*.jpg"))
+    settings = SimpleNamespace(shrink=0, resize="squash", batch_size=BATCH_SIZE, processes=1)
 
-    @torch.no_grad()
     def ours():
-        pixels = pixel_cache(root / "train", cache, NETWORK_SIDE, "squash", 1)[0]
-        for start in range(0, len(pixels), BATCH_SIZE):
-            batch = torch.from_numpy(pixels[start : start + BATCH_SIZE]).float() / 255
-            model(batch.contiguous(memory_format=torch.channels_last))
-        shutil.rmtree(cache)
+        with open(bench.scratch / "features", "wb") as file:
+            append_features(file, model, files, settings, CPU)
 
-    theirs = partial(benchmarks.features_one_by_one, model, root, NETWORK_SIDE)
+    theirs = partial(benchmarks.features_one_by_one, model, root, BACKBONE_SIDE)
     seconds = in_turns(bench.config.turns, {"ours": ours, "theirs": theirs})
     return compare("extraction", *(1000 * seconds[side] / IMAGES for side in ("ours", "theirs")), speedup=True)
 

@@ -331,14 +331,16 @@ def plot(source: str, codes, labels, clusters, classes: list[str], data: WikiArt
     top = Path(config.run) if source in SHOWN else more
     order = diagonal_order(counts)
     clusters = np.argsort(order)[np.unique(clusters, return_inverse=True)[1]]
+    numbers = [f"cluster {number}" for number in range(1, len(order) + 1)]
     most = [display_name(classes[label]) for label in counts[:, order].argmax(0)]
-    names = [f"cluster {number} ({style})" for number, style in enumerate(most, 1)]
+    shares = counts[:, order].max(0) / counts[:, order].sum(0)
+    names = [f"{number}: {style} {share:.0%}" for number, style, share in zip(numbers, most, shares, strict=True)]
 
     rows = np.arange(len(codes))
     if len(rows) > TSNE_IMAGES:
         rows = np.sort(np.random.default_rng(config.seed).choice(rows, TSNE_IMAGES, replace=False))
     points = TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=config.seed).fit_transform(codes[rows])
-    panels = {"by style": (points, labels[rows], classes), "by KMeans": (points, clusters[rows], names)}
+    panels = {"by style": (points, labels[rows], classes), "by KMeans": (points, clusters[rows], numbers)}
     title = f"t-SNE of {source} codes, {len(rows)} of {len(codes)} {config.split} paintings"
     figures.scatter(top / f"tsne_{source}.png", panels, title)
     plot_map(top / f"map_{source}.png", source, rows, points, data, config)

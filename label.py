@@ -118,6 +118,8 @@ def load_classifiers(config, to_label: bool) -> tuple[Classifier, Classifier | N
     if config.checkpoint == COMMITTED.name and (not path.exists() or (to_label and knows_demo_only(path, config))):
         if path.exists():
             print(f"{path} knows the styles of the demo; to see these: --checkpoint {path}")
+        elif Path(config.run) != Path(read_settings()["run"]):
+            print(f"no {path}: the project's own network is taken")
         path = HEAD if installed_weights(BACKBONE) else COMMITTED
     classifier = Classifier.load(path, device)
     print(describe(classifier, path), flush=True)
@@ -277,7 +279,7 @@ def read_table(file, header: list[str], model: str) -> tuple[int, list[list[str]
         raise UserError(f"{file.name} is not a table of these columns: give another --out")
     if any(row[-1] != model for row in rows[1:]):
         advice = "give another --out, or delete it"
-        raise UserError(f"{file.name} was made with another checkpoint or from another folder: {advice}")
+        raise UserError(f"{file.name} holds labels of another folder or checkpoint: {advice}")
     return len(complete.encode("utf-8", "surrogateescape")), rows
 
 
@@ -355,7 +357,7 @@ def plot_sheet(folder: Path, out: Path) -> None:
 def sheet_name(path: str) -> str:
     """A file's path for the contact sheet, its folder on a line of its own; what is too long is shortened."""
     folder, file = map(printable, os.path.split(path))
-    file = file if len(file) < 26 else f"{file[:12]}…{file[-12:]}"
+    file = file if len(file) < 61 else f"{file[:29]}…{file[-29:]}"
     folder = folder if len(folder) < 25 else f"…{folder[-23:]}"
     return f"{folder}/\n{file}" if folder else file
 

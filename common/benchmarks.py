@@ -128,10 +128,11 @@ def image_folder_epoch(root: Path, side: int, batch_size: int) -> None:
 
 @torch.no_grad()
 def features_one_by_one(model, root: Path, side: int) -> None:
-    """The outputs of a frozen network for one picture after the other, as many scripts extract features."""
+    """Features by a frozen Pretrained of one picture after the other, as many scripts extract them."""
     transform = Compose([Resize((side, side)), ToTensor()])
-    for picture, _ in ImageFolder(root / "train", transform):
-        model(picture[None])
+    with torch.inference_mode():
+        for picture, _ in ImageFolder(root / "train", transform):
+            model.features(picture[None])
 
 
 def load_as_floats(paths: list[str], side: int) -> None:

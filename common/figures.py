@@ -1,5 +1,6 @@
 """The plots that scripts share, and their matplotlib style and class colours."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -253,22 +254,22 @@ def text_size(width: int, cell: int) -> int:
 
 def fit_lines(text: str, width: int, size: int) -> str:
     """Text in lines that fit into `width` pixels; its own line breaks stay."""
-    return "\n".join(part for line in text.split("\n") for part in break_line(line.split(" "), width, size))
+    return "\n".join(part for line in text.split("\n") for part in break_line(line, width, size))
 
 
-def break_line(words: list[str], width: int, size: int) -> list[str]:
+def break_line(text: str, width: int, size: int) -> list[str]:
+    """Text in lines that end at spaces, hyphens and underscores."""
     lines = [""]
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if font(size).getlength(longer) <= width:
-            lines[-1] = longer
+    for word in re.split("(?<=[-_ ])", text):
+        if font(size).getlength((lines[-1] + word).rstrip()) <= width:
+            lines[-1] += word
             continue
         lines += [""] if lines[-1] else []
         for letter in word:
-            if lines[-1] and font(size).getlength(lines[-1] + letter) > width:  # a word longer than a line
+            if lines[-1] and font(size).getlength(lines[-1] + letter.rstrip()) > width:  # a word longer than a line
                 lines.append("")
             lines[-1] += letter
-    return lines
+    return [line.rstrip() for line in lines]
 
 
 def lines_of(texts: list[str]) -> int:

@@ -124,10 +124,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def highlight(image: Image.Image, evidence: np.ndarray) -> Image.Image:
-    """The picture in grey, tinted orange where the evidence (h, w) is positive."""
-    share = Image.fromarray((170 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
+    """The picture in light grey, tinted orange where the evidence (h, w) is positive."""
+    share = Image.fromarray((200 * (evidence.clip(0) / max(evidence.max(), 1e-9)) ** 0.5).astype(np.uint8))
     share = share.resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(Image.new("RGB", image.size, EVIDENCE_COLOUR), image.convert("L").convert("RGB"), share)
+    grey = image.convert("L").point(lambda level: 90 + level * 165 // 255).convert("RGB")  # on black no tint is seen
+    return Image.composite(Image.new("RGB", image.size, EVIDENCE_COLOUR), grey, share)
 
 
 # The pixel cache ------------------------------------------------------------------------------------------------------

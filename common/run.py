@@ -151,7 +151,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on the device. A GPU copies it from pinned memory, and the host goes on without waiting."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "mps")  # there, the copy may start after the tensor is gone
+    # To "mps" the copy may start after the tensor is gone, and to the CPU it may be read before the copy has ended.
+    return tensor.to(device, non_blocking=device.type not in ("mps", "cpu"))
 
 
 def reuse_freed_memory() -> None:

@@ -23,7 +23,8 @@ TINY = {
 TINY_CONSTANTS = {
     "IMAGES": 48,
     "SIDE": 32,
-    "NETWORK_SIDE": 64,
+    "BACKBONE": "test_efficientnet",
+    "BACKBONE_SIDE": 64,
     "WIDTH": 180,
     "HEIGHT": 120,
     "BATCH_SIZE": 16,

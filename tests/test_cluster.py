@@ -196,8 +196,8 @@ def test_every_source_of_the_run_folder_gets_scores_figures_and_codes(clustered)
             assert len(table["train"]) == len(table["train_artists"])
     captions = (clustered / "more/centroids_contrastive.txt").read_text().strip().split("\n\n")
     assert len(captions) == facts["cluster"]["contrastive"]["clusters"]
-    assert re.match(r"cluster 1 \(\w+( \w+)?\): ", captions[0])
-    assert captions[0].count(": ") == 1 + min(8, 1 + captions[0].count("; "))  # artist: title, of eight at most
+    assert re.match(r"cluster 1: \w+( \w+)? \d+%: ", captions[0])
+    assert captions[0].count(": ") == 2 + min(8, 1 + captions[0].count("; "))  # artist: title, of eight at most
     assert "| autoencoder |" in (clustered / "clusters.md").read_text()
     assert "train_autoencoder" in facts  # nothing else was lost
 

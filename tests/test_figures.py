@@ -46,3 +46,9 @@ def test_evidence_is_tinted_and_the_rest_is_grey():
     lit = np.asarray(highlight(picture, evidence)).astype(int)
     assert np.ptp(lit[-4:, -4:], axis=2).max() == 0
     assert (lit[:8, :8, 0] > lit[:8, :8, 2] + 40).all()
+
+
+def test_file_names_break_at_hyphens_and_underscores():
+    lines = figures.fit_lines("adriaen-van-de-velde_view-in-amsterdam.jpg", 224, 20).split("\n")
+    assert "".join(lines) == "adriaen-van-de-velde_view-in-amsterdam.jpg"
+    assert len(lines) > 1 and all(line.endswith(("-", "_")) for line in lines[:-1])

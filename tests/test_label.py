@@ -441,7 +441,7 @@ def test_an_artist_is_guessed_where_a_model_is_given(demo, folder, run, tmp_path
 
 def test_another_checkpoint_does_not_go_on_with_the_table(folder, run, trained, tmp_path):
     run_label(folder, run, tmp_path / "labels.csv")
-    with pytest.raises(UserError, match="was made with another checkpoint"):
+    with pytest.raises(UserError, match="holds labels of another folder or checkpoint"):
         run_label(folder, trained, tmp_path / "labels.csv", "--checkpoint", str(trained / "mlp/classifier.pt"))
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(folder, elsewhere)  # files of the same names, but not the same files

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,8 @@ from conftest import ROOT, TINY, TINY_TRAIN, clear_line, picture, script, stop_i
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+import cluster
+import style_transfer
 import test as evaluation
 import train
 import wikiart
@@ -24,6 +27,7 @@ from common import crops, figures, names, packages, run
 from common.errors import UserError
 from common.metrics import METRICS, bootstrap_scores, classification_scores, mean_interval, seen_unseen_accuracy
 from common.names import title_of
+from common.run import load_checkpoint
 
 
 def weights_of(path):
@@ -495,8 +499,15 @@ def test_a_split_that_has_moved_is_noticed(tmp_path, genre):
     train.main([*TINY_TRAIN, *arguments, "--epochs", "1"])
     evaluation.main([*TINY, *arguments])
     new = picture(tmp_path / "root" / "S0" / "a_new.png", 99)
-    with pytest.raises(UserError, match="paintings have changed since .* was trained"):
-        evaluation.main([*TINY, *arguments])
+    checkpoint = load_checkpoint(tmp_path / "run" / "classifier.pt")
+    repaint = partial(style_transfer.load_paintings, checkpoint, "style.pt", [])
+    for run in (
+        partial(evaluation.main, [*TINY, *arguments]),
+        partial(cluster.main, [*TINY, *arguments, "--codes", "classifier"]),
+        partial(repaint, SimpleNamespace(data=tmp_path / "root", processes=1, split="test")),
+    ):
+        with pytest.raises(UserError, match="paintings have changed since .* was trained"):
+            run()
     new.unlink()
     (tmp_path / "root" / "metadata.csv").write_text("path,genre\nS0/a_0.png,landscape\n")  # moves no painting
     evaluation.main([*TINY, *arguments])
