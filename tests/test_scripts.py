@@ -501,13 +501,13 @@ def test_a_split_that_has_moved_is_noticed(tmp_path, genre):
     new = picture(tmp_path / "root" / "S0" / "a_new.png", 99)
     checkpoint = load_checkpoint(tmp_path / "run" / "classifier.pt")
     repaint = partial(style_transfer.load_paintings, checkpoint, "style.pt", [])
-    for run in (
+    for score in (
         partial(evaluation.main, [*TINY, *arguments]),
         partial(cluster.main, [*TINY, *arguments, "--codes", "classifier"]),
         partial(repaint, SimpleNamespace(data=tmp_path / "root", processes=1, split="test")),
     ):
         with pytest.raises(UserError, match="paintings have changed since .* was trained"):
-            run()
+            score()
     new.unlink()
     (tmp_path / "root" / "metadata.csv").write_text("path,genre\nS0/a_0.png,landscape\n")  # moves no painting
     evaluation.main([*TINY, *arguments])
