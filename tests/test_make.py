@@ -118,6 +118,8 @@ def test_changed_folders_settings_and_code_are_noticed(project):
     assert make(project, *arguments)[0] == everything
     (project / "paintings/train/B/new.png").touch()
     assert make(project, *arguments)[0] == everything
+    (project / "paintings/train/B/new.png").write_text("another picture")
+    assert make(project, *arguments)[0] == everything
     (project / "paintings/metadata.csv").touch()
     assert make(project, *arguments)[0] == everything
     edit(project / "test.py", "MISTAKES = 12", "MISTAKES = 13")

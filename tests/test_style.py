@@ -454,7 +454,7 @@ def test_scores_and_figures(styled):
     [
         ("style_grid", 9, 8, 160),
         ("more/style_row", 5, 2, 224),
-        ("more/style_strength", 5, 5, 224),
+        ("more/style_strength", 6, 5, 224),
         ("more/style_triptych", 3, 1, 512),
         ("style_truth", 3, 8, 160),
         ("more/style_samples", 9, 8, 160),
