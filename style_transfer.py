@@ -9,12 +9,12 @@
     python style_transfer.py --method adain                                # a method to compare with
     python style_transfer.py --split validation                            # scores on paintings held out of training
 
-Needs style.pt of train_style.py and classifier.pt of train.py. With --image, <name>_<style>.png go to --out, at the
-picture's own size up to --longest pixels; styles with weights are mixed, others are painted one by one. Without, test
-paintings are repainted at the training size; scores go into facts.json, and style_grid.png into the run folder, with
-style_row.png, style_strength.png and style_triptych.png in more/ (for another method style_grid_adain.png and
-style_row_adain.png alone, in more/); where the same scenes exist in every style, as in the demo, style_truth.png
-compares with them.
+Needs style.pt of train_style.py and classifier.pt of train.py; --method autoencoder needs conditional/autoencoder.pt of
+train_autoencoder.py --conditional. With --image, <name>_<style>.png go to --out, at the picture's own size up to
+--longest pixels; styles with weights are mixed, others are painted one by one. Without, test paintings are repainted at
+the training size; scores go into facts.json, and style_grid.png into the run folder, with style_row.png,
+style_strength.png and style_triptych.png in more/ (for another method style_grid_adain.png and style_row_adain.png
+alone, in more/); where the same scenes exist in every style, as in the demo, style_truth.png compares with them.
 """
 
 import os

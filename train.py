@@ -5,7 +5,7 @@
     python train.py --target artist --min-images 50             # predict the artist
     python train.py --model resnet18                            # a classifier of torchvision.models, to compare with
     python train.py -c settings/mlp.json --run runs/demo/mlp    # the baseline that test.py compares with
-    torchrun --nproc-per-node=2 -- train.py                     # several GPUs: the same result with CNN and MLP
+    torchrun --nproc-per-node=2 -- train.py                     # several GPUs: the same result, up to rounding
 
 A tenth of the training paintings is held out for validation, half of them with all paintings of their artists, where
 these are known. They show how well the network does, and how far its probabilities can be trusted. Test paintings are

@@ -3,7 +3,7 @@
     python report/build.py --run runs/demo                # writes runs/demo/report.md
     python report/build.py --run runs/wikiart --publish   # renews report/, its weights, and the README's results
     python report/build.py --check                        # exits with 1 if the documents are not up to date with the
-                                                          # facts; names code that has changed since it made them
+                                                          # facts; names results that may be older than the code
 
 A template holds {script.fact} or {script.fact:format}, e.g. {test.accuracy:.1%}, for every number; a fact that the run
 does not have is an error. {mlp.train.epochs} is a fact of the run in the run's folder mlp/. Figures have the names of
@@ -31,6 +31,8 @@ PLACEHOLDER = re.compile(r"\{([a-z]\w*(?:\.\w+)+)(?::([^{}]*))?\}")
 FIGURE = re.compile(r"""(?:\]\(|src=")(?:more/)?([^)"/]+\.(?:png|txt))""")  # .txt: painters and titles of a sheet
 OF_OTHERS = ("style_row.png", "demo.png")  # shown by the README and docs/
 OF_DEMO = ("demo.png", "style_truth.png", "lora_grid.png", "lora_compare.png")  # of the demo alone
+STAGES = ("classifier", "mlp", "test", "autoencoder", "contrastive", "contrastive_1", "conditional", "clusters")
+STAGES += ("clusters_1", "judge", "style", "style_backbone", "repaint", "embed", "embed_224", "benchmark", "bases")
 WEIGHTS = ("classifier.pt", "autoencoder.pt", "style.pt", "head_tf_efficientnet_lite0.pt")  # which the numbers describe
 
 
@@ -141,13 +143,18 @@ def code_of(run: Path) -> dict[str, dict[str, str]]:
 
 
 def changed_code(stages: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each script or definition that has changed since it made results: those may be older than the code."""
+    """A line for each script or definition that has changed since it made results, and for stages without a stamp.
+
+    Their results may be older than the code.
+    """
     made_by = {}
     for stage, hashes in stages.items():
         for name, hashed in hashes.items():
             if hashed != current_hash(name):
                 made_by.setdefault(name, []).append(stage)
-    return [f"{name} has changed since it made the results of {', '.join(made_by[name])}" for name in sorted(made_by)]
+    lines = [f"{name} has changed since it made the results of {', '.join(made_by[name])}" for name in sorted(made_by)]
+    unknown = [stage for stage in STAGES if stage not in stages]
+    return lines + [f"it is not known which code made the results of {', '.join(unknown)}"] * bool(unknown)
 
 
 def publish(run: Path, facts: dict, figures: dict[str, Path]) -> None:
