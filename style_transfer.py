@@ -252,8 +252,10 @@ def load_paintings(checkpoint: dict, path: Path, judges: list[Classifier], confi
     """The paintings in train/, without those of --split validation, and the paintings of --split. Raises UserError."""
     settings = checkpoint["data"] | {"classes": checkpoint["classes"], "processes": config.processes}
     training = WikiArt(config.data, "train", **settings)
-    if training.pooled or config.split != "test":
+    if training.pooled:
         check_split(training, checkpoint, path)
+    elif config.split == "validation" and training.fingerprint != checkpoint["fingerprint"]:
+        print(f"files of train/, or their times, have changed since {path} was trained: it may have seen some of these")
     if config.split == "test":
         return training, WikiArt(config.data, "test", **settings)
     training, held_out = training.split_off(checkpoint["config"]["validation"], checkpoint["data"]["split_seed"])
