@@ -74,7 +74,7 @@ $(RUN)/stamps/%: FORCE
 # Every folder of paintings, and every file with its size and time of change.
 $(RUN)/paintings.txt: $(if $(WIKIART),,data/demo/metadata.csv) FORCE
 	@mkdir -p $(RUN); find -L $(DATA) -mindepth 1 -name '.*' -prune -o -type d -printf '%P\n' -o \
-	    -printf '%P %s %T@\n' 2>/dev/null | sort > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+	    -printf '%P %s %T@\n' 2>/dev/null | LC_ALL=C sort > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # A training resumes from its partial checkpoint, unless something that it depends on is newer.
 restart = $(if $(wildcard $(1)),$$(ls -t $^ $(1) | head -1 | grep -q '\.partial\.pt$$' || echo --restart))

@@ -192,7 +192,7 @@ def make_encoder(source: str, checkpoint, training: WikiArt, seed: int, device):
     crop = checkpoint["crop"]
     if source == "contrastive":
         return lambda images: mean_over_views(model.features, images.to(device), crop, FEATURE_SCALES)
-    # Codes of one view: the mean of two codes is the code of no image. Times the scales, they are in units of pixels.
+    # Codes of one view: the mean of two codes is the code of no image. Times the scales, it is in units of pixels.
     return lambda images: model.encode(views(images.to(device), crop)[0]) * model.scales
 
 
@@ -247,8 +247,9 @@ def evaluate(source: str, table: dict, data: WikiArt, config) -> dict:
 def fit_reduction(table: dict, seed: int):
     """Codes (N, D) to principal components (N, at most COMPONENTS), fitted to the training codes.
 
-    IMAGE_CODES keep their distances. Of others each part is reduced and whitened by itself, so that no part and no
-    direction drowns the others; PCA then keeps what the parts have in common, and codes are scaled to length 1.
+    IMAGE_CODES are not scaled, so distances stay about those of images. Of others each part is reduced and whitened by
+    itself, so that no part, and none of the components kept, drowns the others; PCA then keeps what the parts have in
+    common, and codes are scaled to length 1.
     """
     parts, end, most = [], 0, min(COMPONENTS, len(table["train"]) - 1)
     for name, width in table["parts"].items():
@@ -257,7 +258,7 @@ def fit_reduction(table: dict, seed: int):
         values = np.linalg.svd(codes - codes.mean(0), compute_uv=False)
         count = int((values > 1e-5 * values[0]).sum())  # the other directions hold rounding errors only
         pca = PCA(max(1, min(most, count)), whiten=name not in IMAGE_CODES, random_state=seed)
-        parts.append((name, pca, part))
+        parts.append((str(end), pca, part))
     if set(table["parts"]) <= set(IMAGE_CODES):
         return ColumnTransformer(parts).fit(table["train"])
     joint = PCA(min(most, sum(pca.n_components for _, pca, _ in parts)), random_state=seed)

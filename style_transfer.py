@@ -58,7 +58,7 @@ from common.run import (
     pick_device,
     run_script,
 )
-from wikiart import Classifier, WikiArt, build_model, check_split
+from wikiart import Classifier, WikiArt, build_model, check_split, hash_of_files
 
 SHARED = ("data", "run", "device", "seed", "processes", "hide")
 SETTINGS = {
@@ -254,7 +254,11 @@ def load_paintings(checkpoint: dict, path: Path, judges: list[Classifier], confi
     training = WikiArt(config.data, "train", **settings)
     if training.pooled:
         check_split(training, checkpoint, path)
-    elif config.split == "validation" and training.fingerprint != checkpoint["fingerprint"]:
+        for judge, name in zip(judges, config.judges, strict=True):
+            check_split(training, judge.checkpoint, name)
+    elif config.split == "validation" and hash_of_files(training.fingerprint) != hash_of_files(
+        checkpoint["fingerprint"]
+    ):
         print(f"files of train/, or their times, have changed since {path} was trained: it may have seen some of these")
     if config.split == "test":
         return training, WikiArt(config.data, "test", **settings)
@@ -302,6 +306,8 @@ def load_method(repainter: Repainter, training: WikiArt, config):
         saved = load_checkpoint(path, "Autoencoder")
         if not saved["arguments"].get("styles") or saved["classes"] != repainter.classes:
             raise UserError(f"{path} has no embeddings of these styles: train it with --conditional")
+        if training.pooled:
+            check_split(training, saved, path)
         return Conditional(build_model(saved, path), saved["crop"], repainter.device)
     return Transplant(repainter.model, training, config.method, repainter.device)
 

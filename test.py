@@ -290,7 +290,7 @@ def plot_paintings(run, suffix: str, data: WikiArt, probabilities, classifier: C
 def artist_over_title(data: WikiArt, row: int) -> str:
     artist, title = artist_and_title(data.artists[row], data.paths[row])
     names = (artist, title or printable(stem_of(data.paths[row])))
-    return "\n".join(name if len(name) < 60 else name[:59] + "…" for name in names if name)
+    return "\n".join(name if len(name) < 120 else name[:119] + "…" for name in names if name)
 
 
 def print_summary(facts: dict, run, suffix: str, split: str) -> None:

@@ -126,13 +126,12 @@ def image_folder_epoch(root: Path, side: int, batch_size: int) -> None:
         pass
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def features_one_by_one(model, root: Path, side: int) -> None:
     """Features by a frozen Pretrained of one picture after the other, as many scripts extract them."""
     transform = Compose([Resize((side, side)), ToTensor()])
-    with torch.inference_mode():
-        for picture, _ in ImageFolder(root / "train", transform):
-            model.features(picture[None])
+    for picture, _ in ImageFolder(root / "train", transform):
+        model.features(picture[None])
 
 
 def load_as_floats(paths: list[str], side: int) -> None:

@@ -79,7 +79,7 @@ def fill(template: Path, facts: dict) -> str:
     def value(match):
         try:
             return format(look_up(facts, match[1]), match[2] or "")
-        except LookupError:
+        except (LookupError, TypeError):  # TypeError: it was measured, but not reached
             missing.append(match[1])
             return ""
 
@@ -114,7 +114,9 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
     """The committed documents as the committed templates, these facts and the weights in a folder make them."""
     sizes = {Path(name).stem: (weights / name).stat().st_size / 1e6 for name in WEIGHTS}
     sizes["tiny_base"] = sum(path.stat().st_size for path in (REPORT / "tiny_base").rglob("*") if path.is_file()) / 1e6
+    speeds = {"classifier": "test.images_per_cpu_second", "head": "head.test.images_per_cpu_second"}
     facts = facts | {"megabytes": sizes}
+    facts |= {"seconds_per_picture": {name: 1 / look_up(facts, fact) for name, fact in speeds.items()}}
     results, report = (fill(REPORT / name, facts) for name in ("results.md", "template.md"))
     check_checkpoints(facts, weights)
     readme = RESULTS.sub(lambda marks: marks[1] + results + marks[2], README.read_text())
@@ -124,7 +126,8 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
 def check_checkpoints(facts: dict, weights: Path) -> None:
     """Exit where facts are of other networks than those in the folder."""
     names = {"test.checkpoint": WEIGHTS[0], "style_transfer.classifier": WEIGHTS[0], "head.test.checkpoint": WEIGHTS[3]}
-    names["style_transfer.checkpoint"] = WEIGHTS[2]
+    rows = ("", "adain.", "wct.", "magenta.", "fewer.", "validation.", "autoencoder.")
+    names |= {f"style_transfer.{row}checkpoint": WEIGHTS[2] for row in rows}
     for fact, name in names.items():
         try:
             used = look_up(facts, fact)

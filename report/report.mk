@@ -6,7 +6,9 @@ report:
 	@echo 'make report publishes a run on real paintings: give WIKIART=/path'; exit 1
 else
 hide := HIDE='-c report/settings.json'
-report: $(addprefix $(VENV)/ready-,embed magenta lora)
+$(VENV)/ready-magenta: | $(VENV)/ready-embed
+$(VENV)/ready-lora: | $(VENV)/ready-magenta
+report: $(VENV)/ready-lora
 	$(call with_settings,backbones $(hide))
 	$(call with_settings,publish $(hide))
 endif
