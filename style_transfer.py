@@ -252,13 +252,12 @@ def load_paintings(checkpoint: dict, path: Path, judges: list[Classifier], confi
     """The paintings in train/, without those of --split validation, and the paintings of --split. Raises UserError."""
     settings = checkpoint["data"] | {"classes": checkpoint["classes"], "processes": config.processes}
     training = WikiArt(config.data, "train", **settings)
+    changed = hash_of_files(training.fingerprint) != hash_of_files(checkpoint["fingerprint"])
     if training.pooled:
         check_split(training, checkpoint, path)
         for judge, name in zip(judges, config.judges, strict=True):
             check_split(training, judge.checkpoint, name)
-    elif config.split == "validation" and hash_of_files(training.fingerprint) != hash_of_files(
-        checkpoint["fingerprint"]
-    ):
+    elif config.split == "validation" and changed:
         print(f"files of train/, or their times, have changed since {path} was trained: it may have seen some of these")
     if config.split == "test":
         return training, WikiArt(config.data, "test", **settings)
