@@ -70,7 +70,6 @@ SETTINGS = {
     "condition": Setting(
         str, ("change", "style"), "what the decoder is conditioned on: target minus source style, or the target alone"
     ),
-    "style_weight": Setting(float, "[0, inf)", "weight of all losses but the own style's pixels; 0: these alone"),
 }
 WEIGHTS = {
     "mse": 3.0,  # in the own style
@@ -232,14 +231,14 @@ def train_epoch(parts: dict, features, data: WikiArt, sampler, epoch: int, confi
         images = windows(pixels, config.crop, scales[0], places[0][:, share])
         pixels, targets = data.batch(style_items[share], device)
         style_images = windows(pixels, config.crop, scales[1], places[1][:, share])
-        record = train_step(parts, features, images, style_images, sources, targets, picks[share], random, config)
+        record = train_step(parts, features, images, style_images, sources, targets, picks[share], random)
         steps.record(record["loss"])
         values.append(torch.stack(list(record.values())))
     means = sum_over_processes(torch.stack(values).cpu().double().mean(0)) / world_size()
     return dict(zip(record, means.tolist(), strict=True))
 
 
-def train_step(parts: dict, features, images, style_images, sources, targets, picks, random, config) -> dict:
+def train_step(parts: dict, features, images, style_images, sources, targets, picks, random) -> dict:
     """One step of the model, then one of the critic; returns the losses.
 
     images (B, 3, crop, crop) of the styles `sources` (B,); style_images: real paintings of the styles `targets` (B,);
@@ -275,8 +274,7 @@ def train_step(parts: dict, features, images, style_images, sources, targets, pi
     }
     if logits is not None:
         terms["style_ce"] = F.cross_entropy(logits, targets, label_smoothing=0.1)
-    weights = {name: weight * (1 if name == "mse" else config.style_weight) for name, weight in WEIGHTS.items()}
-    loss = sum(weights[name] * term for name, term in terms.items())
+    loss = sum(WEIGHTS[name] * term for name, term in terms.items())
     update(model, parts["optimizers"], loss, max_norm=5.0)
     parts["averaged"].update_parameters(model)
 

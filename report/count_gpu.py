@@ -120,7 +120,7 @@ def style_step(config):
     picks, random = torch.rand(config.batch_size, train_style.CANDIDATES), [0.75, 0.5, 0.5]
 
     def step():
-        train_style.train_step(parts, features, images, images, labels, labels, picks, random, config)
+        train_style.train_step(parts, features, images, images, labels, labels, picks, random)
 
     return step, torch.nn.ModuleList([parts["model"], parts["averaged"], parts["critic"], classifier])
 

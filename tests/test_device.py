@@ -258,7 +258,7 @@ def test_latents_of_the_small_base_are_on_the_device_before_the_loss(cuda, monke
 NETWORKS = {
     "CNN": {"classes": 8, "width": 8, "depth": 1, "pooling": "covariance", "dropout": 0.5, "aux_classes": 3},
     "MLP": {"classes": 8, "width": 8, "crop": 64},
-    "Autoencoder": {"crop": 64, "code": 4, "width": 8, "projection_dim": 16},
+    "Autoencoder": {"crop": 64, "code": 4, "width": 8, "projection_dim": 16, "styles": 8},
     "StyleAutoencoder": {"styles": 8, "width": 8},
     "Pretrained": {"classes": 8, "backbone": "test_efficientnet", "size": 32, "features": 256, "stages": 0},
     "resnet18": {"classes": 8, "mean": [0.5] * 3, "std": [0.2] * 3},
@@ -275,7 +275,10 @@ def test_a_network_leaves_nothing_on_the_cpu(cuda, name, training):
     images = torch.rand(4, 3, 64, 64).to(cuda)
     assert on(cuda, network(images, *styles))
     if name == "Autoencoder":
-        assert on(cuda, network(images, images), network.features(images))
+        maps = network.encode_with_maps(images)[1]
+        assert on(
+            cuda, network(images, torch.eye(8)[:4].to(cuda)), network.project(maps, images), network.features(images)
+        )
     if name == "CNN":
         assert on(cuda, network.features(images), network.evidence(images[:1], 2))
 
@@ -313,7 +316,7 @@ def test_a_step_of_the_style_model_is_on_the_device(paintings, cuda):
     features = FeatureMaps(wikiart.make_model("CNN", NETWORKS["CNN"]).to(cuda), images)
     _, parts = train_style.new_networks(features, paintings, 5, config, cuda)
     numbers = torch.rand(4, train_style.CANDIDATES), [0.2, 0.5, 0.5]
-    record = train_style.train_step(parts, features, images, images, labels, labels.flip(0), *numbers, config)
+    record = train_style.train_step(parts, features, images, images, labels, labels.flip(0), *numbers)
     assert len(record) == 11 and on(cuda, record)
 
 

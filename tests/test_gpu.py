@@ -96,7 +96,7 @@ def test_a_step_of_the_style_model_agrees_with_the_cpu(float32, demo):
         _, parts = train_style.new_networks(features, data, 10, config, device)
         torch.manual_seed(2)
         numbers = torch.full((8, train_style.CANDIDATES), 0.5), [0.7, 0.5, 0.5]
-        step = (inputs, inputs.flip(0), labels, labels.flip(0), *numbers, config)
+        step = (inputs, inputs.flip(0), labels, labels.flip(0), *numbers)
         records.append(train_style.train_step(parts, features, *step))
     for key, value in records[0].items():
         assert records[1][key].item() == pytest.approx(value.item(), rel=5e-3, abs=1e-4), key

@@ -384,8 +384,8 @@ def test_the_report_is_only_published_from_real_paintings(project):
     assert "give WIKIART=" in make(project, "report")[1]
     wanted = ("report", f"WIKIART={project}/paintings")
     scripts, _ = make(project, *wanted)
-    seeded, variants = ["train_autoencoder.py", "cluster.py"], 2 * ["train_style.py", "style_transfer.py"]
-    rest = [*STAGES, BUILD, *5 * ["tune.py"], *seeded, *variants, "test.py", *4 * ["style_transfer.py"]]
+    rows = ["train_autoencoder.py", "style_transfer.py", "train_style.py", *4 * ["style_transfer.py"]]
+    rest = [*STAGES, BUILD, *5 * ["tune.py"], "train_autoencoder.py", "cluster.py", "test.py", *rows]
     demo = ["demo.py", *STAGES, BUILD, *2 * ["train.py"], *3 * ["lora.py"], "tune.py"]
     assert scripts == ["embed.py", "embed.py", *rest, "from", *demo, "benchmark.py", BUILD]
     assert calls(project, "from") == [f'{BASES}("runs/paintings/demo/tiny_base")']

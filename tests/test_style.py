@@ -389,15 +389,12 @@ def test_the_critic_tells_styles_apart_and_the_features_stay_as_they_are():
     assert losses.critic_loss([torch.ones(2)], [-torch.ones(2)], [torch.ones(2)]) > 0  # real, but of another style
 
 
-def test_the_textbook_recipe(demo, styled, tmp_path, monkeypatch):
+def test_a_decoder_that_is_conditioned_on_the_target_alone(demo, styled, tmp_path, monkeypatch):
     monkeypatch.setattr(train_style, "EMA_DECAY", 0.5)
     shutil.copy(styled / "classifier.pt", tmp_path)
     shared = ["--data", str(demo), "--run", str(tmp_path)]
-    train_style.main([*TINY_STYLE, *shared, "--condition", "style", "--style-weight", "0", "--lr", "0.02"])
-    facts = facts_of(tmp_path, "train_style")
-    assert (facts["condition"], facts["style_weight"]) == ("style", 0)
-    checkpoint = load_checkpoint(tmp_path / "style.pt")
-    assert checkpoint["history"][-1]["loss"] == pytest.approx(3 * checkpoint["history"][-1]["mse"], rel=1e-3)
+    train_style.main([*TINY_STYLE, *shared, "--condition", "style", "--lr", "0.02"])
+    assert facts_of(tmp_path, "train_style")["condition"] == "style"
     image = str(min((demo / "test/Dots").iterdir()))
     results = {}
     for source, target in (("Dots", "Bands"), ("Facets", "Bands"), ("Dots", "Dots")):
