@@ -155,7 +155,7 @@ def codes_of_part(source: str, config, device) -> tuple[dict, WikiArt]:
         raise UserError(f"no codes {path}: give {', '.join((*COMPUTED, *JOINED))}, or run embed.py first")
 
     sets = {split: WikiArt(config.data, split, processes=config.processes, **settings) for split in SPLITS}
-    if checkpoint and sets["test"].pooled:
+    if checkpoint:
         check_split(sets["test"], checkpoint, weights)
     code = code_key("cluster.make_encoder", "cluster.encode_dataset")
     made_from = " ".join([identity, code, *(data.fingerprint for data in sets.values())])

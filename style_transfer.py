@@ -252,15 +252,13 @@ def load_paintings(checkpoint: dict, path: Path, judges: list[Classifier], confi
     """The paintings in train/, without those of --split validation, and the paintings of --split. Raises UserError."""
     settings = checkpoint["data"] | {"classes": checkpoint["classes"], "processes": config.processes}
     training = WikiArt(config.data, "train", **settings)
-    changed = hash_of_files(training.fingerprint) != hash_of_files(checkpoint["fingerprint"])
-    if training.pooled:
-        check_split(training, checkpoint, path)
-        for judge, name in zip(judges, config.judges, strict=True):
-            check_split(training, judge.checkpoint, name)
-    elif config.split == "validation" and changed:
-        print(f"files of train/, or their times, have changed since {path} was trained: it may have seen some of these")
+    check_split(training, checkpoint, path)
+    for judge, name in zip(judges, config.judges, strict=True):
+        check_split(training, judge.checkpoint, name)
     if config.split == "test":
         return training, WikiArt(config.data, "test", **settings)
+    if hash_of_files(training.fingerprint) != hash_of_files(checkpoint["fingerprint"]):
+        print(f"files of train/, or their times, have changed since {path} was trained: it may have seen some of these")
     training, held_out = training.split_off(checkpoint["config"]["validation"], checkpoint["data"]["split_seed"])
     for judge, name in zip(judges, config.judges, strict=True):
         known, split = judge.checkpoint, judge.checkpoint["config"]
@@ -305,8 +303,7 @@ def load_method(repainter: Repainter, training: WikiArt, config):
         saved = load_checkpoint(path, "Autoencoder")
         if not saved["arguments"].get("styles") or saved["classes"] != repainter.classes:
             raise UserError(f"{path} has no embeddings of these styles: train it with --conditional")
-        if training.pooled:
-            check_split(training, saved, path)
+        check_split(training, saved, path)
         return Conditional(build_model(saved, path), saved["crop"], repainter.device)
     return Transplant(repainter.model, training, config.method, repainter.device)
 

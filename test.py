@@ -100,7 +100,7 @@ def load_paintings(classifier: Classifier, config) -> WikiArt:
     checkpoint = classifier.checkpoint
     split, processes = config.split, config.processes
     data = WikiArt(config.data, split, classes=classifier.classes, processes=processes, **checkpoint["data"])
-    if data.pooled and split != "all":
+    if split != "all":
         check_split(data, checkpoint, config.checkpoint)
     return data
 

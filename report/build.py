@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent
@@ -114,9 +115,10 @@ def documents(facts: dict, weights: Path = REPORT) -> dict[Path, str]:
     """The committed documents as the committed templates, these facts and the weights in a folder make them."""
     sizes = {Path(name).stem: (weights / name).stat().st_size / 1e6 for name in WEIGHTS}
     sizes["tiny_base"] = sum(path.stat().st_size for path in (REPORT / "tiny_base").rglob("*") if path.is_file()) / 1e6
-    speeds = {"classifier": "test.images_per_cpu_second", "head": "head.test.images_per_cpu_second"}
-    facts = facts | {"megabytes": sizes}
-    facts |= {"seconds_per_picture": {name: 1 / look_up(facts, fact) for name, fact in speeds.items()}}
+    facts = facts | {"megabytes": sizes, "seconds_per_picture": {}}
+    for name, fact in (("classifier", "test.images_per_cpu_second"), ("head", "head.test.images_per_cpu_second")):
+        with suppress(LookupError):  # a missing fact is named by fill
+            facts["seconds_per_picture"][name] = 1 / look_up(facts, fact)
     results, report = (fill(REPORT / name, facts) for name in ("results.md", "template.md"))
     check_checkpoints(facts, weights)
     readme = RESULTS.sub(lambda marks: marks[1] + results + marks[2], README.read_text())
